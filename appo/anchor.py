@@ -1,0 +1,127 @@
+"""The anchor: the one idea that APPO adds to PPO.
+
+PPO for language models keeps the policy near a reference. A fixed reference (RLHF) holds it back from moving
+far; a reference that follows every step (plain PPO) does not hold it at all. APPO's reference is an *anchor*, a
+snapshot of the agent that is promoted when the agent has become clearly better, and to which the agent is
+rolled back when it has become clearly worse (StablePrompt, section 3.2, Eqs. 10-12).
+
+There is one live model. The anchor is a second set of tensors for it, never an alias of the live ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from appo.rollout import Rollout
+
+
+class AnchorDecision(str, Enum):
+    """What a review ends in; the value is what metrics.jsonl records."""
+
+    PROMOTE = "promote"
+    ROLLBACK = "rollback"
+    KEEP = "keep"
+
+
+def decide(
+    policy_score: float, anchor_score: float, promote_threshold: float, rollback_threshold: float
+) -> AnchorDecision:
+    """The anchor rule of the paper; a lead or deficit exactly at a threshold changes nothing.
+
+    Args:
+        policy_score, anchor_score: mean validation accuracy of prompts sampled from each, in [0, 1].
+        promote_threshold, rollback_threshold: in the same unit, at least 0.
+    """
+    if policy_score - anchor_score > promote_threshold:
+        return AnchorDecision.PROMOTE
+    if anchor_score - policy_score > rollback_threshold:
+        return AnchorDecision.ROLLBACK
+    return AnchorDecision.KEEP
+
+
+class Anchor:
+    """A snapshot of what is trained (value head included) and of the optimizer that trains it.
+
+    Args:
+        policy: the live module; its parameters with requires_grad are copied.
+        optimizer: the live optimizer over them.
+    """
+
+    def __init__(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._parameters = {name: p.detach().clone() for name, p in _trainable(policy)}
+        self._optimizer_state = copy.deepcopy(optimizer.state_dict())
+
+    @torch.no_grad()
+    def promote(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """anchor := copy of the policy, optimizer state included."""
+        for name, parameter in _trainable(policy):
+            self._parameters[name].copy_(parameter)
+        self._optimizer_state = copy.deepcopy(optimizer.state_dict())
+
+    @torch.no_grad()
+    def rollback(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """policy := copy of the anchor, in place, so that the optimizer stays attached to the live parameters.
+
+        The optimizer's state goes back too: moments gathered on the way down would move the weights there again.
+        """
+        for name, parameter in _trainable(policy):
+            parameter.copy_(self._parameters[name])
+        optimizer.load_state_dict(copy.deepcopy(self._optimizer_state))
+
+    @contextmanager
+    def in_place_of(self, policy: nn.Module) -> Iterator[None]:
+        """For the length of the block the policy *is* the anchor; nothing is copied, storage changes hands.
+
+        Not to be entered between a forward pass and its backward pass.
+        """
+        self._exchange(policy)
+        try:
+            yield
+        finally:
+            self._exchange(policy)
+
+    @torch.no_grad()
+    def logprobs(self, policy: nn.Module, rollout: Rollout) -> Tensor:
+        """log p_anchor of the rollout's tokens, [B, T], 0 on padding."""
+        with self.in_place_of(policy):
+            return policy(rollout).logprobs
+
+    def _exchange(self, policy: nn.Module) -> None:
+        for name, parameter in _trainable(policy):
+            parameter.data, self._parameters[name] = self._parameters[name], parameter.data
+
+
+class KLController:
+    """The coefficient of the KL penalty: constant, or adapted towards a target.
+
+    Adaptive as in Ziegler et al. 2019, section 2.2: coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon.
+
+    Args:
+        coef: the (initial) coefficient.
+        target: nats of KL per response to aim at; None keeps the coefficient constant.
+        horizon: number of responses over which a full error changes the coefficient by 20 %.
+    """
+
+    def __init__(self, coef: float, target: float | None = None, horizon: int | None = None) -> None:
+        if target is not None and not (target > 0 and horizon is not None and horizon > 0):
+            raise ValueError(f"an adaptive KL coefficient needs target and horizon above 0, not {target} and {horizon}")
+        self.coef = coef
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, kl: float, n: int) -> None:
+        """Adapts to the mean KL per response, in nats, seen in `n` responses; a NaN changes nothing."""
+        if self.target is None or self.horizon is None or kl != kl:
+            return
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        self.coef *= 1.0 + error * n / self.horizon
+
+
+def _trainable(policy: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in policy.named_parameters() if p.requires_grad)

@@ -1,0 +1,94 @@
+"""Settings of the algorithm: frozen dataclasses, checked when made, a comment on where each default comes from.
+
+[P] is the paper (StablePrompt, arXiv 2410.07652: Table 6 and section 3). Where it is silent, the published code
+ran with TRL 0.11's defaults, marked [TRL]; what neither says is ours and gives a reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Reference = Literal["anchor", "initial", "previous", "none"]
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the agent writes. No top-k and no top-p: the log-probabilities must be those of what was sampled from."""
+
+    max_new_tokens: int = 150  # longest prompt, in tokens of the agent [P]
+    temperature: float = 1.0  # divides the logits, in sampling and in the loss alike [published code]
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        _require(self.temperature > 0, "temperature", self.temperature, "above 0")
+
+
+@dataclass(frozen=True)
+class AnchorConfig:
+    """When the anchor follows the agent, and when the agent goes back to the anchor."""
+
+    period: int = 5  # epochs between two reviews [P]: u_t, whose unit is that of the published code
+    prompts: int = 8  # sampled from each side at a review: ours; the published code's 2 are mostly noise
+    promote_threshold: float = 0.05  # lead in mean validation accuracy, as a fraction, above which to promote [P]
+    rollback_threshold: float = 0.1  # deficit above which to roll back [P]
+    promote: bool = True  # False: the anchor stays where it is
+    rollback: bool = True  # False: the agent is never put back
+
+    def __post_init__(self) -> None:
+        _require(self.period >= 1, "period", self.period, "at least 1")
+        _require(self.prompts >= 1, "prompts", self.prompts, "at least 1")
+        _require(self.promote_threshold >= 0, "promote_threshold", self.promote_threshold, "at least 0")
+        _require(self.rollback_threshold >= 0, "rollback_threshold", self.rollback_threshold, "at least 0")
+
+
+@dataclass(frozen=True)
+class APPOConfig:
+    """PPO, and what its penalty is measured against."""
+
+    learning_rate: float = 1e-5  # of AdamW [P]
+    clip_range: float = 0.2  # of the probability ratio [P]
+    value_clip_range: float | None = 0.2  # of the value head around its old values; null: off [TRL]
+    value_coef: float = 0.1  # weight of the value loss [P]
+    gamma: float = 1.0  # discount [P]
+    lam: float = 0.95  # of generalised advantage estimation [P]
+    ppo_epochs: int = 4  # passes over each rollout [TRL]
+    minibatch_size: int = 0  # responses per optimizer step; 0: the whole rollout, ours: K = 4 is small enough
+    micro_batch_size: int = 0  # responses per backward pass (gradient accumulation); 0: the whole minibatch
+    max_grad_norm: float | None = 1.0  # gradient clipping, null: off; ours, usual for language models
+    whiten_advantages: bool = True  # over all tokens of the rollout [TRL]
+    reference: Reference = "anchor"  # KL against: anchor (APPO), initial (RLHF), previous (plain PPO), none
+    kl_coef: float = 0.2  # the paper prints no coefficient; 0.2 is [TRL]
+    kl_in_loss: bool = False  # True: the k3 estimate in the loss, in place of a penalty on each token's reward
+    kl_target: float | None = None  # nats per response the coefficient adapts to; [TRL] has 6; null: constant
+    kl_horizon: int = 10_000  # responses over which it adapts [TRL]
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        _require(self.clip_range > 0, "clip_range", self.clip_range, "above 0")
+        _require(
+            self.value_clip_range is None or self.value_clip_range > 0,
+            "value_clip_range", self.value_clip_range, "above 0, or null",
+        )  # fmt: skip
+        _require(self.value_coef >= 0, "value_coef", self.value_coef, "at least 0")
+        _require(0 <= self.gamma <= 1, "gamma", self.gamma, "between 0 and 1")
+        _require(0 <= self.lam <= 1, "lam", self.lam, "between 0 and 1")
+        _require(self.ppo_epochs >= 1, "ppo_epochs", self.ppo_epochs, "at least 1")
+        _require(self.minibatch_size >= 0, "minibatch_size", self.minibatch_size, "at least 0")
+        _require(self.micro_batch_size >= 0, "micro_batch_size", self.micro_batch_size, "at least 0")
+        _require(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            "max_grad_norm", self.max_grad_norm, "above 0, or null",
+        )  # fmt: skip
+        _require(
+            self.reference in ("anchor", "initial", "previous", "none"),
+            "reference", self.reference, "one of anchor, initial, previous, none",
+        )  # fmt: skip
+        _require(self.kl_coef >= 0, "kl_coef", self.kl_coef, "at least 0")
+        _require(self.kl_target is None or self.kl_target > 0, "kl_target", self.kl_target, "above 0, or null")
+        _require(self.kl_horizon >= 1, "kl_horizon", self.kl_horizon, "at least 1")
+
+
+def _require(holds: bool, field: str, value: object, expected: str) -> None:
+    if not holds:  # NaN fails every comparison, so it ends here too
+        raise ValueError(f"{field} is {value!r}; expected {expected}")

@@ -1,0 +1,167 @@
+"""The agent: a bare Hugging Face causal LM and a value head that starts at zero.
+
+Two verbs. `sample` writes responses and records log-probabilities and values as it goes; `evaluate` gives the
+same numbers, differentiably, for responses that are given. Both run the queries once and share their key-value
+cache among the responses to them, so the K responses to one meta-prompt cost one meta-prompt.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from appo.config import SamplingConfig
+from appo.functional import entropy_from_logits, logprobs_from_logits
+from appo.rollout import Query, Response, Rollout
+
+
+class Evaluation(NamedTuple):
+    """What the policy says of given responses; each [B, T] float32, 0 on padding. `entropy` has no gradient."""
+
+    logprobs: Tensor
+    values: Tensor
+    entropy: Tensor
+
+
+class Policy(nn.Module):
+    """A causal LM with a value head, as a distribution over responses.
+
+    The model stays in eval mode: dropout would make the log-probabilities of the loss differ from those that
+    were sampled from. Its generation_config is never read, for the same reason.
+
+    Args:
+        model: any Hugging Face causal LM; its parameters with requires_grad are what is trained.
+        tokenizer: the one it was trained with; needs an end-of-sequence token.
+        sampling: length and temperature.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig | None = None
+    ) -> None:
+        super().__init__()
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"the tokenizer of {model.name_or_path!r} has no end-of-sequence token")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.sampling = sampling or SamplingConfig()
+        self.value_head = nn.Linear(model.config.get_text_config().hidden_size, 1, device=model.device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.value_head.weight.device
+
+    def train(self, mode: bool = True) -> Policy:
+        """Stays in eval mode, whatever is asked: see the class's docstring."""
+        return super().train(False)
+
+    def query(self, text: str) -> Query:
+        """The agent's token ids of a meta-prompt, with the special tokens its tokenizer adds to plain text."""
+        return Query(tuple(self.tokenizer(text)["input_ids"]))
+
+    def decode(self, rollout: Rollout) -> list[str]:
+        """The responses as clean text: no special tokens, no control characters, no white space around."""
+        return [clean(self.tokenizer.decode(r.tokens, skip_special_tokens=True)) for r in rollout.responses()]
+
+    @torch.no_grad()
+    def sample(self, queries: Sequence[Query], generator: torch.Generator | None = None) -> Rollout:
+        """Samples one response to each query, from the softmax of logits / temperature and nothing else.
+
+        Repeat a query to get several responses to it. A response ends with the end-of-sequence token, which
+        belongs to it, or at `max_new_tokens`.
+        """
+        prefix = self._prefill(queries)
+        inputs, mask, position = prefix.last_tokens, prefix.mask, prefix.lengths - 1
+        alive = torch.arange(len(queries), device=self.device)
+        steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        for _ in range(self.sampling.max_new_tokens):
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+            logits, values = self._forward(inputs, mask, position.unsqueeze(1), prefix.cache, positions=1)
+            tokens = torch.multinomial(logits[:, 0].softmax(-1), 1, generator=generator)  # [alive, 1]
+            logprobs = logprobs_from_logits(logits, tokens)
+            steps.append((alive, tokens[:, 0], logprobs[:, 0], values[:, 0]))
+            going = tokens[:, 0] != self.tokenizer.eos_token_id
+            if not going.any():
+                break
+            rows = going.nonzero()[:, 0]  # finished responses leave the batch
+            if len(rows) < len(alive):
+                prefix.cache.batch_select_indices(rows)
+            alive, inputs, mask, position = alive[rows], tokens[rows], mask[rows], position[rows] + 1
+        owner, *columns = (torch.cat(column) for column in zip(*steps, strict=True))
+        responses = [Response(*(column[owner == i] for column in columns)) for i in range(len(queries))]
+        return Rollout.stack(queries, responses)
+
+    def evaluate(self, rollout: Rollout) -> Evaluation:
+        """Log-probabilities, values and entropies of the rollout's tokens under the policy as it is now."""
+        prefix = self._prefill(rollout.queries)
+        inputs = torch.cat([prefix.last_tokens, rollout.tokens[:, :-1]], dim=1)
+        # The state in which token t is emitted ends with token t - 1, hence the inputs shifted by one.
+        visible = torch.cat([prefix.mask, rollout.mask.new_ones(len(rollout), 1), rollout.mask[:, :-1]], dim=1)
+        steps = torch.arange(inputs.shape[1], device=self.device)
+        positions = prefix.lengths.unsqueeze(1) - 1 + steps
+        logits, values = self._forward(inputs, visible, positions, prefix.cache, positions=inputs.shape[1])
+        outside = ~rollout.mask
+        logprobs = logprobs_from_logits(logits, rollout.tokens).masked_fill(outside, 0.0)
+        with torch.no_grad():
+            entropy = entropy_from_logits(logits).masked_fill(outside, 0.0)
+        return Evaluation(logprobs, values.masked_fill(outside, 0.0), entropy)
+
+    forward = evaluate
+
+    def _prefill(self, queries: Sequence[Query]) -> _Prefix:
+        """Runs each distinct query once, but for its last token, and gives every response its own view of it."""
+        distinct = {query: i for i, query in enumerate(dict.fromkeys(queries))}
+        rows = torch.tensor([distinct[query] for query in queries], device=self.device)
+        lengths = torch.tensor([len(query.tokens) for query in distinct], device=self.device)
+        width = int(lengths.max())
+        ids = torch.zeros((len(distinct), width), dtype=torch.long, device=self.device)
+        for row, query in zip(ids, distinct, strict=True):
+            row[width - len(query.tokens) :] = torch.tensor(query.tokens, device=self.device)
+        # Left-padded, so that all queries end in the same column. Position ids count real tokens only: models
+        # with learned positions (GPT-2) give other logits without them.
+        mask = torch.arange(width, device=self.device) >= width - lengths.unsqueeze(1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        if width > 1:
+            self._forward(ids[:, :-1], mask[:, :-1], positions[:, :-1], cache, positions=1)
+            if len(distinct) < len(queries) or len(queries) > 1:
+                cache.batch_select_indices(rows)
+        return _Prefix(cache, mask[rows, :-1], ids[rows, -1:], lengths[rows])
+
+    def _forward(
+        self, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: DynamicCache, positions: int
+    ) -> tuple[Tensor, Tensor]:
+        """Logits / temperature [B, positions, V] and values [B, positions] of the last `positions` inputs."""
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=True,
+            logits_to_keep=positions,
+        )
+        hidden = output.hidden_states[-1][:, -positions:]
+        values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+        return output.logits.float() / self.sampling.temperature, values.float()
+
+
+class _Prefix(NamedTuple):
+    """Queries without their last token: the cache of B rows, its mask [B, L - 1], last tokens [B, 1], lengths [B]."""
+
+    cache: DynamicCache
+    mask: Tensor
+    last_tokens: Tensor
+    lengths: Tensor
+
+
+def clean(text: str) -> str:
+    """Text from a model's mouth as one readable line: control and format characters out, white space folded."""
+    visible = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
+    return " ".join(visible.split())

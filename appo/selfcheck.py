@@ -1,0 +1,65 @@
+"""A check of the first rollout of every run: is what the loss will see what was sampled?
+
+Each mistake looked for here is silent otherwise: training goes on, on wrong ratios.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from appo.anchor import Anchor
+from appo.policy import Policy
+from appo.rollout import Rollout
+
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}  # on log-probabilities; lower precisions: 0.1
+
+
+class SelfCheckError(RuntimeError):
+    """The first rollout does not add up; the message says which check failed and the likely cause."""
+
+
+@torch.no_grad()
+def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
+    """Checks a rollout that `policy` has just sampled, before any update.
+
+    1. Recomputed log-probabilities equal the sampled ones, so every ratio starts at 1.
+    2. The KL to the anchor, still equal to the policy, is exactly 0.
+    3. The row with the most padding has the same log-probabilities alone as in the batch.
+
+    Raises:
+        SelfCheckError: one of them does not hold.
+    """
+    tolerance = TOLERANCES.get(policy.model.dtype, 0.1)
+    together = policy.evaluate(rollout).logprobs
+    if not torch.equal(together, anchor.logprobs(policy, rollout)):
+        cause = _dropout(policy) or "the anchor is not a copy of the agent's present weights"
+        raise SelfCheckError(f"KL to the anchor is not 0 before the first update; likely cause: {cause}")
+
+    shortest = min(range(len(rollout)), key=lambda i: len(rollout.queries[i].tokens) + int(rollout.mask[i].sum()))
+    alone = Rollout.stack([rollout.queries[shortest]], [rollout.responses()[shortest]])
+    error = (policy.evaluate(alone).logprobs[0] - together[shortest][rollout.mask[shortest]]).abs().max().item()
+    if not error <= tolerance:
+        raise SelfCheckError(
+            f"response {shortest} has other log-probabilities in the batch than alone (by {error:.2g}); likely cause: "
+            "padding side or position ids: the model sees the padding"
+        )
+
+    difference = (rollout.logprobs - together)[rollout.mask]
+    if not difference.abs().max().item() <= tolerance:
+        raise SelfCheckError(
+            f"recomputed log-probabilities differ from the sampled ones by up to {difference.abs().max().item():.2g}, "
+            f"more than {tolerance:g}; likely cause: {_dropout(policy) or _sampling_cause(difference)}"
+        )
+
+
+def _dropout(policy: nn.Module) -> str | None:
+    active = any(m.training and getattr(m, "p", 0) > 0 for m in policy.modules() if isinstance(m, nn.Dropout))
+    return "dropout is active; the agent must be in eval mode" if active else None
+
+
+def _sampling_cause(difference: Tensor) -> str:
+    # Truncation renormalises over fewer tokens, so that every sampled token looks likelier than it is.
+    if (difference >= -1e-6).all():
+        return "the sampler cut the distribution (top_k, top_p or min_p, perhaps from a generation_config)"
+    return "the temperature of sampling is not that of the loss"
