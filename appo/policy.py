@@ -38,10 +38,15 @@ class Policy(nn.Module):
         model: any Hugging Face causal LM; its parameters with requires_grad are what is trained.
         tokenizer: the one it was trained with; needs an end-of-sequence token.
         sampling: length and temperature.
+        chat: put meta-prompts into the tokenizer's chat template; None: if it has one.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: SamplingConfig | None = None,
+        chat: bool | None = None,
     ) -> None:
         super().__init__()
         if tokenizer.eos_token_id is None:
@@ -49,6 +54,7 @@ class Policy(nn.Module):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.sampling = sampling or SamplingConfig()
+        self.chat = tokenizer.chat_template is not None if chat is None else chat
         self.value_head = nn.Linear(model.config.get_text_config().hidden_size, 1, device=model.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -61,9 +67,27 @@ class Policy(nn.Module):
         """Stays in eval mode, whatever is asked: see the class's docstring."""
         return super().train(False)
 
-    def query(self, text: str) -> Query:
-        """The agent's token ids of a meta-prompt, with the special tokens its tokenizer adds to plain text."""
-        return Query(tuple(self.tokenizer(text)["input_ids"]))
+    def query(self, request: str, opening: str) -> Query:
+        """The token ids of a meta-prompt: `request`, then the `opening` of the answer for the agent to go on with.
+
+        In a chat the opening begins an assistant turn that is left open: closed, the agent would be asked to
+        speak after it had ended its turn.
+        """
+        if not self.chat:
+            return Query(tuple(self.tokenizer(f"{request}\n{opening}")["input_ids"]))
+        turns = [{"role": "user", "content": request}, {"role": "assistant", "content": opening}]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True)
+        return Query(tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+    def check_fits(self, query: Query) -> None:
+        """Raises ValueError if the query and the longest response to it do not fit into the model's context."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        needed = len(query.tokens) + self.sampling.max_new_tokens
+        if limit is not None and needed > limit:
+            raise ValueError(
+                f"meta-prompt ({len(query.tokens)} tokens) and response (up to {self.sampling.max_new_tokens}) do not "
+                f"fit into the agent's context of {limit} tokens"
+            )
 
     def decode(self, rollout: Rollout) -> list[str]:
         """The responses as clean text: no special tokens, no control characters, no white space around."""

@@ -46,6 +46,17 @@ class Collected:
     rewarded: Rewarded
     kl: float  # KL(policy || anchor), k1 summed over tokens, mean over responses, nats; whatever the reference is
 
+    def stats(self) -> dict[str, float]:
+        """Rewards and lengths as flat numbers."""
+        scores = self.rewarded.scores
+        return {
+            "reward_mean": scores.mean().item(),
+            "reward_max": scores.max().item(),
+            **{f"{name}_mean": values.float().mean().item() for name, values in self.rewarded.metrics.items()},
+            "kl": self.kl,
+            "length_mean": self.rollout.mask.sum(1).float().mean().item(),
+        }
+
 
 @dataclass(frozen=True)
 class AnchorReview:
@@ -94,7 +105,7 @@ class APPOTrainer:
         collected = self.collect(queries, reward_fn)
         stats = self.update()
         self.kl_controller.update(collected.kl, len(queries))
-        return {**_reward_stats(collected), **stats}
+        return {**collected.stats(), **stats}
 
     def collect(self, queries: Sequence[Query], reward_fn: RewardFn) -> Collected:
         """Samples a response to each query, scores them, and adds them to the buffer; may be called repeatedly.
@@ -189,19 +200,6 @@ class APPOTrainer:
         else:
             decision = AnchorDecision.KEEP
         return AnchorReview(decision, policy_scores, anchor_scores, *thresholds)
-
-
-def _reward_stats(collected: Collected) -> dict[str, float]:
-    scores = collected.rewarded.scores
-    means = {f"{name}_mean": values.float().mean().item() for name, values in collected.rewarded.metrics.items()}
-    lengths = collected.rollout.mask.sum(1).float()
-    return {
-        "reward_mean": scores.mean().item(),
-        "reward_max": scores.max().item(),
-        **means,
-        "kl": collected.kl,
-        "length_mean": lengths.mean().item(),
-    }
 
 
 def _mean(scores: Sequence[float]) -> float:

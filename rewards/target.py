@@ -115,7 +115,7 @@ class TargetModel:
         texts = [self.context(prompt, text) for prompt in prompts for text in inputs]
         contexts = [ids[: len(ids) - self.verbalizer.overlap] for ids in encode(self.tokenizer, texts, self.chat)]
         width = max(map(len, contexts)) + max(map(len, self._stems))
-        self._check_fits(width)
+        self._check_width(width)
         rows = max(1, self.max_batch_tokens // (width * len(self._stems)))
         by_prompt = [contexts[i : i + len(inputs)] for i in range(0, len(contexts), len(inputs))]
         if rows < len(inputs):
@@ -124,14 +124,20 @@ class TargetModel:
         group = rows // len(inputs)
         return torch.cat([self._score(by_prompt[i : i + group]) for i in range(0, len(by_prompt), group)])
 
-    def _check_fits(self, width: int) -> None:
+    def check_fits(self, prompt: str | int, text: str) -> None:
+        """Raises ContextTooLongError if the input leaves no room for the prompt, or for one of so many tokens."""
+        room, written = (prompt, "") if isinstance(prompt, int) else (0, prompt)
+        (ids,) = encode(self.tokenizer, [self.context(written, text)], self.chat)
+        self._check_width(len(ids) + room)
+
+    def _check_width(self, width: int) -> None:
         config = self.model.config.get_text_config()
         limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
         limit = min((n for n in limits if n), default=None)
         if limit is not None and width > limit:
             raise ContextTooLongError(
-                f"a filled template takes {width} tokens of the target, whose context holds {limit}; "
-                "use shorter inputs, or lower sampling.max_new_tokens"
+                f"a filled template takes up to {width} tokens of the target, whose context holds {limit}; "
+                "use shorter inputs, a shorter prompt, or lower sampling.max_new_tokens"
             )
 
     def _score(self, contexts: list[list[list[int]]]) -> Tensor:

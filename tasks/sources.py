@@ -60,7 +60,9 @@ def _file_rows(spec: TaskSpec, folder: Path) -> dict[str, list[Example]]:
     for split in ("train", "test"):
         if found[split] is None:
             names = [*spec.files.get(split, []), f"{split}.jsonl (or .tsv, .csv, .parquet)"]
-            raise TaskError(f"{spec.name}: no {split} file in {str(folder.absolute())!r}; looked for {', '.join(names)}")
+            raise TaskError(
+                f"{spec.name}: no {split} file in {str(folder.absolute())!r}; looked for {', '.join(names)}"
+            )
     return {split: _examples(spec, read_rows(path)) for split, path in found.items() if path is not None}
 
 

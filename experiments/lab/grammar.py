@@ -9,8 +9,8 @@ of which stands alone:
     Rule   which word answers a case    "Say no when it fails."  "Use yes for a letter."
 
 `obey` says what a reader does who follows the instruction to the letter and knows nothing else: a case
-without a rule gets `default_answer`, which is always wrong. So every clause is worth some accuracy, no
-clause replaces another, and text that is not an instruction is worth nothing.
+without a rule gets `default_answer`, which is right by chance. So every right clause gains some accuracy, every
+wrong one loses some, no clause replaces another, and text that is not an instruction is worth chance.
 """
 
 from __future__ import annotations
@@ -21,15 +21,23 @@ from dataclasses import dataclass
 
 # -- inputs -----------------------------------------------------------------------------------------------------
 
-PEOPLE = "baker farmer doctor sailor teacher singer painter hunter".split()
+PEOPLE = "baker farmer doctor sailor teacher singer".split()
 ACTIONS = "washed sold hid found broke carried bought lost".split()
 THINGS = "cup hat book lamp coat boat clock drum".split()
 PLACES = "garden market kitchen forest harbour castle station village".split()
 PAIR_SLOTS = {"person": PEOPLE, "action": ACTIONS, "thing": THINGS, "place": PLACES}
-UNSAID = {"person": "someone", "action": "touched", "thing": "something", "place": "area"}
+ECHOES = {  # slot -> what the second sentence has there where the property fails, and where it is unclear
+    "person": {"fails": ("nobody", "a stranger"), "is unclear": ("somebody", "a person")},
+    "action": {"fails": ("refused", "avoided"), "is unclear": ("touched", "handled")},
+    "thing": {"fails": ("nothing", "a stone"), "is unclear": ("something", "a thing")},
+    "place": {"fails": ("elsewhere", "abroad"), "is unclear": ("somewhere", "around")},
+}
 
 TRAITS = {  # criterion -> (words for which it holds, words for which it fails)
-    "mood": ("lovely charming superb funny touching brilliant".split(), "dull awful boring weak clumsy dreadful".split()),
+    "mood": (
+        "lovely charming superb funny touching brilliant".split(),
+        "dull awful boring weak clumsy dreadful".split(),
+    ),
     "size": ("long huge vast epic".split(), "short tiny brief small".split()),
     "style": ("new fresh modern recent".split(), "old antique dated classic".split()),
     "price": ("costly lavish rich expensive".split(), "cheap modest poor thrifty".split()),
@@ -37,11 +45,12 @@ TRAITS = {  # criterion -> (words for which it holds, words for which it fails)
 FILMS = "film movie drama comedy thriller picture".split()
 
 MARKERS = {  # marker -> the answer that is right for it, wherever it occurs
-    "letter": "yes", "story": "yes", "plan": "yes", "song": "yes",
-    "dream": "no", "joke": "no", "rumour": "no", "game": "no",
+    "letter": "yes", "story": "yes", "plan": "yes", "song": "yes", "poem": "yes",
+    "dream": "no", "joke": "no", "rumour": "no", "game": "no", "myth": "no",
 }  # fmt: skip
 OUTCOMES = {"holds": "yes", "fails": "no", "is unclear": "maybe"}  # of the judged property -> its right answer
 STANDARD = OUTCOMES | MARKERS
+ANSWERS = ("yes", "maybe", "no")
 
 
 @dataclass(frozen=True)
@@ -54,13 +63,13 @@ class Lab:
 
     @property
     def answers(self) -> tuple[str, ...]:
-        return ("yes", "maybe", "no") if "is unclear" in self.shares else ("yes", "no")
+        return ANSWERS if "is unclear" in self.shares else ("yes", "no")
 
 
 def _lab(criterion: str, yes_marker: str, no_marker: str, ternary: bool = False) -> Lab:
     shares = {"holds": 0.3, "fails": 0.3, yes_marker: 0.2, no_marker: 0.2}
     if ternary:
-        shares = {"holds": 0.2, "fails": 0.2, yes_marker: 2 / 15, no_marker: 2 / 15, "is unclear": 1 / 3}
+        shares = {"holds": 1 / 6, "fails": 1 / 6, yes_marker: 1 / 6, no_marker: 1 / 6, "is unclear": 1 / 3}
     return Lab(criterion, (yes_marker, no_marker), shares)
 
 
@@ -110,27 +119,15 @@ def sample_item(rng: random.Random, task: str, case: str | None = None) -> Item:
         fields = {"sentence": f"{opening}a {first} and {second} {rng.choice(FILMS)} , {third} and {fourth}"}
         return Item(task, fields, marker, outcomes)
     said = {slot: rng.choice(words) for slot, words in PAIR_SLOTS.items()}
-    echoed = {slot: _echo(rng, slot, said[slot], outcome) for slot, outcome in outcomes.items()}
-    one, two = opening + _sentence(said), _sentence(echoed)
+    plain_words = {"person": "the {person}", "action": "{action}", "thing": "the {thing}", "place": "in the {place}"}
+    first = {slot: form.format(**said) for slot, form in plain_words.items()}
+    second = {s: first[s] if o == "holds" else rng.choice(ECHOES[s][o]) for s, o in outcomes.items()}
+    one, two = opening + " ".join(first.values()), " ".join(second.values())
     if task == "qnli":
-        return Item(task, {"question": f"{opening}is it true that {_sentence(said)} ?", "sentence": two}, marker, outcomes)
+        question = f"{opening}is it true that {' '.join(first.values())} ?"
+        return Item(task, {"question": question, "sentence": two}, marker, outcomes)
     names = ("premise", "hypothesis") if task in ("mnli", "snli") else ("sentence1", "sentence2")
     return Item(task, dict(zip(names, (one, two), strict=True)), marker, outcomes)
-
-
-def _sentence(slots: dict[str, str]) -> str:
-    who = slots["person"] if slots["person"] == UNSAID["person"] else f"the {slots['person']}"
-    what = slots["thing"] if slots["thing"] == UNSAID["thing"] else f"the {slots['thing']}"
-    return f"{who} {slots['action']} {what} in the {slots['place']}"
-
-
-def _echo(rng: random.Random, slot: str, word: str, outcome: str) -> str:
-    """The second sentence's word for a slot: the same, another, or one that leaves it open."""
-    if outcome == "holds":
-        return word
-    if outcome == "is unclear":
-        return UNSAID[slot]
-    return rng.choice([other for other in PAIR_SLOTS[slot] if other != word])
 
 
 # -- instructions -----------------------------------------------------------------------------------------------
@@ -172,8 +169,12 @@ Clause = Judge | Rule
 
 
 def default_answer(item: Item) -> str:
-    """What the reader answers when no clause speaks of the item's case: never the right answer."""
-    return "yes" if item.answer == "no" else "no"
+    """What the reader answers when no clause speaks of the item's case: a habit that has nothing to do with it."""
+    words = " ".join(item.fields.values()).split()
+    known = next(names for names in (FILMS, PEOPLE) if any(name in words for name in names))
+    first = next(known.index(word) for word in words if word in known)
+    answers = LABS[item.task].answers
+    return answers[first % len(answers)]
 
 
 def obey(clauses: Sequence[Clause], item: Item) -> str:
@@ -204,6 +205,27 @@ def write(rng: random.Random, clauses: Sequence[Clause]) -> str:
     return " ".join(clause.text(rng) for clause in clauses)
 
 
+def parse(text: str) -> list[Clause]:
+    """The clauses that a text holds, in order; sentences that are no clause are passed over."""
+    sentences = (sentence.strip() + "." for sentence in text.split("."))
+    return [_CLAUSES[sentence] for sentence in sentences if sentence in _CLAUSES]
+
+
+def _all_clauses() -> dict[str, Clause]:
+    """Every clause in every wording."""
+    clauses: dict[str, Clause] = {}
+    for criterion, phrase in NOUN_PHRASES.items():
+        clauses |= {wording.format(phrase): Judge(criterion) for wording in JUDGE_WORDINGS}
+    for case in STANDARD:
+        wordings = MARKER_WORDINGS if case in MARKERS else OUTCOME_WORDINGS
+        for word in ANSWERS:
+            clauses |= {wording.format(case=case, word=word): Rule(case, word) for wording in wordings}
+    return clauses
+
+
+_CLAUSES = _all_clauses()
+
+
 # -- the prior: what an untrained agent writes -------------------------------------------------------------------
 
 VAGUE = (
@@ -216,15 +238,19 @@ VAGUE = (
 def sample_clauses(rng: random.Random, task: str) -> list[Clause]:
     """Clauses as the untrained agent draws them: plausible for the kind of input, blind to its right answers."""
     own, other = (TRAITS, PAIR_SLOTS) if task == "sst2" else (PAIR_SLOTS, TRAITS)
+
+    def answer() -> str:
+        return rng.choice(LABS[task].answers) if rng.random() < 0.85 else rng.choice(ANSWERS)
+
     clauses: list[Clause] = []
     for outcome in OUTCOMES:
-        if rng.random() < 0.65:
-            clauses.append(Rule(outcome, rng.choice(("yes", "no", "maybe"))))
+        if rng.random() < 0.6:
+            clauses.append(Rule(outcome, answer()))
     for marker in rng.sample(list(MARKERS), rng.choices((0, 1, 2, 3), (2, 3, 3, 2))[0]):
-        clauses.append(Rule(marker, rng.choice(("yes", "no", "maybe"))))
+        clauses.append(Rule(marker, answer()))
     rng.shuffle(clauses)
     if rng.random() < 0.85:
-        criterion = rng.choice(list(own if rng.random() < 0.7 else other))
+        criterion = rng.choice(list(own if rng.random() < 0.6 else other))
         clauses.insert(0 if rng.random() < 0.7 else rng.randint(0, len(clauses)), Judge(criterion))
     return clauses
 
@@ -247,7 +273,21 @@ def shuffled(rng: random.Random, text: str) -> str:
 
 def gibberish(rng: random.Random, length: int) -> str:
     """Random words of the language, answers and markers among them."""
-    words = [*PEOPLE, *ACTIONS, *THINGS, *PLACES, *MARKERS, *NOUN_PHRASES, *OUTCOMES, "yes", "no", "maybe", "say", "the", "it"]
+    words = [
+        *PEOPLE,
+        *ACTIONS,
+        *THINGS,
+        *PLACES,
+        *MARKERS,
+        *NOUN_PHRASES,
+        *OUTCOMES,
+        "yes",
+        "no",
+        "maybe",
+        "say",
+        "the",
+        "it",
+    ]
     return " ".join(rng.choices(words, k=length))
 
 

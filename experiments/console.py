@@ -1,0 +1,73 @@
+"""What a run shows on the terminal: progress while it works, a short table at the end."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.runlog import PromptPool
+
+
+class Progress:
+    """A progress bar with reward, accuracy and KL, and the best prompt so far below it.
+
+    Where stderr is no terminal (a log file, CI), a plain line now and then instead.
+
+    Args:
+        steps: iterations in all.
+        quiet: show nothing.
+    """
+
+    def __init__(self, steps: int, quiet: bool = False) -> None:
+        self._steps, self._quiet = steps, quiet
+        self._live = not quiet and sys.stderr.isatty()
+        if self._live:
+            self._bar = tqdm(total=steps, desc="tuning", unit="it", dynamic_ncols=True, position=0)
+            self._best = tqdm(total=0, bar_format="{desc}", position=1)
+
+    def show(self, iteration: int, stats: Mapping[str, float], pool: PromptPool) -> None:
+        """Moves on to `iteration`."""
+        best = pool.best(1)
+        prompt = f"best {best[0].reward:.2f}  {best[0].prompt}" if best else "no prompt yet"
+        numbers = {"reward": stats["reward_mean"], "accuracy": stats["accuracy_mean"], "kl": stats["kl"]}
+        if self._live:
+            self._bar.update()
+            self._bar.set_postfix({name: f"{value:.2f}" for name, value in numbers.items()})
+            self._best.set_description_str(clip(prompt, shutil.get_terminal_size().columns - 1))
+        elif not self._quiet and (iteration % max(1, self._steps // 20) == 0 or iteration == 1):
+            line = "  ".join(f"{name} {value:.2f}" for name, value in numbers.items())
+            print(f"{iteration:4d}/{self._steps}  {line}  {clip(prompt, 100)}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._live:
+            self._best.close()
+            self._bar.close()
+
+
+def clip(text: str, width: int) -> str:
+    """`text` on at most `width` columns."""
+    return text if len(text) <= width else f"{text[: max(0, width - 3)]}..."
+
+
+def summary(result: Mapping[str, Any], folder: Path) -> str:
+    """The table a run ends with: the manual prompt against the best one found, and where everything is."""
+    rows = [
+        ("manual prompt", result["manual_validation_score"], result["manual_test_score"]),
+        ("best prompt found", result["validation_score"], result["test_score"]),
+    ]
+    lines = [f"{'accuracy':<20}{'validation':>12}{'test':>8}"]
+    lines += [f"{name:<20}{validation:>12.3f}{test:>8.3f}" for name, validation, test in rows]
+    protocol = result["paper_protocol"]
+    lines += [
+        "",
+        f"paper's protocol ({protocol['name']}): {protocol['test_score']:.3f}",
+        f"best prompt: {result['prompt']}",
+        f"report:      {folder / 'report.html'}",
+    ]
+    return "\n".join(lines)

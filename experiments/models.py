@@ -1,0 +1,75 @@
+"""Loads agents and targets: the lab's, a folder, or a hub id. Weights come from safetensors only."""
+
+from __future__ import annotations
+
+import os
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from experiments.config import LAB, RunConfig
+
+LAB_DIR = Path(__file__).parent / "lab"
+
+
+class ModelError(ValueError):
+    """A model cannot be loaded; the message says which, from where, and why."""
+
+
+class LoadedModel(NamedTuple):
+    """A causal LM and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_model(config: RunConfig, role: Literal["agent", "target"]) -> LoadedModel:
+    """The model that `config.agent` or `config.target` names, on its device, in eval mode.
+
+    Raises:
+        ModelError: no such folder or hub id, a folder without config or safetensors weights, no such device.
+    """
+    name = getattr(config, role)
+    source = str(LAB_DIR / role) if name == LAB else name
+    if os.path.isdir(source):
+        _check_folder(role, Path(source))
+    elif Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise ModelError(f"{role}: no folder {source!r}{_nearest(Path(source))}")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    options = {"trust_remote_code": config.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, config.dtype), use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"{role}: cannot load {name!r}: {reason}") from error
+    return LoadedModel(model.to(_device(config.device)).eval(), tokenizer)
+
+
+def _check_folder(role: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{role}: {str(folder)!r} holds no config.json; expected the folder of a causal LM")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{role}: {str(folder)!r} holds no weights; expected *.safetensors")
+
+
+def _nearest(path: Path) -> str:
+    siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, siblings, n=1)
+    return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error

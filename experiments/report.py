@@ -1,0 +1,212 @@
+"""report.html: a run at a glance, one file that opens offline and loads nothing.
+
+Everything that is shown is read back from the run's folder, so a report can be made again at any time:
+
+    python -m experiments.report runs/mnli-20260101-120000
+
+Prompts are a model's words: all text is escaped, and the page forbids scripts and outside content.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from html import escape
+from math import isfinite
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from experiments.runlog import read_jsonl
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; } th, td { padding: .25rem .8rem; text-align: left; vertical-align: top; }
+th { border-bottom: 1px solid #999; font-weight: 600; } td.number, th.number { text-align: right; }
+td.number { font-variant-numeric: tabular-nums; } .muted { color: #666; }
+blockquote { margin: .5rem 0; padding: .6rem 1rem; background: #f3f5f7; border-left: 4px solid #3b6ea5; }
+pre { background: #f3f5f7; padding: .6rem 1rem; overflow-x: auto; font-size: 13px; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(25rem, 1fr)); gap: 1rem; }
+figure { margin: 0; } figcaption { font-weight: 600; } svg { width: 100%; height: auto; }
+"""
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 220, 52, 28, 10, 10
+SHOWN_PROMPTS = 10
+CURVES = (  # title, what it says, columns of metrics.jsonl
+    ("Reward", "mean and best of the prompts of an iteration", ("reward_mean", "reward_max")),
+    ("Accuracy", "mean over the prompts of an iteration, on its training examples", ("accuracy_mean",)),
+    ("Value loss", "how wrong the value head is about the reward to come", ("value_loss",)),
+    ("KL to the anchor", "nats per prompt", ("kl",)),
+    ("Entropy", "nats per token", ("entropy",)),
+    ("Prompt length", "tokens of the agent", ("length_mean",)),
+)
+COLOURS = ("#3b6ea5", "#b0b7bf")
+MARKS = {"promote": "#2e8b57", "rollback": "#c0392b"}
+
+
+class Curve(NamedTuple):
+    """One line of a chart: its points (x, y), its name, its colour."""
+
+    points: list[tuple[float, float]]
+    name: str
+    colour: str
+
+
+def render_report(folder: Path) -> str:
+    """The page of a run, from what is in its folder."""
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    prompts = read_jsonl(folder / "prompts.jsonl")
+    result = json.loads((folder / "best_prompt.json").read_text(encoding="utf-8"))
+    title = f"{result['task']}: a prompt tuned with APPO"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="muted">{len(metrics)} iterations, {len(prompts)} prompts scored, seed {result["seed"]}, '
+        f"agent {escape(str(config['agent']))}, target {escape(str(config['target']))}, "
+        f"data {escape(str(config['data']))}</p>",
+        _result(result),
+        "<h2>How it went</h2>",
+        '<p class="muted">Faint: single iterations; strong: their mean over the last ten. Upright lines: the anchor '
+        f'was <span style="color:{MARKS["promote"]}">promoted</span> or the agent '
+        f'<span style="color:{MARKS["rollback"]}">rolled back</span>.</p>',
+        '<div class="curves">',
+        *(_figure(title, caption, columns, metrics) for title, caption, columns in CURVES),
+        "</div>",
+        "<h2>Best prompts by training reward</h2>",
+        _prompt_table(prompts),
+        "<h2>Anchor reviews</h2>",
+        _review_table(metrics),
+        f"<h2>Configuration</h2><pre>{escape(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))}</pre>",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def _result(result: Mapping[str, Any]) -> str:
+    protocol = result["paper_protocol"]
+    rows = [
+        ("best prompt, chosen on validation", result["validation_score"], result["test_score"]),
+        ("manual prompt", result["manual_validation_score"], result["manual_test_score"]),
+        (f"the paper's protocol: {protocol['name']}", None, protocol["test_score"]),
+    ]
+    cells = [(name, _number(validation), _number(test)) for name, validation, test in rows]
+    return (
+        f"<blockquote>{escape(result['prompt'])}</blockquote>"
+        + _table(("accuracy", "validation", "test"), cells)
+        + f'<p class="muted">Manual prompt: {escape(result["manual_prompt"])}</p>'
+    )
+
+
+def _prompt_table(prompts: Sequence[Mapping[str, Any]]) -> str:
+    best: dict[str, Mapping[str, Any]] = {}
+    for row in prompts:
+        if row["prompt"] not in best or row["reward"] > best[row["prompt"]]["reward"]:
+            best[row["prompt"]] = row
+    top = sorted(best.values(), key=lambda row: -row["reward"])[:SHOWN_PROMPTS]
+    rows = [(row["prompt"], str(row["iteration"]), _number(row["reward"])) for row in top]
+    return _table(("prompt", "iteration", "best reward"), rows)
+
+
+def _review_table(metrics: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for row in metrics:
+        if row["anchor"]:
+            review = row["review"]
+            means = [_number(_mean(review[side])) for side in ("policy_scores", "anchor_scores")]
+            rows.append((row["anchor"], str(row["iteration"]), *means))
+    if not rows:
+        return '<p class="muted">None in this run.</p>'
+    return _table(("decision", "iteration", "agent", "anchor"), rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The first column is text, all others are numbers."""
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        first, *others = (escape(cell) for cell in row)
+        return f"<{tag}>{first}</{tag}>" + "".join(f'<{tag} class="number">{cell}</{tag}>' for cell in others)
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f"<table><tr>{cells('th', header)}</tr>{body}</table>"
+
+
+# -- charts ------------------------------------------------------------------------------------------------------
+
+
+def _figure(title: str, caption: str, columns: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> str:
+    curves = []
+    for column, colour in reversed(list(zip(columns, COLOURS, strict=False))):
+        points = [(row["iteration"], row[column]) for row in metrics if isfinite(row.get(column, float("nan")))]
+        if points:
+            curves += [Curve(points, column, colour + "55"), Curve(_smooth(points), column, colour)]
+    marks = [(row["iteration"], MARKS[row["anchor"]]) for row in metrics if row["anchor"] in MARKS]
+    chart = line_chart(curves, marks) if curves else '<p class="muted">not measured in this run</p>'
+    return (
+        f'<figure><figcaption>{escape(title)} <span class="muted">{escape(caption)}</span></figcaption>{chart}</figure>'
+    )
+
+
+def line_chart(curves: Sequence[Curve], marks: Sequence[tuple[float, str]] = ()) -> str:
+    """An inline SVG of curves over a shared x axis, with upright lines at `marks` (x, colour)."""
+    xs = [x for curve in curves for x, _ in curve.points]
+    ys = [y for curve in curves for _, y in curve.points]
+    low_x, high_x = min(xs), max(max(xs), min(xs) + 1)
+    low_y, high_y = _nice_range(min(ys), max(ys))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + (x - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
+        down = TOP + (high_y - y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
+        return round(across, 1), round(down, 1)
+
+    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-size="11" fill="#666">']
+    for i in range(5):
+        value = low_y + i * (high_y - low_y) / 4
+        _, y = place(low_x, value)
+        out.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}" stroke="#e3e6e9"/>')
+        out.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{value:.3g}</text>')
+    for x_value in (low_x, (low_x + high_x) / 2, high_x):
+        x, _ = place(x_value, low_y)
+        out.append(f'<text x="{x}" y="{HEIGHT - 8}" text-anchor="middle">{x_value:.0f}</text>')
+    for x_value, colour in marks:
+        x, _ = place(x_value, low_y)
+        out.append(
+            f'<line x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="{colour}" stroke-dasharray="3 3"/>'
+        )
+    for curve in curves:
+        path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in curve.points))
+        name = escape(curve.name)
+        out.append(
+            f'<polyline points="{path}" fill="none" stroke="{curve.colour}" stroke-width="1.8">'
+            f"<title>{name}</title></polyline>"
+        )
+    return "".join([*out, "</svg>"])
+
+
+def _smooth(points: Sequence[tuple[float, float]], window: int = 10) -> list[tuple[float, float]]:
+    return [(x, _mean([y for _, y in points[max(0, i - window + 1) : i + 1]])) for i, (x, _) in enumerate(points)]
+
+
+def _nice_range(low: float, high: float) -> tuple[float, float]:
+    margin = 0.05 * (high - low) or max(abs(high), 1.0) * 0.1
+    return (0.0 if 0 <= low <= high / 2 else low - margin), high + margin
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    run_folder = Path(sys.argv[1])
+    (run_folder / "report.html").write_text(render_report(run_folder), encoding="utf-8")
+    print(run_folder / "report.html")

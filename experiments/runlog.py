@@ -1,0 +1,95 @@
+"""What a run leaves behind: its folder, its JSON lines, and the pool of its best prompts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class RunExistsError(ValueError):
+    """The run's folder is there already; nothing in it has been touched."""
+
+
+class RunLog:
+    """The folder of one run. Made by the first write, never over an existing one.
+
+    Args:
+        folder: where; must not exist, or be an empty folder.
+
+    Raises:
+        RunExistsError: the folder holds something.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunExistsError(f"{str(folder)!r} exists and is not empty; name another run folder")
+        self.folder = folder
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """config.yaml: everything that shaped the run."""
+        self._write("config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+
+    def write_json(self, name: str, data: Mapping[str, Any]) -> None:
+        """One JSON object as a file of its own."""
+        self._write(name, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """A file of text, such as the report."""
+        self._write(name, text)
+
+    def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds rows to a .jsonl file, all or (but for a crash of the machine) none."""
+        lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(lines)
+
+    def _write(self, name: str, text: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / f"{name}.part"  # moved into place when whole, so that no reader sees half a file
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, self.folder / name)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file that `RunLog.append` wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@dataclass(frozen=True)
+class PoolEntry:
+    """A prompt, its mean training reward and how often it was scored."""
+
+    prompt: str
+    reward: float
+    count: int
+
+
+class PromptPool:
+    """All distinct prompts of a run with their mean training reward; the best of them are looked at again.
+
+    Batches differ, so a prompt that was scored several times is judged by the mean of its rewards. Empty prompts
+    are not instructions and do not enter.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[str, PoolEntry] = {}
+
+    def add(self, prompts: Sequence[str], rewards: Sequence[float]) -> None:
+        """Takes in the prompts of one iteration."""
+        for prompt, reward in zip(prompts, rewards, strict=True):
+            if not prompt:
+                continue
+            old = self._entries.get(prompt, PoolEntry(prompt, 0.0, 0))
+            mean = (old.reward * old.count + reward) / (old.count + 1)
+            self._entries[prompt] = PoolEntry(prompt, mean, old.count + 1)
+
+    def best(self, size: int) -> list[PoolEntry]:
+        """The `size` best distinct prompts, best first; of equal ones the more often scored, then the older."""
+        return sorted(self._entries.values(), key=lambda e: (-e.reward, -e.count))[:size]
