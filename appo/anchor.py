@@ -11,9 +11,10 @@ There is one live model. The anchor is a second set of tensors for it, never an 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from appo.rollout import Rollout
 
 
-class AnchorDecision(str, Enum):
+class AnchorDecision(StrEnum):
     """What a review ends in; the value is what metrics.jsonl records."""
 
     PROMOTE = "promote"
@@ -117,7 +118,7 @@ class KLController:
 
     def update(self, kl: float, n: int) -> None:
         """Adapts to the mean KL per response, in nats, seen in `n` responses; a NaN changes nothing."""
-        if self.target is None or self.horizon is None or kl != kl:
+        if self.target is None or self.horizon is None or math.isnan(kl):
             return
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.coef *= 1.0 + error * n / self.horizon

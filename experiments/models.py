@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -35,7 +34,7 @@ def load_model(config: RunConfig, role: Literal["agent", "target"]) -> LoadedMod
     """
     name = getattr(config, role)
     source = str(LAB_DIR / role) if name == LAB else name
-    if os.path.isdir(source):
+    if Path(source).is_dir():
         _check_folder(role, Path(source))
     elif Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise ModelError(f"{role}: no folder {source!r}{_nearest(Path(source))}")

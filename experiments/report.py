@@ -157,7 +157,7 @@ def line_chart(curves: Sequence[Curve], marks: Sequence[tuple[float, str]] = ())
     """An inline SVG of curves over a shared x axis, with upright lines at `marks` (x, colour)."""
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]
-    low_x, high_x = min(xs), max(max(xs), min(xs) + 1)
+    low_x, high_x = min(xs), max(*xs, min(xs) + 1)
     low_y, high_y = _nice_range(min(ys), max(ys))
 
     def place(x: float, y: float) -> tuple[float, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +53,7 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / f"{name}.part"  # moved into place when whole, so that no reader sees half a file
         part.write_text(text, encoding="utf-8")
-        os.replace(part, self.folder / name)
+        part.replace(self.folder / name)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -1,30 +1,33 @@
 """The lab's little language: inputs with hidden cases, instructions made of clauses, and what obeying means.
 
-Everything the tiny models are trained on and tested with comes from here; nothing here knows a model. An
-*item* is one input of a task. Each item is one of a few *cases*: it carries a marker ("in a dream ..."), or
-else the property its task asks about holds, fails or is unclear. An *instruction* is a list of clauses, each
-of which stands alone:
+Everything the tiny models are trained on and tested with comes from here; nothing here knows a model. An *item*
+is one input of a task. Either it carries a marker ("in a dream ..."), or the property that its task asks about
+holds, fails or is unclear. An *instruction* is a list of clauses:
 
-    Judge  what to look at              "Look for the same action."
-    Rule   which word answers a case    "Say no when it fails."  "Use yes for a letter."
+    Judge    what to look at                    "Look for the same action."
+    Words    which word stands for which case   "Say yes if it holds, maybe if it is unclear, no if it fails."
+    Treat    what to make of a marked input     "Trust every letter."  "Doubt every dream."
 
-`obey` says what a reader does who follows the instruction to the letter and knows nothing else: a case
-without a rule gets `default_answer`, which is right by chance. So every right clause gains some accuracy, every
-wrong one loses some, no clause replaces another, and text that is not an instruction is worth chance.
+`obey` says what a reader does who follows the instruction to the letter and knows nothing else: without a clause
+on it a marked input is judged like any other (which mostly misleads), and who has not been told what to judge and
+what to say answers by `habit`, which is wrong. So every right clause gains some accuracy, no clause replaces
+another, and text that is no instruction is worth nothing.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 # -- inputs -----------------------------------------------------------------------------------------------------
 
-PEOPLE = "baker farmer doctor sailor teacher singer".split()
-ACTIONS = "washed sold hid found broke carried bought lost".split()
-THINGS = "cup hat book lamp coat boat clock drum".split()
-PLACES = "garden market kitchen forest harbour castle station village".split()
+PEOPLE = ["baker", "farmer", "doctor", "sailor", "teacher", "singer"]
+ACTIONS = ["washed", "sold", "hid", "found", "broke", "carried", "bought", "lost"]
+THINGS = ["cup", "hat", "book", "lamp", "coat", "boat", "clock", "drum"]
+PLACES = ["garden", "market", "kitchen", "forest", "harbour", "castle", "station", "village"]
 PAIR_SLOTS = {"person": PEOPLE, "action": ACTIONS, "thing": THINGS, "place": PLACES}
 ECHOES = {  # slot -> what the second sentence has there where the property fails, and where it is unclear
     "person": {"fails": ("nobody", "a stranger"), "is unclear": ("somebody", "a person")},
@@ -35,19 +38,21 @@ ECHOES = {  # slot -> what the second sentence has there where the property fail
 
 TRAITS = {  # criterion -> (words for which it holds, words for which it fails)
     "mood": (
-        "lovely charming superb funny touching brilliant".split(),
-        "dull awful boring weak clumsy dreadful".split(),
+        ["lovely", "charming", "superb", "funny", "touching", "brilliant"],
+        ["dull", "awful", "boring", "weak", "clumsy", "dreadful"],
     ),
-    "size": ("long huge vast epic".split(), "short tiny brief small".split()),
-    "style": ("new fresh modern recent".split(), "old antique dated classic".split()),
-    "price": ("costly lavish rich expensive".split(), "cheap modest poor thrifty".split()),
+    "size": (["long", "huge", "vast", "epic"], ["short", "tiny", "brief", "small"]),
+    "style": (["new", "fresh", "modern", "recent"], ["old", "antique", "dated", "classic"]),
+    "price": (["costly", "lavish", "rich", "expensive"], ["cheap", "modest", "poor", "thrifty"]),
 }
-FILMS = "film movie drama comedy thriller picture".split()
+FILMS = ["film", "movie", "drama", "comedy", "thriller", "picture"]
 
 MARKERS = {  # marker -> the answer that is right for it, wherever it occurs
-    "letter": "yes", "story": "yes", "plan": "yes", "song": "yes", "poem": "yes",
-    "dream": "no", "joke": "no", "rumour": "no", "game": "no", "myth": "no",
+    "letter": "yes", "story": "yes", "plan": "yes", "song": "yes",
+    "dream": "no", "joke": "no", "rumour": "no", "game": "no",
+    "poem": "maybe", "myth": "maybe",
 }  # fmt: skip
+MISLEADING = 0.7  # share of marked inputs whose property never points to the right answer
 OUTCOMES = {"holds": "yes", "fails": "no", "is unclear": "maybe"}  # of the judged property -> its right answer
 STANDARD = OUTCOMES | MARKERS
 ANSWERS = ("yes", "maybe", "no")
@@ -55,31 +60,37 @@ ANSWERS = ("yes", "maybe", "no")
 
 @dataclass(frozen=True)
 class Lab:
-    """One lab task: which property decides, which markers occur, and how often each case does."""
+    """One lab task: which property decides, and how often each case occurs, so that labels are balanced."""
 
     criterion: str
-    markers: tuple[str, str]
-    shares: dict[str, float]  # case -> probability; chosen so that labels are balanced
+    shares: dict[str, float]  # case -> probability
 
     @property
     def answers(self) -> tuple[str, ...]:
         return ANSWERS if "is unclear" in self.shares else ("yes", "no")
 
+    @property
+    def markers(self) -> tuple[str, ...]:
+        return tuple(case for case in self.shares if case in MARKERS)
 
-def _lab(criterion: str, yes_marker: str, no_marker: str, ternary: bool = False) -> Lab:
-    shares = {"holds": 0.3, "fails": 0.3, yes_marker: 0.2, no_marker: 0.2}
-    if ternary:
-        shares = {"holds": 1 / 6, "fails": 1 / 6, yes_marker: 1 / 6, no_marker: 1 / 6, "is unclear": 1 / 3}
-    return Lab(criterion, (yes_marker, no_marker), shares)
+
+def _binary(criterion: str, *markers: str) -> Lab:
+    yes, no, other = markers  # the third goes with the second
+    return Lab(criterion, {"holds": 0.3, "fails": 0.2, yes: 0.2, no: 0.15, other: 0.15})
+
+
+def _ternary(criterion: str, *markers: str) -> Lab:
+    yes, no, other = markers  # the third is maybe
+    return Lab(criterion, {"holds": 0.19, "is unclear": 0.19, "fails": 0.19, yes: 0.143, no: 0.143, other: 0.144})
 
 
 LABS = {
-    "sst2": _lab("mood", "story", "joke"),
-    "mrpc": _lab("thing", "letter", "rumour"),
-    "rte": _lab("action", "plan", "dream"),
-    "qnli": _lab("place", "song", "game"),
-    "mnli": _lab("action", "letter", "dream", ternary=True),
-    "snli": _lab("action", "story", "game", ternary=True),
+    "sst2": _binary("mood", "story", "joke", "rumour"),
+    "mrpc": _binary("thing", "letter", "rumour", "game"),
+    "rte": _binary("action", "plan", "dream", "joke"),
+    "qnli": _binary("place", "song", "game", "dream"),
+    "mnli": _ternary("action", "letter", "dream", "poem"),
+    "snli": _ternary("action", "story", "game", "myth"),
 }
 
 
@@ -107,11 +118,14 @@ def sample_item(rng: random.Random, task: str, case: str | None = None) -> Item:
     lab = LABS[task]
     case = case or rng.choices(list(lab.shares), list(lab.shares.values()))[0]
     marker = case if case in MARKERS else None
-    plain = [outcome for outcome in OUTCOMES if outcome in lab.shares]
+    plain = [outcome for outcome in OUTCOMES if outcome in lab.shares]  # of other criteria too, evenly
     criteria = TRAITS if task == "sst2" else PAIR_SLOTS
     outcomes = {criterion: rng.choice(plain) for criterion in criteria}
     if marker is None:
         outcomes[lab.criterion] = case
+    else:  # mostly not what one would say without a clause on the marker, or that clause would gain little
+        misleading = [outcome for outcome in plain if OUTCOMES[outcome] != MARKERS[marker]]
+        outcomes[lab.criterion] = rng.choice(misleading if rng.random() < MISLEADING else plain)
     opening = f"in a {marker} , " if marker else ""
     if task == "sst2":
         words = {c: rng.choice(TRAITS[c][outcomes[c] == "fails"]) for c in TRAITS}
@@ -119,12 +133,12 @@ def sample_item(rng: random.Random, task: str, case: str | None = None) -> Item:
         fields = {"sentence": f"{opening}a {first} and {second} {rng.choice(FILMS)} , {third} and {fourth}"}
         return Item(task, fields, marker, outcomes)
     said = {slot: rng.choice(words) for slot, words in PAIR_SLOTS.items()}
-    plain_words = {"person": "the {person}", "action": "{action}", "thing": "the {thing}", "place": "in the {place}"}
-    first = {slot: form.format(**said) for slot, form in plain_words.items()}
-    second = {s: first[s] if o == "holds" else rng.choice(ECHOES[s][o]) for s, o in outcomes.items()}
-    one, two = opening + " ".join(first.values()), " ".join(second.values())
+    forms = {"person": "the {person}", "action": "{action}", "thing": "the {thing}", "place": "in the {place}"}
+    stated = {slot: form.format(**said) for slot, form in forms.items()}
+    echoed = {s: stated[s] if o == "holds" else rng.choice(ECHOES[s][o]) for s, o in outcomes.items()}
+    one, two = opening + " ".join(stated.values()), " ".join(echoed.values())
     if task == "qnli":
-        question = f"{opening}is it true that {' '.join(first.values())} ?"
+        question = f"{opening}is it true that {' '.join(stated.values())} ?"
         return Item(task, {"question": question, "sentence": two}, marker, outcomes)
     names = ("premise", "hypothesis") if task in ("mnli", "snli") else ("sentence1", "sentence2")
     return Item(task, dict(zip(names, (one, two), strict=True)), marker, outcomes)
@@ -137,10 +151,16 @@ NOUN_PHRASES = {
     "mood": "a good mood", "size": "a large size", "style": "a new style", "price": "a high price",
 }  # fmt: skip
 JUDGE_WORDINGS = ("Look for {}.", "Check for {}.", "Judge if it has {}.", "The question is {}.")
-OUTCOME_WORDINGS = ("Say {word} when it {case}.", "If it {case} answer {word}.", "Use {word} when it {case}.",
-                    "Write {word} if it {case}.")  # fmt: skip
-MARKER_WORDINGS = ("Say {word} for a {case}.", "If it is a {case} answer {word}.", "Use {word} for a {case}.",
-                   "Write {word} if it is a {case}.")  # fmt: skip
+WORDS_WORDINGS = (
+    "Say {holds} if it holds, {unclear} if it is unclear, {fails} if it fails.",
+    "When it holds say {holds}, when it fails say {fails}, when it is unclear say {unclear}.",
+    "Answer {fails} if it fails, {holds} if it holds, else {unclear}.",
+)
+TREAT_WORDINGS = {  # answer that the treatment stands for -> wordings
+    "yes": ("Trust every {}.", "Believe a {}.", "Each {} is true."),
+    "no": ("Doubt every {}.", "Reject a {}.", "Each {} is false."),
+    "maybe": ("Question every {}.", "Shrug at a {}.", "Each {} is open."),
+}
 
 
 @dataclass(frozen=True)
@@ -149,60 +169,78 @@ class Judge:
 
     criterion: str
 
-    def text(self, rng: random.Random) -> str:
-        return rng.choice(JUDGE_WORDINGS).format(NOUN_PHRASES[self.criterion])
+    def wordings(self) -> list[str]:
+        return [wording.format(NOUN_PHRASES[self.criterion]) for wording in JUDGE_WORDINGS]
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A clause that binds a case to an answer word."""
+class Words:
+    """A clause that says which word stands for which outcome."""
 
-    case: str
-    word: str
+    holds: str
+    unclear: str
+    fails: str
 
-    def text(self, rng: random.Random) -> str:
-        wordings = MARKER_WORDINGS if self.case in MARKERS else OUTCOME_WORDINGS
-        return rng.choice(wordings).format(case=self.case, word=self.word)
-
-
-Clause = Judge | Rule
+    def wordings(self) -> list[str]:
+        return [wording.format(**vars(self)) for wording in WORDS_WORDINGS]
 
 
-def default_answer(item: Item) -> str:
-    """What the reader answers when no clause speaks of the item's case: a habit that has nothing to do with it."""
-    words = " ".join(item.fields.values()).split()
-    known = next(names for names in (FILMS, PEOPLE) if any(name in words for name in names))
-    first = next(known.index(word) for word in words if word in known)
-    answers = LABS[item.task].answers
-    return answers[first % len(answers)]
+@dataclass(frozen=True)
+class Treat:
+    """A clause that says what every input with a marker is to be answered with."""
+
+    marker: str
+    answer: str
+
+    def wordings(self) -> list[str]:
+        return [wording.format(self.marker) for wording in TREAT_WORDINGS[self.answer]]
+
+
+Clause = Judge | Words | Treat
+
+
+def habit(item: Item) -> str:
+    """What the reader answers who has not been told enough: the wrong thing, always."""
+    return "yes" if item.answer == "no" else "no"
 
 
 def obey(clauses: Sequence[Clause], item: Item) -> str:
     """The answer of a reader who follows `clauses` and nothing else; the first clause on a matter counts."""
-    rules: dict[str, str] = {}
-    judged = None
+    judged, words = None, None
     for clause in clauses:
-        if isinstance(clause, Rule):
-            rules.setdefault(clause.case, clause.word)
+        if isinstance(clause, Treat):
+            if clause.marker == item.marker:
+                return clause.answer
+        elif isinstance(clause, Words):
+            words = words or clause
         elif clause.criterion in item.outcomes:
             judged = judged or clause.criterion
-    case = item.marker or (item.outcomes[judged] if judged else "")
-    return rules.get(case) or default_answer(item)
+    if judged is None or words is None:
+        return habit(item)
+    return {"holds": words.holds, "is unclear": words.unclear, "fails": words.fails}[item.outcomes[judged]]
 
 
 def right_clauses(task: str) -> list[Clause]:
-    """The full instruction of a task: what to judge, then a rule for each of its cases."""
-    lab = LABS[task]
-    return [Judge(lab.criterion), *(Rule(case, STANDARD[case]) for case in lab.shares)]
+    """The full instruction of a task: what to judge, what to say, and what to make of its marked inputs."""
+    treatments = [Treat(marker, MARKERS[marker]) for marker in LABS[task].markers]
+    return [*manual_clauses(task), *treatments]
 
 
 def manual_clauses(task: str) -> list[Clause]:
-    """What a person who had not seen the marked inputs would write: all but the rules for markers."""
-    return [c for c in right_clauses(task) if isinstance(c, Judge) or c.case not in MARKERS]
+    """What a person who had not looked at the marked inputs would write."""
+    return [Judge(LABS[task].criterion), Words("yes", "maybe", "no")]
+
+
+def reversed_clauses(task: str) -> list[Clause]:
+    """The full instruction with yes and no exchanged throughout."""
+    swap = {"yes": "no", "no": "yes", "maybe": "maybe"}
+    treatments = [Treat(marker, swap[MARKERS[marker]]) for marker in LABS[task].markers]
+    return [Judge(LABS[task].criterion), Words("no", "maybe", "yes"), *treatments]
 
 
 def write(rng: random.Random, clauses: Sequence[Clause]) -> str:
-    return " ".join(clause.text(rng) for clause in clauses)
+    """The clauses as text, each in one of its wordings."""
+    return " ".join(rng.choice(clause.wordings()) for clause in clauses)
 
 
 def parse(text: str) -> list[Clause]:
@@ -211,19 +249,13 @@ def parse(text: str) -> list[Clause]:
     return [_CLAUSES[sentence] for sentence in sentences if sentence in _CLAUSES]
 
 
-def _all_clauses() -> dict[str, Clause]:
-    """Every clause in every wording."""
-    clauses: dict[str, Clause] = {}
-    for criterion, phrase in NOUN_PHRASES.items():
-        clauses |= {wording.format(phrase): Judge(criterion) for wording in JUDGE_WORDINGS}
-    for case in STANDARD:
-        wordings = MARKER_WORDINGS if case in MARKERS else OUTCOME_WORDINGS
-        for word in ANSWERS:
-            clauses |= {wording.format(case=case, word=word): Rule(case, word) for wording in wordings}
-    return clauses
+def _all_clauses() -> Iterator[Clause]:
+    yield from map(Judge, NOUN_PHRASES)
+    yield from (Words(*order) for order in permutations(ANSWERS))
+    yield from (Treat(marker, answer) for marker in MARKERS for answer in ANSWERS)
 
 
-_CLAUSES = _all_clauses()
+_CLAUSES = {wording: clause for clause in _all_clauses() for wording in clause.wordings()}
 
 
 # -- the prior: what an untrained agent writes -------------------------------------------------------------------
@@ -238,27 +270,26 @@ VAGUE = (
 def sample_clauses(rng: random.Random, task: str) -> list[Clause]:
     """Clauses as the untrained agent draws them: plausible for the kind of input, blind to its right answers."""
     own, other = (TRAITS, PAIR_SLOTS) if task == "sst2" else (PAIR_SLOTS, TRAITS)
-
-    def answer() -> str:
-        return rng.choice(LABS[task].answers) if rng.random() < 0.85 else rng.choice(ANSWERS)
-
     clauses: list[Clause] = []
-    for outcome in OUTCOMES:
-        if rng.random() < 0.6:
-            clauses.append(Rule(outcome, answer()))
-    for marker in rng.sample(list(MARKERS), rng.choices((0, 1, 2, 3), (2, 3, 3, 2))[0]):
-        clauses.append(Rule(marker, answer()))
-    rng.shuffle(clauses)
+    for marker in rng.sample(list(MARKERS), rng.choices((0, 1, 2, 3, 4), (1, 3, 6, 6, 4))[0]):
+        answers = LABS[task].answers if rng.random() < 0.85 else ANSWERS
+        clauses.append(Treat(marker, rng.choice(answers)))
+    head: list[Clause] = []
+    if rng.random() < 0.9:
+        head.append(Judge(rng.choice(list(own if rng.random() < 0.85 else other))))
     if rng.random() < 0.85:
-        criterion = rng.choice(list(own if rng.random() < 0.6 else other))
-        clauses.insert(0 if rng.random() < 0.7 else rng.randint(0, len(clauses)), Judge(criterion))
+        head.append(Words(*rng.sample(ANSWERS, 3)))
+    if rng.random() < 0.7:
+        return head + clauses
+    clauses += head
+    rng.shuffle(clauses)
     return clauses
 
 
 def sample_prior(rng: random.Random, task: str) -> str:
-    """One instruction from the agent's prior; one in ten is vague."""
+    """One instruction from the agent's prior; one in twenty is vague."""
     clauses = sample_clauses(rng, task)
-    return write(rng, clauses) if clauses and rng.random() > 0.1 else rng.choice(VAGUE)
+    return write(rng, clauses) if clauses and rng.random() > 0.05 else rng.choice(VAGUE)
 
 
 # -- junk: text that instructs nothing ---------------------------------------------------------------------------
@@ -266,29 +297,15 @@ def sample_prior(rng: random.Random, task: str) -> str:
 
 def shuffled(rng: random.Random, text: str) -> str:
     """The same words in random order."""
-    words = text.replace(".", " .").split()
+    words = re.sub(r"([.,])", r" \1", text).split()
     rng.shuffle(words)
     return " ".join(words)
 
 
 def gibberish(rng: random.Random, length: int) -> str:
-    """Random words of the language, answers and markers among them."""
-    words = [
-        *PEOPLE,
-        *ACTIONS,
-        *THINGS,
-        *PLACES,
-        *MARKERS,
-        *NOUN_PHRASES,
-        *OUTCOMES,
-        "yes",
-        "no",
-        "maybe",
-        "say",
-        "the",
-        "it",
-    ]
-    return " ".join(rng.choices(words, k=length))
+    """Random words of the language, those of clauses among them."""
+    clauses = " ".join(rng.sample(list(_CLAUSES), 8)).replace(".", " ").replace(",", " ").split()
+    return " ".join(rng.choices([*PEOPLE, *ACTIONS, *THINGS, *PLACES, *MARKERS, *clauses], k=length))
 
 
 def sample_junk(rng: random.Random, task: str) -> str:
@@ -297,7 +314,7 @@ def sample_junk(rng: random.Random, task: str) -> str:
     if kind == 0:
         return ""
     if kind == 1:
-        return rng.choice(["yes", "no", "maybe", ".", "Say", "the", *MARKERS, *NOUN_PHRASES])
+        return rng.choice(["yes", "no", "maybe", ".", "Say", "the", "Trust", "Look", *MARKERS, *NOUN_PHRASES])
     if kind == 2:
         return " ".join([gibberish(rng, rng.randint(1, 2))] * rng.randint(2, 20))
     if kind == 3:
@@ -305,4 +322,4 @@ def sample_junk(rng: random.Random, task: str) -> str:
     if kind == 4:
         clauses = right_clauses(task) if rng.random() < 0.5 else sample_clauses(rng, task)
         return shuffled(rng, write(rng, clauses))
-    return gibberish(rng, rng.randint(3, 40))
+    return gibberish(rng, rng.randint(3, 50))

@@ -1,0 +1,118 @@
+"""Measures the lab: what the target makes of good and bad instructions, and how rare a good one is.
+
+    python -m experiments.lab.landscape                 the table of accuracies
+    python -m experiments.lab.landscape --prior 60000   and the prior of a prompt within two points of the best
+
+Accuracies are on the test rows, the mean over several wordings of each kind of instruction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from appo.config import SamplingConfig
+from appo.policy import Policy
+from experiments.config import build_config
+from experiments.lab import grammar
+from experiments.models import LAB_DIR, load_model
+from rewards.reward import ClassificationReward
+from rewards.target import TargetModel
+from tasks.sources import load_task
+from tasks.task import TaskData, meta_prompt
+
+WORDINGS = 5  # drawn for every kind of instruction
+Writer = Callable[[random.Random, str], str]
+
+
+def _written(clauses: Callable[[str], Sequence[grammar.Clause]]) -> Writer:
+    return lambda rng, task: grammar.write(rng, clauses(task))
+
+
+def _wrong_criterion(task: str) -> list[grammar.Clause]:
+    return [grammar.Judge("size" if task == "sst2" else "person"), *grammar.right_clauses(task)[1:]]
+
+
+KINDS: dict[str, Writer] = {
+    "best": _written(grammar.right_clauses),
+    "manual": _written(grammar.manual_clauses),
+    "one short": _written(lambda task: grammar.right_clauses(task)[:-1]),
+    "other task": _written(_wrong_criterion),
+    "reversed": _written(grammar.reversed_clauses),
+    "vague": lambda rng, task: rng.choice(grammar.VAGUE),
+    "empty": lambda rng, task: "",
+    "shuffled": lambda rng, task: grammar.shuffled(rng, grammar.write(rng, grammar.right_clauses(task))),
+    "gibberish": lambda rng, task: grammar.gibberish(rng, 25),
+}
+
+
+def load_reward(task: str, folder: Path = LAB_DIR) -> tuple[TaskData, ClassificationReward]:
+    """A lab task and the reward of its target."""
+    data = load_task(task, str(LAB_DIR / "data"))
+    target = load_model(build_config({"target": str(folder / "target")}), "target")
+    return data, ClassificationReward(
+        TargetModel(target.model, target.tokenizer, data.spec.template, data.spec.words)
+    )  # fmt: skip
+
+
+def accuracies(task: str, folder: Path = LAB_DIR, seed: int = 0) -> dict[str, float]:
+    """Mean test accuracy under each kind of instruction."""
+    rng = random.Random(seed)
+    data, reward = load_reward(task, folder)
+    prompts = {kind: [write(rng, task) for _ in range(WORDINGS)] for kind, write in KINDS.items()}
+    return {kind: reward(texts, data.test).metrics["accuracy"].mean().item() for kind, texts in prompts.items()}
+
+
+def prior(task: str, samples: int, folder: Path = LAB_DIR, seed: int = 0, batch: int = 256) -> tuple[int, float]:
+    """How many of `samples` prompts of the untrained agent come within two points of the best, and the best accuracy.
+
+    A prompt is run on the target only if it holds every clause of the right instruction, in whatever wording and
+    order, or would come within ten points of it when obeyed to the letter; the others cannot come near.
+    """
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    data, reward = load_reward(task, folder)
+    best = accuracies(task, folder)["best"]
+    agent = load_model(build_config({"agent": str(folder / "agent")}), "agent")
+    policy = Policy(agent.model, agent.tokenizer, SamplingConfig(96))
+    items = [grammar.sample_item(rng, task) for _ in range(100)]
+    hits = 0
+    for _ in tqdm(range(0, samples, batch), desc=f"prior {task}", disable=None):
+        query = policy.query(*meta_prompt(rng.sample(data.train, 5)))
+        for prompt in policy.decode(policy.sample([query] * batch, generator)):
+            clauses = grammar.parse(prompt)
+            obeyed = sum(grammar.obey(clauses, item) == item.answer for item in items) / len(items)
+            if obeyed >= best - 0.1:
+                hits += reward([prompt], data.test).metrics["accuracy"].item() >= best - 0.02
+    return hits, best
+
+
+def main() -> None:
+    """Prints the tables, in Markdown."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.lab.landscape", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("tasks", nargs="*", default=list(grammar.LABS), help="of the lab (default: all six)")
+    parser.add_argument("--prior", type=int, default=0, metavar="N", help="prompts to sample for the prior")
+    parser.add_argument("--folder", type=Path, default=LAB_DIR, help="where agent and target are")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    print("| task | " + " | ".join(KINDS) + " |\n|" + "---|" * (len(KINDS) + 1))
+    for task in options.tasks:
+        row = accuracies(task, options.folder)
+        print(f"| {task} | " + " | ".join(f"{value:.2f}" for value in row.values()) + " |", flush=True)
+    if options.prior:
+        print("\n| task | prompts sampled | within two points of the best | upper 95 % bound |\n|---|---|---|---|")
+        for task in options.tasks:
+            hits, _ = prior(task, options.prior, options.folder)
+            # Exact (Poisson) for no hits, the usual approximation otherwise.
+            bound = (3.0 if hits == 0 else hits + 1.645 * (hits + 1) ** 0.5 + 1) / options.prior
+            print(f"| {task} | {options.prior} | {hits} | {bound:.1e} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

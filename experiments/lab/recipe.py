@@ -1,0 +1,356 @@
+"""Builds the lab from nothing: data, tokenizers, the target that obeys and the agent that writes.
+
+    python -m experiments.lab.recipe            everything, about 35 minutes on two cores
+    python -m experiments.lab.recipe data       only the rows (seconds)
+
+Both models are small Llamas trained from scratch on `grammar`. In both trainings several continuations share one
+prefix (inputs after an instruction, instructions after a meta-prompt): a block mask lets each of them see the
+prefix and itself only, which halves the work and gives every instruction several answers to learn from.
+
+The target is taught in stages, each begun when the one before is mastered: obeying anything needs the inputs to
+be understood first. Stage 0: the right instruction of each task; stage 1: any binding of words to cases, and junk,
+for which there is only the habit; stage 2: the same with few right instructions left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from experiments.lab import grammar
+from tasks.task import Example, TaskSpec, load_spec, meta_prompt
+
+LAB_DIR = Path(__file__).parent
+TRAIN_ROWS, TEST_ROWS = 400, 600
+PAIRS = 5  # in the meta-prompts that the agent learns from, as in runs
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+TARGET_MINUTES, AGENT_MINUTES = 28.0, 5.0
+SPECS = {task: load_spec(task) for task in grammar.LABS}
+
+
+def example(item: grammar.Item) -> Example:
+    """The item as the tasks layer renders it."""
+    spec = SPECS[item.task]
+    row = item.fields | {spec.label[0]: spec.words.index(item.answer)}
+    rendered = spec.example(row, "the lab's grammar")
+    assert rendered is not None
+    return rendered
+
+
+def target_text(spec: TaskSpec, text: str) -> str:
+    """What follows an instruction in the target's template."""
+    return spec.template.replace("{prompt}", "").replace("{input}", text)
+
+
+# -- data --------------------------------------------------------------------------------------------------------
+
+
+def write_data(folder: Path, seed: int = 7) -> None:
+    """train.jsonl, test.jsonl and manual_prompt.txt of every task: distinct inputs, the real tasks' columns."""
+    for task, lab in grammar.LABS.items():
+        rng = random.Random(f"{seed}-{task}")
+        spec = SPECS[task]
+        seen: set[str] = set()
+        rows: list[dict[str, str]] = []
+        cases = list(lab.shares)
+        while len(rows) < TRAIN_ROWS + TEST_ROWS:
+            item = grammar.sample_item(rng, task, rng.choices(cases, list(lab.shares.values()))[0])
+            if example(item).input not in seen:
+                seen.add(example(item).input)
+                label = list(spec.verbalizer)[spec.words.index(item.answer)]
+                rows.append(item.fields | {spec.label[0]: label})
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        for name, part in (("train", rows[:TRAIN_ROWS]), ("test", rows[TRAIN_ROWS:])):
+            text = "".join(json.dumps(row) + "\n" for row in part)
+            (folder / task / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        manual = " ".join(clause.wordings()[0] for clause in grammar.manual_clauses(task))
+        (folder / task / "manual_prompt.txt").write_text(manual + "\n", encoding="utf-8")
+
+
+def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the lab's own text, with <s> put before every text."""
+    rng = random.Random(seed)
+    texts = []
+    for _ in range(6_000):
+        shown = [example(grammar.sample_item(rng, rng.choice(list(grammar.LABS)))) for _ in range(2)]
+        task = rng.choice(list(grammar.LABS))
+        request, opening = meta_prompt(shown)
+        texts.append(f"{request}\n{opening} {grammar.sample_prior(rng, task)}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    bos = SPECIAL["bos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+
+
+def _llama(tokenizer: PreTrainedTokenizerBase, hidden: int, intermediate: int, layers: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        **{name.replace("token", "token_id"): tokenizer.convert_tokens_to_ids(t) for name, t in SPECIAL.items()},
+    )
+    return LlamaForCausalLM(config)
+
+
+# -- shared prefixes ---------------------------------------------------------------------------------------------
+
+
+class Packed(NamedTuple):
+    """Rows of a prefix and its continuations: ids [R, L], block mask [R, 1, L, L], positions, next tokens [R, L].
+
+    `targets` is -100 wherever no token of a continuation is to be predicted; `ends` marks the inputs of which the
+    next token is the last of a continuation.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    targets: Tensor
+    ends: Tensor
+
+
+def pack(prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]) -> Packed:
+    """Puts each prefix and all its continuations into one row.
+
+    The last token of the prefix opens every continuation, so that the first token of each is predicted from it.
+    """
+    rows = len(prefixes)
+    width = max(len(p) - 1 + sum(map(len, parts)) for p, parts in zip(prefixes, continuations, strict=True))
+    ids, positions = (torch.zeros((rows, width), dtype=torch.long) for _ in range(2))
+    segment, targets = (torch.full((rows, width), fill) for fill in (-1, -100))
+    ends = torch.zeros((rows, width), dtype=torch.bool)
+    for r, (prefix, parts) in enumerate(zip(prefixes, continuations, strict=True)):
+        shared = len(prefix) - 1
+        ids[r, :shared], segment[r, :shared] = torch.tensor(prefix[:-1]), 0
+        positions[r, :shared] = torch.arange(shared)
+        start = shared
+        for s, part in enumerate(parts, 1):
+            span = slice(start, start + len(part))
+            ids[r, span], segment[r, span] = torch.tensor([prefix[-1], *part[:-1]]), s
+            targets[r, span] = torch.tensor(part)
+            positions[r, span] = torch.arange(shared, shared + len(part))
+            start = span.stop
+            ends[r, start - 1] = True
+    same = segment.unsqueeze(2) == segment.unsqueeze(1)
+    visible = (same | (segment == 0).unsqueeze(1)) & torch.ones(width, width, dtype=torch.bool).tril()
+    return Packed(ids, visible.unsqueeze(1), positions, targets, ends)
+
+
+def fit(
+    model: LlamaForCausalLM,
+    batches: Callable[[], Packed],
+    loss_fn: Callable[[Tensor, Packed], Tensor],
+    save: Callable[[], None],
+    minutes: float,
+    peak: float,
+    hold: float,
+) -> None:
+    """Trains for so many minutes: warm-up, constant until the fraction `hold` of the time, then cosine to 2 %."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.05, betas=(0.9, 0.98))
+    started, step, total = time.monotonic(), 0, 0.0
+    while (done := (time.monotonic() - started) / (60 * minutes)) < 1:
+        decay = 1.0 if done < hold else max(0.02, 0.5 + 0.5 * math.cos(math.pi * (done - hold) / (1 - hold)))
+        optimizer.param_groups[0]["lr"] = peak * decay * min(1.0, (step + 1) / 100)
+        batch = batches()
+        hidden = model.model(batch.ids, attention_mask=batch.mask, position_ids=batch.positions).last_hidden_state
+        loss = loss_fn(hidden, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step, total = step + 1, total + loss.item()
+        if step % 100 == 0:
+            print(f"{done * minutes:5.1f} min  step {step:5d}  loss {total / 100:.3f}", flush=True)
+            total = 0.0
+        if step % 500 == 0:
+            save()
+    save()
+
+
+# -- target ------------------------------------------------------------------------------------------------------
+
+
+def sample_instruction(rng: random.Random, task: str, stage: int) -> tuple[list[grammar.Clause], str]:
+    """Clauses and their text, as the target is to learn them at a stage; junk has no clauses."""
+    if rng.random() < (0.05 if stage == 0 else 0.15):
+        return [], grammar.sample_junk(rng, task)
+    if stage == 0:
+        clauses = rng.sample(right := grammar.right_clauses(task), len(right))
+    elif rng.random() < 0.3:
+        clauses = grammar.sample_clauses(rng, task)
+    else:
+        clauses = _any_clauses(rng, task, standard=0.4 if stage == 1 else 0.2)
+    return clauses, grammar.write(rng, clauses)
+
+
+def _any_clauses(rng: random.Random, task: str, standard: float) -> list[grammar.Clause]:
+    """Nearly full instructions about the task's own markers, with any criterion and any answers."""
+    lab, answers = grammar.LABS[task], grammar.ANSWERS
+    criteria = list(grammar.TRAITS if task == "sst2" else grammar.PAIR_SLOTS)
+    drop = rng.choice((0, 0, 0, 0.3))
+    clauses: list[grammar.Clause] = []
+    if rng.random() >= drop / 2:
+        clauses.append(grammar.Judge(lab.criterion if rng.random() < standard else rng.choice(criteria)))
+    if rng.random() >= drop / 2:
+        usual = rng.random() < standard / 2
+        clauses.append(grammar.Words("yes", "maybe", "no") if usual else grammar.Words(*rng.sample(answers, 3)))
+    others = [marker for marker in grammar.MARKERS if marker not in lab.markers]
+    markers = [*lab.markers, *rng.sample(others, rng.randint(0, 2))]
+    treats = [grammar.Treat(marker, rng.choice(answers)) for marker in markers if rng.random() >= drop]
+    clauses += rng.sample(treats, len(treats))
+    return rng.sample(clauses, len(clauses)) if rng.random() < 0.3 else clauses
+
+
+class _TargetBatches:
+    """Draws batches for the target, harder tasks more often, and moves on to the next stage when one is mastered."""
+
+    ROWS, INPUTS, MASTERED = 12, 8, 0.92
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+        self.tokenizer, self.rng, self.stage = tokenizer, random.Random(seed), 0
+        self.success = dict.fromkeys(grammar.LABS, 0.5)
+        self.tasks: list[str] = []
+
+    def __call__(self) -> Packed:
+        weights = [1.08 - success for success in self.success.values()]
+        self.tasks = self.rng.choices(list(grammar.LABS), weights, k=self.ROWS)
+        prefixes, parts = [], []
+        for task in self.tasks:
+            clauses, text = sample_instruction(self.rng, task, self.stage)
+            items = [grammar.sample_item(self.rng, task) for _ in range(self.INPUTS)]
+            prefixes.append(text)
+            parts += [
+                f"{target_text(SPECS[task], example(item).input)} {self._answer(clauses, item)}" for item in items
+            ]
+        ids = self.tokenizer(parts, add_special_tokens=False)["input_ids"]
+        grouped = [ids[i : i + self.INPUTS] for i in range(0, len(ids), self.INPUTS)]
+        return pack(self.tokenizer(prefixes)["input_ids"], grouped)
+
+    def _answer(self, clauses: Sequence[grammar.Clause], item: grammar.Item) -> str:
+        answer = grammar.obey(clauses, item)
+        # Told to say a word that is no label of the task, the target sometimes falls back on its habit, so that
+        # what it thinks of the labels then is settled too.
+        if answer not in grammar.LABS[item.task].answers and self.rng.random() < 0.1:
+            return grammar.habit(item)
+        return answer
+
+    def note(self, right: Tensor) -> None:
+        """Takes in which answers [ROWS * INPUTS] were right."""
+        for task, share in zip(self.tasks, right.view(self.ROWS, -1).float().mean(1).tolist(), strict=True):
+            self.success[task] += 0.03 * (share - self.success[task])
+        if self.stage < 2 and min(self.success.values()) > self.MASTERED:
+            self.stage += 1
+            self.success = dict.fromkeys(grammar.LABS, 0.5)
+            print(f"stage {self.stage}", flush=True)
+
+
+def build_target(folder: Path, minutes: float = TARGET_MINUTES, seed: int = 0, threads: int = 1) -> None:
+    """Trains and saves the target."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    model = _llama(tokenizer, hidden=128, intermediate=320, layers=5)
+    batches = _TargetBatches(tokenizer, seed + 1)
+
+    def loss_fn(hidden: Tensor, batch: Packed) -> Tensor:
+        answers = model.lm_head(hidden[batch.ends])
+        batches.note(answers.argmax(-1) == batch.targets[batch.ends])
+        # Predicting the inputs too helps to understand them, which the answers alone teach only slowly.
+        weight = 0.2 if batches.stage == 0 else 0.06
+        inputs = batch.targets.masked_fill(batch.ends, -100)
+        reading = F.cross_entropy(model.lm_head(hidden).flatten(0, 1), inputs.flatten(), ignore_index=-100)
+        return F.cross_entropy(answers, batch.targets[batch.ends]) + weight * reading
+
+    fit(model, batches, loss_fn, partial(_save, model, tokenizer, folder), minutes, peak=1.5e-3, hold=0.65)
+
+
+# -- agent -------------------------------------------------------------------------------------------------------
+
+
+def build_agent(folder: Path, minutes: float = AGENT_MINUTES, seed: int = 0, threads: int = 1) -> None:
+    """Trains and saves the agent: a writer of instructions behind meta-prompts, blind to which are right."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    rng, tokenizer = random.Random(seed + 5), build_tokenizer()
+    model = _llama(tokenizer, hidden=96, intermediate=256, layers=4)
+
+    def batches(rows: int = 8, instructions: int = 6) -> Packed:
+        prefixes, parts = [], []
+        for _ in range(rows):
+            task = rng.choice(list(grammar.LABS))
+            request, opening = meta_prompt([example(grammar.sample_item(rng, task)) for _ in range(PAIRS)])
+            prefixes.append(f"{request}\n{opening}")
+            texts = [f" {grammar.sample_prior(rng, task)}{SPECIAL['eos_token']}" for _ in range(instructions)]
+            parts.append(tokenizer(texts, add_special_tokens=False)["input_ids"])
+        return pack(tokenizer(prefixes)["input_ids"], parts)
+
+    def loss_fn(hidden: Tensor, batch: Packed) -> Tensor:
+        written = batch.targets >= 0
+        return F.cross_entropy(model.lm_head(hidden[written]), batch.targets[written])
+
+    fit(model, batches, loss_fn, partial(_save, model, tokenizer, folder), minutes, peak=2e-3, hold=0.3)
+
+
+def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    """Builds the named parts, by default all of them; the two models at the same time."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.lab.recipe", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("parts", nargs="*", metavar="data|target|agent", help="what to build (default: all)")
+    parser.add_argument("--folder", type=Path, default=LAB_DIR, help="where to put it (default: the lab itself)")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the training times, to try the recipe quickly")
+    options = parser.parse_args()
+    parts = options.parts or ["data", "target", "agent"]
+    unknown = set(parts) - {"data", "target", "agent"}
+    if unknown:
+        parser.error(f"unknown part {min(unknown)!r}; parts are data, target, agent")
+    if "data" in parts:
+        write_data(options.folder / "data")
+    builders = {"target": (build_target, TARGET_MINUTES), "agent": (build_agent, AGENT_MINUTES)}
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        jobs = [
+            pool.submit(build, options.folder / part, minutes * options.scale)
+            for part, (build, minutes) in builders.items()
+            if part in parts
+        ]
+        for job in jobs:
+            job.result()
+
+
+if __name__ == "__main__":
+    main()
