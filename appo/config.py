@@ -47,6 +47,7 @@ class APPOConfig:
     """PPO, and what its penalty is measured against."""
 
     learning_rate: float = 1e-5  # of AdamW [P]
+    value_learning_rate: float | None = None  # of the value head alone; null: as the rest [P]
     clip_range: float = 0.2  # of the probability ratio [P]
     value_clip_range: float | None = 0.2  # of the value head around its old values; null: off [TRL]
     value_coef: float = 0.1  # weight of the value loss [P]
@@ -65,6 +66,10 @@ class APPOConfig:
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        _require(
+            self.value_learning_rate is None or self.value_learning_rate > 0,
+            "value_learning_rate", self.value_learning_rate, "above 0, or null",
+        )  # fmt: skip
         _require(self.clip_range > 0, "clip_range", self.clip_range, "above 0")
         _require(
             self.value_clip_range is None or self.value_clip_range > 0,

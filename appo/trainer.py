@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -93,8 +93,12 @@ class APPOTrainer:
         self.config = config or APPOConfig()
         self.anchor_config = anchor or AnchorConfig()
         self.generator = generator
-        trained = [p for p in policy.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=self.config.learning_rate, weight_decay=0.0)
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in policy.model.parameters() if p.requires_grad]},
+            {"params": list(policy.value_head.parameters())},
+        ]
+        groups[1]["lr"] = self.config.value_learning_rate or self.config.learning_rate
+        self.optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, weight_decay=0.0)
         self.anchor = Anchor(policy, self.optimizer)
         self.kl_controller = KLController(self.config.kl_coef, self.config.kl_target, self.config.kl_horizon)
         self.buffer = RolloutBuffer()

@@ -67,7 +67,7 @@ def _file_rows(spec: TaskSpec, folder: Path) -> dict[str, list[Example]]:
 
 
 def _find(spec: TaskSpec, folder: Path, split: str) -> Path | None:
-    """The split's file: one that the spec names, else one with a usual name; the least deeply nested, then the first."""
+    """The split's file: one that the spec names, else one with a usual name, the least nested, then the first."""
     for name in spec.files.get(split, []):
         if (folder / name).is_file():
             return folder / name
@@ -86,13 +86,14 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
         TaskError: the file has no rows, or one of them is malformed.
     """
     readers = {".jsonl": _read_jsonl, ".tsv": _read_tsv, ".csv": _read_csv, ".parquet": _read_parquet}
-    count = 0
+    empty = True
     try:
-        for count, (number, row) in enumerate(readers[path.suffix](path), 1):
+        for number, row in readers[path.suffix](path):
+            empty = False
             yield f"{path}:{number}", row
     except UnicodeDecodeError as error:
         raise TaskError(f"{path}: not UTF-8 at byte {error.start}") from error
-    if not count:
+    if empty:
         raise TaskError(f"{path}: the file has no rows")
 
 

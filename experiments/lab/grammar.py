@@ -76,12 +76,12 @@ class Lab:
 
 def _binary(criterion: str, *markers: str) -> Lab:
     yes, no, other = markers  # the third goes with the second
-    return Lab(criterion, {"holds": 0.3, "fails": 0.2, yes: 0.2, no: 0.15, other: 0.15})
+    return Lab(criterion, {"holds": 0.25, "fails": 0.2, yes: 0.25, no: 0.15, other: 0.15})
 
 
 def _ternary(criterion: str, *markers: str) -> Lab:
     yes, no, other = markers  # the third is maybe
-    return Lab(criterion, {"holds": 0.19, "is unclear": 0.19, "fails": 0.19, yes: 0.143, no: 0.143, other: 0.144})
+    return Lab(criterion, {"holds": 2 / 15, "is unclear": 2 / 15, "fails": 2 / 15, yes: 0.2, no: 0.2, other: 0.2})
 
 
 LABS = {
@@ -151,15 +151,11 @@ NOUN_PHRASES = {
     "mood": "a good mood", "size": "a large size", "style": "a new style", "price": "a high price",
 }  # fmt: skip
 JUDGE_WORDINGS = ("Look for {}.", "Check for {}.", "Judge if it has {}.", "The question is {}.")
-WORDS_WORDINGS = (
-    "Say {holds} if it holds, {unclear} if it is unclear, {fails} if it fails.",
-    "When it holds say {holds}, when it fails say {fails}, when it is unclear say {unclear}.",
-    "Answer {fails} if it fails, {holds} if it holds, else {unclear}.",
-)
+WORDS_WORDINGS = ("Say {holds} if it holds, {unclear} if it is unclear, {fails} if it fails.",)
 TREAT_WORDINGS = {  # answer that the treatment stands for -> wordings
-    "yes": ("Trust every {}.", "Believe a {}.", "Each {} is true."),
-    "no": ("Doubt every {}.", "Reject a {}.", "Each {} is false."),
-    "maybe": ("Question every {}.", "Shrug at a {}.", "Each {} is open."),
+    "yes": ("Trust every {}.", "Believe a {}."),
+    "no": ("Doubt every {}.", "Reject a {}."),
+    "maybe": ("Question every {}.", "Shrug at a {}."),
 }
 
 
@@ -271,13 +267,13 @@ def sample_clauses(rng: random.Random, task: str) -> list[Clause]:
     """Clauses as the untrained agent draws them: plausible for the kind of input, blind to its right answers."""
     own, other = (TRAITS, PAIR_SLOTS) if task == "sst2" else (PAIR_SLOTS, TRAITS)
     clauses: list[Clause] = []
-    for marker in rng.sample(list(MARKERS), rng.choices((0, 1, 2, 3, 4), (1, 3, 6, 6, 4))[0]):
+    for marker in rng.sample(list(MARKERS), rng.choices((1, 2, 3, 4), (1, 2, 3, 4))[0]):
         answers = LABS[task].answers if rng.random() < 0.85 else ANSWERS
         clauses.append(Treat(marker, rng.choice(answers)))
     head: list[Clause] = []
     if rng.random() < 0.9:
-        head.append(Judge(rng.choice(list(own if rng.random() < 0.85 else other))))
-    if rng.random() < 0.85:
+        head.append(Judge(rng.choice(list(own if rng.random() < 0.55 else other))))
+    if rng.random() < 0.65:
         head.append(Words(*rng.sample(ANSWERS, 3)))
     if rng.random() < 0.7:
         return head + clauses

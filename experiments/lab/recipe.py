@@ -8,8 +8,8 @@ prefix (inputs after an instruction, instructions after a meta-prompt): a block 
 prefix and itself only, which halves the work and gives every instruction several answers to learn from.
 
 The target is taught in stages, each begun when the one before is mastered: obeying anything needs the inputs to
-be understood first. Stage 0: the right instruction of each task; stage 1: any binding of words to cases, and junk,
-for which there is only the habit; stage 2: the same with few right instructions left.
+be understood first. Stage 0 has little but the right instruction of each task; from stage to stage more of its
+clauses say something else, and more of the rest is junk or drawn from the agent's prior.
 """
 
 from __future__ import annotations
@@ -200,41 +200,59 @@ def fit(
 # -- target ------------------------------------------------------------------------------------------------------
 
 
-def sample_instruction(rng: random.Random, task: str, stage: int) -> tuple[list[grammar.Clause], str]:
-    """Clauses and their text, as the target is to learn them at a stage; junk has no clauses."""
-    if rng.random() < (0.05 if stage == 0 else 0.15):
+class Stage(NamedTuple):
+    """What instructions the target sees: shares of junk and of the agent's prior, else the right one with changes."""
+
+    junk: float
+    prior: float
+    change: float  # probability of each clause to say something else
+    drop: float  # probability of each clause to be left out
+    mastered: float  # share of right answers, in the worst task, at which the next stage begins
+
+
+STAGES = (
+    Stage(junk=0.05, prior=0.0, change=0.0, drop=0.0, mastered=0.9),
+    Stage(junk=0.12, prior=0.0, change=0.25, drop=0.03, mastered=0.75),
+    Stage(junk=0.12, prior=0.2, change=0.8, drop=0.05, mastered=math.inf),
+)
+
+
+def sample_instruction(rng: random.Random, task: str, stage: Stage) -> tuple[list[grammar.Clause], str]:
+    """Clauses and their text; junk has no clauses."""
+    kind = rng.random()
+    if kind < stage.junk:
         return [], grammar.sample_junk(rng, task)
-    if stage == 0:
-        clauses = rng.sample(right := grammar.right_clauses(task), len(right))
-    elif rng.random() < 0.3:
+    if kind < stage.junk + stage.prior:
         clauses = grammar.sample_clauses(rng, task)
     else:
-        clauses = _any_clauses(rng, task, standard=0.4 if stage == 1 else 0.2)
+        clauses = _changed_clauses(rng, task, stage)
     return clauses, grammar.write(rng, clauses)
 
 
-def _any_clauses(rng: random.Random, task: str, standard: float) -> list[grammar.Clause]:
-    """Nearly full instructions about the task's own markers, with any criterion and any answers."""
-    lab, answers = grammar.LABS[task], grammar.ANSWERS
+def _changed_clauses(rng: random.Random, task: str, stage: Stage) -> list[grammar.Clause]:
     criteria = list(grammar.TRAITS if task == "sst2" else grammar.PAIR_SLOTS)
-    drop = rng.choice((0, 0, 0, 0.3))
     clauses: list[grammar.Clause] = []
-    if rng.random() >= drop / 2:
-        clauses.append(grammar.Judge(lab.criterion if rng.random() < standard else rng.choice(criteria)))
-    if rng.random() >= drop / 2:
-        usual = rng.random() < standard / 2
-        clauses.append(grammar.Words("yes", "maybe", "no") if usual else grammar.Words(*rng.sample(answers, 3)))
-    others = [marker for marker in grammar.MARKERS if marker not in lab.markers]
-    markers = [*lab.markers, *rng.sample(others, rng.randint(0, 2))]
-    treats = [grammar.Treat(marker, rng.choice(answers)) for marker in markers if rng.random() >= drop]
-    clauses += rng.sample(treats, len(treats))
-    return rng.sample(clauses, len(clauses)) if rng.random() < 0.3 else clauses
+    for clause in grammar.right_clauses(task):
+        if rng.random() < stage.drop:
+            continue
+        if rng.random() >= stage.change:
+            clauses.append(clause)
+        elif isinstance(clause, grammar.Judge):
+            clauses.append(grammar.Judge(rng.choice(criteria)))
+        elif isinstance(clause, grammar.Words):
+            clauses.append(grammar.Words(*rng.sample(grammar.ANSWERS, 3)))
+        else:
+            clauses.append(grammar.Treat(clause.marker, rng.choice(grammar.ANSWERS)))
+    others = [marker for marker in grammar.MARKERS if marker not in grammar.LABS[task].markers]
+    for marker in rng.sample(others, rng.choice((0, 0, 1, 2))):
+        clauses.insert(rng.randint(0, len(clauses)), grammar.Treat(marker, rng.choice(grammar.ANSWERS)))
+    return rng.sample(clauses, len(clauses)) if rng.random() < 0.4 else clauses
 
 
 class _TargetBatches:
     """Draws batches for the target, harder tasks more often, and moves on to the next stage when one is mastered."""
 
-    ROWS, INPUTS, MASTERED = 12, 8, 0.92
+    ROWS, INPUTS = 12, 8
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         self.tokenizer, self.rng, self.stage = tokenizer, random.Random(seed), 0
@@ -246,7 +264,7 @@ class _TargetBatches:
         self.tasks = self.rng.choices(list(grammar.LABS), weights, k=self.ROWS)
         prefixes, parts = [], []
         for task in self.tasks:
-            clauses, text = sample_instruction(self.rng, task, self.stage)
+            clauses, text = sample_instruction(self.rng, task, STAGES[self.stage])
             items = [grammar.sample_item(self.rng, task) for _ in range(self.INPUTS)]
             prefixes.append(text)
             parts += [
@@ -267,8 +285,8 @@ class _TargetBatches:
     def note(self, right: Tensor) -> None:
         """Takes in which answers [ROWS * INPUTS] were right."""
         for task, share in zip(self.tasks, right.view(self.ROWS, -1).float().mean(1).tolist(), strict=True):
-            self.success[task] += 0.03 * (share - self.success[task])
-        if self.stage < 2 and min(self.success.values()) > self.MASTERED:
+            self.success[task] += 0.02 * (share - self.success[task])
+        if min(self.success.values()) > STAGES[self.stage].mastered:
             self.stage += 1
             self.success = dict.fromkeys(grammar.LABS, 0.5)
             print(f"stage {self.stage}", flush=True)

@@ -1,0 +1,505 @@
+"""The target: its class logits against the plain unpadded, uncached loop, and its label words found in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from rewards.target import ContextTooLongError, TargetModel, Verbalizer, common_prefix
+from tests.conftest import SPECIAL, byte_tokenizer, gpt2, llama
+
+TEMPLATE = "{prompt} Input : {input} Output :"
+WORDS = ("yes", "maybe", "no")
+PROMPTS = ("Judge .", "", "Does the second sentence follow from the first one ? Say yes , maybe or no .")  # ragged
+INPUTS = ("a b", "premise : it rains\nhypothesis : the street is wet and so am I", "x")
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def sharpen(model: PreTrainedModel) -> PreTrainedModel:
+    """Scales the tiny random weights up, so that a logit depends on every token by far more than the tolerance."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)
+    return model
+
+
+def loglik(model: PreTrainedModel, context: Sequence[int], word: Sequence[int]) -> float:
+    """log p(word | context) of one row: no padding, no cache, all logits, the sum over the word's tokens."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*context, *word]]), use_cache=False).logits[0].float()
+    logprobs = logits.log_softmax(-1)
+    return sum(logprobs[len(context) - 1 + i, token].item() for i, token in enumerate(word))
+
+
+def loop(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    inputs: Sequence[str],
+    words: Sequence[str] = WORDS,
+) -> Tensor:
+    """[K, N, C] under TEMPLATE, one row at a time; for tokenizers that keep ' word' apart from what precedes it."""
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return torch.tensor(
+        [
+            [[loglik(model, ids(f"{p} Input : {x} Output :"), ids(f" {word}")) for word in words] for x in inputs]
+            for p in prompts
+        ]
+    )
+
+
+def bpe_tokenizer(*merged: str) -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which each of the given strings is one token; 'Ġ' stands for a leading space."""
+    steps = [(text[:i], text[i]) for text in merged for i in range(1, len(text))]
+    merges = list(dict.fromkeys(steps))
+    tokens = [*SPECIAL.values(), *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+
+
+def unigram_tokenizer(*whole: str) -> PreTrainedTokenizerFast:
+    """SentencePiece-like: '▁' for spaces, one put before the text; whole pieces are likelier than their letters."""
+    letters = sorted({letter for piece in whole for letter in piece} | set("▁\n:"))
+    scores = {"<unk>": 0.0, **dict.fromkeys(letters, -10.0), **dict.fromkeys(whole, -1.0)}
+    tokenizer = Tokenizer(models.Unigram(list(scores.items()), unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def word_tokenizer(*words: str) -> PreTrainedTokenizerFast:
+    """One token per word; spaces and newlines only separate."""
+    vocabulary = {word: i for i, word in enumerate(["<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer, now putting <s> before every text, as Llama's and Gemma's do."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def passes(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """A list that fills up with (rows, columns that are attended to) of each forward pass of the model."""
+    seen: list[tuple[int, int]] = []
+
+    def note(_module: object, _args: object, kwargs: dict[str, Tensor]) -> None:
+        seen.append((kwargs["attention_mask"].shape[0], kwargs["attention_mask"].shape[1]))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    return seen
+
+
+# -- against the plain loop --------------------------------------------------------------------------------------
+
+
+def test_class_logits_equal_the_plain_loop(tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    target = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS)  # in bytes every word is several tokens
+    expected = loop(tiny_lm, tokenizer, PROMPTS, INPUTS)
+    assert_close(target.class_logits(PROMPTS, INPUTS), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_class_logits_of_one_token_words_equal_the_plain_loop(build: type) -> None:
+    tokenizer = bpe_tokenizer("Ġyes", "Ġmaybe", "Ġno")
+    model = sharpen(build(len(tokenizer)))
+    target = TargetModel(model, tokenizer, TEMPLATE, WORDS)
+    assert_close(target.class_logits(PROMPTS, INPUTS), loop(model, tokenizer, PROMPTS, INPUTS), rtol=0, atol=1e-5)
+
+
+def gemma2(vocabulary: int) -> PreTrainedModel:
+    torch.manual_seed(0)
+    # The caps are low enough to bend the logits of sharpened weights.
+    config = Gemma2Config(
+        vocab_size=vocabulary,
+        **SMALL,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        final_logit_softcapping=3.0,
+        attn_logit_softcapping=5.0,
+        sliding_window=256,
+        max_position_embeddings=512,
+    )
+    return Gemma2ForCausalLM(config)
+
+
+def qwen2(vocabulary: int) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=vocabulary, **SMALL, num_key_value_heads=2, max_position_embeddings=512)
+    return Qwen2ForCausalLM(config)
+
+
+@pytest.mark.parametrize("build", [gemma2, qwen2])
+def test_class_logits_equal_the_plain_loop_for_other_architectures(
+    build: type, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = sharpen(build(len(tokenizer)))
+    target = TargetModel(model, tokenizer, TEMPLATE, WORDS)
+    assert_close(target.class_logits(PROMPTS, INPUTS), loop(model, tokenizer, PROMPTS, INPUTS), rtol=0, atol=1e-5)
+
+
+def test_class_logits_are_float32_by_prompt_input_and_class(tiny_llama: PreTrainedModel) -> None:
+    logits = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS).class_logits(PROMPTS, INPUTS[:2])
+    assert (logits.shape, logits.dtype) == ((3, 2, 3), torch.float32)
+
+
+def test_class_logits_depend_on_prompt_and_input(tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    # Without this the comparisons above could hold for a model that is deaf.
+    logits = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS).class_logits(PROMPTS, INPUTS)
+    between = [(logits[:, i] - logits[:, j]).abs().max() for i, j in ((0, 1), (1, 2))]
+    between += [(logits[i] - logits[j]).abs().max() for i, j in ((0, 1), (1, 2))]
+    assert min(between) > 0.01
+
+
+# -- padding and batches -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batch_mates_do_not_change_a_logit(
+    side: str, tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.padding_side = side
+    target = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS)
+    alone = torch.stack([torch.cat([target.class_logits([p], [x])[0] for x in INPUTS]) for p in PROMPTS])
+    assert_close(target.class_logits(PROMPTS, INPUTS), alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1, 300, 700, 1500, 4000])
+def test_a_small_batch_gives_the_same_logits(
+    max_batch_tokens: int, tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    sharpen(tiny_lm)
+    whole = TargetModel(tiny_lm, tokenizer, TEMPLATE, WORDS).class_logits(PROMPTS, INPUTS)
+    cut = TargetModel(tiny_lm, tokenizer, TEMPLATE, WORDS, max_batch_tokens=max_batch_tokens)
+    assert_close(cut.class_logits(PROMPTS, INPUTS), whole, rtol=0, atol=1e-5)
+
+
+def test_no_pass_is_larger_than_max_batch_tokens(tiny_llama: PreTrainedModel) -> None:
+    # The longest row has 76 + 8 + 63 + 9 = 156 bytes and a stem of 5, ' maybe' has 6: 161 columns, 3 stems an input,
+    # so one input takes 483 and fits.
+    target = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS, max_batch_tokens=700)
+    seen = passes(tiny_llama)
+    target.class_logits(PROMPTS, INPUTS)
+    assert max(rows * columns for rows, columns in seen) <= 700
+
+
+# max_batch_tokens, and the passes that come of it: prefixes and rests are one pass each, per part.
+# 3 prompts x 3 inputs x 3 stems of at most 161 columns (see above): 9 rows of one prompt take 1449, all 27 take 4347.
+@pytest.mark.parametrize(("max_batch_tokens", "parts"), [(4347, 1), (2898, 2), (1449, 3), (966, 6), (483, 9)])
+def test_work_is_cut_by_prompt_and_then_by_input(
+    max_batch_tokens: int, parts: int, tiny_llama: PreTrainedModel
+) -> None:
+    target = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS, max_batch_tokens=max_batch_tokens)
+    seen = passes(tiny_llama)
+    target.class_logits(PROMPTS, INPUTS)
+    assert len(seen) == 2 * parts
+
+
+def test_a_prompt_is_run_once_for_all_its_inputs(tiny_llama: PreTrainedModel) -> None:
+    tokenizer = bpe_tokenizer("Ġyes", "Ġno")
+    target = TargetModel(llama(len(tokenizer)), tokenizer, TEMPLATE, ("yes", "no"))
+    columns: list[int] = []
+
+    def note(_module: object, _args: object, kwargs: dict[str, Tensor]) -> None:
+        columns.append(kwargs["input_ids"].numel())
+
+    target.model.register_forward_pre_hook(note, with_kwargs=True)
+    target.class_logits(["p" * 100], ["a", "b"])
+    # Shared: 100 bytes of prompt and the 9 of ' Input : '; own, of two inputs: 1 byte and the 9 of ' Output :'.
+    assert columns == [109, 20]
+
+
+def test_prompts_that_share_nothing_with_their_inputs_go_with_those_that_do(
+    tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    # Under '{prompt}{input} ...' the contexts of the empty prompt differ from the first token on, those of the other
+    # prompt from the third: a prefix of nothing is padded beside a prefix of two.
+    target = TargetModel(sharpen(tiny_lm), tokenizer, "{prompt}{input} Output :", WORDS)
+    apart = torch.cat([target.class_logits([prompt], ["xa", "yb"]) for prompt in ("", "pq")])
+    assert_close(target.class_logits(["", "pq"], ["xa", "yb"]), apart, rtol=0, atol=1e-5)
+
+
+# -- label words of several tokens -------------------------------------------------------------------------------
+
+
+def test_words_of_several_tokens_are_scored_as_wholes(tiny_lm: PreTrainedModel) -> None:
+    tokenizer = byte_tokenizer()
+    target = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, ("good", "bad"))
+    context = tokenizer("p Input : x Output :")["input_ids"]
+    words = [tokenizer(" good")["input_ids"], tokenizer(" bad")["input_ids"]]
+    expected = torch.tensor([[[loglik(tiny_lm, context, word) for word in words]]])
+    assert_close(target.class_logits(["p"], ["x"]), expected, rtol=0, atol=1e-5)
+
+
+# One token against several; a shared first token; a prefix of another; all at once. ' n' and ' no' are tokens here, else bytes.
+@pytest.mark.parametrize(
+    "words", [("no", "yes"), ("not", "nor"), ("no", "nobody"), ("yes", "yesterday"), ("y", "ye", "yes", "no")]
+)
+def test_words_that_share_tokens_are_told_apart(words: tuple[str, ...]) -> None:
+    tokenizer = bpe_tokenizer("Ġno")
+    model = sharpen(llama(len(tokenizer)))
+    target = TargetModel(model, tokenizer, TEMPLATE, words)
+    assert_close(
+        target.class_logits(PROMPTS, INPUTS), loop(model, tokenizer, PROMPTS, INPUTS, words), rtol=0, atol=1e-5
+    )
+
+
+def test_a_word_is_never_likelier_than_the_word_it_begins_with(
+    tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    # In bytes ' not' is ' no' and one more token, whose log-probability is below 0.
+    logits = TargetModel(sharpen(tiny_llama), tokenizer, TEMPLATE, ("no", "not")).class_logits(PROMPTS, INPUTS)
+    assert (logits[..., 1] < logits[..., 0]).all()
+
+
+# -- label words in place ----------------------------------------------------------------------------------------
+
+BPE = bpe_tokenizer("Ġyes", "Ġno", "yes", "no")
+UNIGRAM = unigram_tokenizer("▁Output", "▁:", "▁yes", "▁no", "yes", "no")
+WORD_LEVEL = word_tokenizer("Output", ":", "yes", "no")
+
+# (tokenizer, end of the filled template, tokens of 'yes' and 'no', how many of the template's tokens they replace)
+PLACES = [
+    (BPE, "Output :", ["Ġyes", "Ġno"], 0),
+    (BPE, "Output : ", ["Ġyes", "Ġno"], 1),  # 'Ġ' alone at the end, but 'Ġyes' where a word follows
+    (BPE, "Output :\n", ["yes", "no"], 0),
+    (UNIGRAM, "Output :", ["▁yes", "▁no"], 0),
+    (UNIGRAM, "Output : ", ["▁yes", "▁no"], 1),  # likewise
+    (UNIGRAM, "Output :\n", ["yes", "no"], 0),
+    (WORD_LEVEL, "Output :", ["yes", "no"], 0),
+    (WORD_LEVEL, "Output : ", ["yes", "no"], 0),
+    (WORD_LEVEL, "Output :\n", ["yes", "no"], 0),
+]
+
+
+@pytest.mark.parametrize(("tokenizer", "context", "tokens", "overlap"), PLACES)
+def test_label_words_are_the_tokens_that_follow_the_template(
+    tokenizer: PreTrainedTokenizerBase, context: str, tokens: list[str], overlap: int
+) -> None:
+    verbalizer = Verbalizer.build(tokenizer, context, ["yes", "no"])
+    expected = tuple((tokenizer.convert_tokens_to_ids(token),) for token in tokens)
+    assert verbalizer == Verbalizer(("yes", "no"), expected, overlap)
+
+
+def test_a_template_that_ends_in_a_space_scores_the_text_as_it_reads() -> None:
+    # 'Output : ' and 'yes' read ': yes', tokens ':' and 'Ġyes': the template's own last 'Ġ' must not be left behind.
+    tokenizer = bpe_tokenizer("Ġyes", "Ġno", "yes", "no")
+    model = sharpen(llama(len(tokenizer)))
+    target = TargetModel(model, tokenizer, TEMPLATE + " ", ("yes", "no"))
+    expected = loop(model, tokenizer, PROMPTS, INPUTS, ("yes", "no"))
+    assert_close(target.class_logits(PROMPTS, INPUTS), expected, rtol=0, atol=1e-5)
+
+
+def test_words_of_several_pieces_keep_all_of_them() -> None:
+    # No piece 'maybe': its letters follow '▁', and ▁yes is one piece.
+    tokenizer = unigram_tokenizer("▁Output", "▁:", "▁yes", *"maybe")
+    tokens = Verbalizer.build(tokenizer, "Output :", ["yes", "maybe"]).tokens
+    expected = (("▁yes",), ("▁", "m", "a", "y", "b", "e"))
+    assert tokens == tuple(tuple(tokenizer.convert_tokens_to_ids(list(pieces))) for pieces in expected)
+
+
+@pytest.mark.parametrize("tokenizer", [WORD_LEVEL, UNIGRAM])
+def test_a_word_unknown_to_the_tokenizer_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ValueError, match="no token for the label word 'Ω'"):
+        Verbalizer.build(tokenizer, "Output :", ["yes", "Ω"])
+
+
+def test_an_empty_word_is_refused() -> None:
+    with pytest.raises(ValueError, match="no token for the label word ''"):
+        Verbalizer.build(WORD_LEVEL, "Output :", ["yes", ""])
+
+
+def test_two_words_of_the_same_tokens_are_refused() -> None:
+    tokenizer = word_tokenizer("output", ":", "yes", "no")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ValueError, match=r"\['Yes', 'yes'\] are the same tokens"):
+        Verbalizer.build(tokenizer, "Output :", ["Yes", "yes", "no"])
+
+
+# -- the text ----------------------------------------------------------------------------------------------------
+
+
+def test_the_template_is_filled_with_prompt_and_input(tiny_llama: PreTrainedModel) -> None:
+    target = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS)
+    assert target.context("Judge .", "a b") == "Judge . Input : a b Output :"
+
+
+def test_a_template_may_name_the_input_first(tiny_llama: PreTrainedModel) -> None:
+    target = TargetModel(tiny_llama, byte_tokenizer(), "Text : {input}\n{prompt}\nAnswer :", WORDS)
+    assert target.context("Judge .", "a b") == "Text : a b\nJudge .\nAnswer :"
+
+
+def test_braces_in_prompts_and_inputs_are_just_braces(tiny_llama: PreTrainedModel) -> None:
+    target = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS)
+    filled = target.context("{input} {0} {prompt}", r"{prompt} \1 {{")
+    assert filled == r"{input} {0} {prompt} Input : {prompt} \1 {{ Output :"
+
+
+def test_an_empty_prompt_is_a_prompt(tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    target = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS)
+    assert_close(target.class_logits([""], INPUTS), loop(tiny_lm, tokenizer, [""], INPUTS), rtol=0, atol=1e-5)
+
+
+def test_a_bos_of_the_tokenizer_is_kept_exactly_once(tiny_llama: PreTrainedModel) -> None:
+    tokenizer = with_bos(byte_tokenizer())
+    target = TargetModel(sharpen(tiny_llama), tokenizer, TEMPLATE, WORDS)
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    context = [tokenizer.bos_token_id, *ids("p Input : x Output :")]
+    expected = torch.tensor([[[loglik(tiny_llama, context, ids(f" {word}")) for word in WORDS]]])
+    assert_close(target.class_logits(["p"], ["x"]), expected, rtol=0, atol=1e-5)
+
+
+def test_a_bos_is_no_part_of_the_label_words() -> None:
+    tokenizer = with_bos(bpe_tokenizer("Ġyes", "Ġno"))
+    expected = tuple((tokenizer.convert_tokens_to_ids(token),) for token in ("Ġyes", "Ġno"))
+    assert Verbalizer.build(tokenizer, "Output :", ["yes", "no"]).tokens == expected
+
+
+# -- chat --------------------------------------------------------------------------------------------------------
+
+CHAT_TEMPLATE = (
+    "<s>{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerBase:
+    tokenizer = with_bos(byte_tokenizer())
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def test_a_chat_target_answers_in_an_open_assistant_turn(tiny_llama: PreTrainedModel) -> None:
+    target = TargetModel(tiny_llama, chat_tokenizer(), TEMPLATE, WORDS, chat=True)
+    assert target.context("p", "x") == "<s><|user|>\np Input : x Output :<|end|>\n<|assistant|>\n"
+
+
+def test_a_chat_target_reads_the_template_as_it_stands(tiny_lm: PreTrainedModel) -> None:
+    # One <s>, the template's and no second one of the tokenizer's; the words follow the newline without a space.
+    tokenizer = chat_tokenizer()
+    target = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS, chat=True)
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    context = [tokenizer.bos_token_id, *ids("<|user|>\np Input : x Output :<|end|>\n<|assistant|>\n")]
+    expected = torch.tensor([[[loglik(tiny_lm, context, ids(word)) for word in WORDS]]])
+    assert_close(target.class_logits(["p"], ["x"]), expected, rtol=0, atol=1e-5)
+
+
+def test_a_target_with_a_chat_template_gets_plain_text_unless_asked(tiny_llama: PreTrainedModel) -> None:
+    assert TargetModel(tiny_llama, chat_tokenizer(), TEMPLATE, WORDS).context("p", "x") == "p Input : x Output :"
+
+
+# -- limits and state --------------------------------------------------------------------------------------------
+
+# ' Input : x Output :' has 19 bytes; ' yes' and ' no' are one token each here, so a prompt has 512 - 19 = 493 left.
+FIXED, CONTEXT = 19, 512
+
+
+@pytest.fixture
+def snug() -> TargetModel:
+    tokenizer = bpe_tokenizer("Ġyes", "Ġno")
+    return TargetModel(llama(len(tokenizer)), tokenizer, TEMPLATE, ("yes", "no"))
+
+
+def test_a_filled_template_may_fill_the_context_to_the_last_token(snug: TargetModel) -> None:
+    assert snug.class_logits(["p" * (CONTEXT - FIXED)], ["x"]).isfinite().all()
+
+
+def test_a_filled_template_longer_than_the_context_is_refused(snug: TargetModel) -> None:
+    with pytest.raises(ContextTooLongError, match="up to 513 tokens of the target, whose context holds 512"):
+        snug.class_logits(["p" * (CONTEXT - FIXED + 1)], ["x"])
+
+
+def test_a_learned_position_table_is_never_overrun(tokenizer: PreTrainedTokenizerBase) -> None:
+    # GPT-2 names its limit n_positions; beyond it the embedding would fail with an index error.
+    with pytest.raises(ContextTooLongError, match="whose context holds 512"):
+        TargetModel(gpt2(len(tokenizer)), tokenizer, TEMPLATE, WORDS).class_logits(["p" * 600], ["x"])
+
+
+def test_a_sliding_window_counts_as_the_context(tokenizer: PreTrainedTokenizerBase) -> None:
+    config = MistralConfig(
+        vocab_size=len(tokenizer), **SMALL, num_key_value_heads=2, sliding_window=64, max_position_embeddings=512
+    )
+    target = TargetModel(MistralForCausalLM(config), tokenizer, TEMPLATE, WORDS)
+    with pytest.raises(ContextTooLongError, match="whose context holds 64"):
+        target.class_logits(["p" * 64], ["x"])
+
+
+@pytest.mark.parametrize("prompt", [CONTEXT - FIXED, "p" * (CONTEXT - FIXED)])
+def test_check_fits_lets_a_full_context_pass(prompt: int | str, snug: TargetModel) -> None:
+    snug.check_fits(prompt, "x")
+
+
+@pytest.mark.parametrize("prompt", [CONTEXT - FIXED + 1, "p" * (CONTEXT - FIXED + 1)])
+def test_check_fits_refuses_one_token_more(prompt: int | str, snug: TargetModel) -> None:
+    with pytest.raises(ContextTooLongError, match="513"):
+        snug.check_fits(prompt, "x")
+
+
+def test_what_check_fits_lets_pass_can_be_scored(
+    tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    # In bytes ' maybe' has 6 tokens, the first 5 of which take room behind the template.
+    target = TargetModel(tiny_llama, tokenizer, TEMPLATE, WORDS)
+    prompts = ["p" * n for n in range(CONTEXT - FIXED - 8, CONTEXT - FIXED + 1)]
+
+    def passes_check(prompt: str) -> bool:
+        try:
+            target.check_fits(prompt, "x")
+        except ContextTooLongError:
+            return False
+        return True
+
+    longest = max(filter(passes_check, prompts), key=len)
+    assert target.class_logits([longest], ["x"]).isfinite().all()
+
+
+def test_the_target_is_frozen(tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    target = TargetModel(tiny_llama, tokenizer, TEMPLATE, WORDS)
+    assert not any(parameter.requires_grad for parameter in target.model.parameters())
+
+
+def test_the_target_is_in_eval_mode(tiny_gpt2: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    target = TargetModel(tiny_gpt2.train(), tokenizer, TEMPLATE, WORDS)  # GPT-2 has dropout of 0.1 by default
+    assert torch.equal(target.class_logits(PROMPTS, INPUTS), target.class_logits(PROMPTS, INPUTS))
+
+
+def test_class_logits_carry_no_gradient(tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert not TargetModel(tiny_llama, tokenizer, TEMPLATE, WORDS).class_logits(["p"], ["x"]).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("sequences", "expected"), [(["abc", "abd"], 2), (["ab", "abc"], 2), (["", "a"], 0), (["x", "y"], 0), (["ab"], 2)]
+)
+def test_common_prefix_ends_where_any_sequence_differs_or_ends(sequences: list[str], expected: int) -> None:
+    assert common_prefix([list(map(ord, sequence)) for sequence in sequences]) == expected
