@@ -28,7 +28,7 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class ExamplesConfig:
     """Examples, and how many of them are used for what."""
 
     shots: int = 16  # per label in train, and as many in validation [P, Table 7]
@@ -72,7 +72,7 @@ class RunConfig:
     agent_chat: bool | None = None  # use the agent's chat template; null: if it has one
     target_chat: bool = False  # likewise the target's; the paper's template is plain text
     trust_remote_code: bool = False  # run code that comes with a model
-    data_options: DataConfig = field(default_factory=DataConfig)
+    examples: ExamplesConfig = field(default_factory=ExamplesConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     appo: APPOConfig = field(default_factory=APPOConfig)
@@ -209,7 +209,7 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
 def _is_number(value: Any) -> bool:
     try:
         return float(value) - float(value) == 0  # neither NaN nor infinite
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 
@@ -226,8 +226,6 @@ def _construct(cls: Any, tree: Mapping[str, Any], prefix: str) -> Any:
     }
     try:
         return cls(**values)
-    except ConfigError:
-        raise
     except ValueError as error:
         raise ConfigError(f"{prefix}{error}") from error
 

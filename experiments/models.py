@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -32,6 +33,7 @@ def load_model(config: RunConfig, role: Literal["agent", "target"]) -> LoadedMod
     Raises:
         ModelError: no such folder or hub id, a folder without config or safetensors weights, no such device.
     """
+    device = _device(config.device)
     name = getattr(config, role)
     source = str(LAB_DIR / role) if name == LAB else name
     if Path(source).is_dir():
@@ -43,13 +45,16 @@ def load_model(config: RunConfig, role: Literal["agent", "target"]) -> LoadedMod
     options = {"trust_remote_code": config.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, config.dtype), use_safetensors=True, **options
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, config.dtype), use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"{role}: cannot load {name!r}: {reason}") from error
-    return LoadedModel(model.to(_device(config.device)).eval(), tokenizer)
+    if info["missing_keys"]:
+        names = ", ".join(sorted(info["missing_keys"])[:5])
+        raise ModelError(f"{role}: cannot load {name!r}: the weights lack {names}")
+    return LoadedModel(model.to(device).eval(), tokenizer)
 
 
 def _check_folder(role: str, folder: Path) -> None:

@@ -58,7 +58,8 @@ class RunLog:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file that `RunLog.append` wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as lines:  # not str.splitlines, which also breaks at \u2028 and the like
+        return [json.loads(line) for line in lines]
 
 
 @dataclass(frozen=True)

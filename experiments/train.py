@@ -54,7 +54,7 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.data.train) / self.config.data_options.batch_size)
+        return math.ceil(len(self.data.train) / self.config.examples.batch_size)
 
     @property
     def steps(self) -> int:
@@ -67,11 +67,11 @@ def prepare(config: RunConfig) -> Run:
     torch.manual_seed(config.seed)
     folder = Path(config.run or f"runs/{Path(config.task).stem}-{datetime.now():%Y%m%d-%H%M%S}")
     log = RunLog(folder)
-    options = config.data_options
+    options = config.examples
     where = str(LAB_DIR / "data") if config.data == LAB else config.data
     data = load_task(config.task, where, options.shots, config.seed, options.test_limit)
     if options.pairs > len(data.train):
-        raise ConfigError(f"data_options.pairs is {options.pairs}; the task has {len(data.train)} training examples")
+        raise ConfigError(f"examples.pairs is {options.pairs}; the task has {len(data.train)} training examples")
     agent, target = (load_model(config, role) for role in ("agent", "target"))
     policy = Policy(agent.model, agent.tokenizer, config.sampling, chat=config.agent_chat)
     scorer = TargetModel(target.model, target.tokenizer, data.spec.template, data.spec.words, config.target_chat)
@@ -82,11 +82,11 @@ def prepare(config: RunConfig) -> Run:
 
 def _check_context(run: Run) -> None:
     """Refuses meta-prompts that do not fit the agent, and inputs that leave the target no room for a prompt."""
-    longest = sorted(run.data.train, key=lambda e: -len(e.input))[: run.config.data_options.pairs]
+    longest = sorted(run.data.train, key=lambda e: -len(e.input))[: run.config.examples.pairs]
     try:
         run.policy.check_fits(run.policy.query(*meta_prompt(longest)))
     except ValueError as error:
-        raise ConfigError(f"{error}; use fewer data_options.pairs or a lower sampling.max_new_tokens") from error
+        raise ConfigError(f"{error}; use fewer examples.pairs or a lower sampling.max_new_tokens") from error
     every = (example.input for split in (run.data.train, run.data.validation, run.data.test) for example in split)
     longest_input = max(every, key=len)
     for prompt in (run.config.sampling.max_new_tokens, run.data.spec.manual_prompt):
@@ -104,7 +104,7 @@ def train(run: Run, quiet: bool = False) -> dict[str, Any]:
         run.policy, config.appo, config.anchor, torch.Generator(device).manual_seed(config.seed)
     )  # fmt: skip
     rng = random.Random(config.seed)
-    batches = _batches(run.data.train, config.data_options.batch_size, rng)
+    batches = _batches(run.data.train, config.examples.batch_size, rng)
     run.log.write_config(to_dict(config) | {"environment": environment(run)})
     progress = Progress(run.steps, quiet)
     for iteration in range(1, run.steps + 1):
@@ -144,7 +144,7 @@ def _query(run: Run, batch: Sequence[Example], rng: random.Random) -> Query:
     """A meta-prompt of training pairs, by preference none that the prompts are about to be scored on."""
     scored = set(batch)
     others = [example for example in run.data.train if example not in scored]
-    count = run.config.data_options.pairs
+    count = run.config.examples.pairs
     pairs = rng.sample(others if len(others) >= count else run.data.train, count)
     return run.policy.query(*meta_prompt(pairs))
 

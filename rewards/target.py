@@ -91,8 +91,9 @@ class TargetModel:
 
     def context(self, prompt: str, text: str) -> str:
         """The text that the target continues. Braces in prompts and inputs are just braces."""
-        before, between, after = re.split(r"\{prompt\}|\{input\}", self.template)
-        filled = f"{before}{prompt}{between}{text}{after}"
+        values = {"{prompt}": prompt, "{input}": text}
+        parts = re.split(r"(\{prompt\}|\{input\})", self.template)
+        filled = "".join(values.get(part, part) for part in parts)
         if not self.chat:
             return filled
         turn = [{"role": "user", "content": filled}]
@@ -128,7 +129,7 @@ class TargetModel:
         """Raises ContextTooLongError if the input leaves no room for the prompt, or for one of so many tokens."""
         room, written = (prompt, "") if isinstance(prompt, int) else (0, prompt)
         (ids,) = encode(self.tokenizer, [self.context(written, text)], self.chat)
-        self._check_width(len(ids) + room)
+        self._check_width(len(ids) - self.verbalizer.overlap + room + max(map(len, self._stems)))
 
     def _check_width(self, width: int) -> None:
         config = self.model.config.get_text_config()

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tasks.task import SPLITS, Example, TaskData, TaskError, TaskSpec, build_data, load_spec
+from tasks.task import SPLITS, Example, TaskData, TaskError, TaskSpec, build_data, load_spec, task_names
 
 USUAL_STEMS = {
     "train": ("train",),
@@ -71,7 +71,15 @@ def _find(spec: TaskSpec, folder: Path, split: str) -> Path | None:
     for name in spec.files.get(split, []):
         if (folder / name).is_file():
             return folder / name
-    usual = [p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.stem in USUAL_STEMS[split] and p.is_file()]
+    others = set(task_names()) - {spec.name}
+    usual = [
+        p
+        for p in folder.rglob("*")
+        if p.suffix in SUFFIXES
+        and p.stem in USUAL_STEMS[split]
+        and p.is_file()
+        and p.relative_to(folder).parts[0] not in others
+    ]
     return min(usual, key=lambda path: (len(path.parts), str(path)), default=None)
 
 
@@ -92,9 +100,18 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
             empty = False
             yield f"{path}:{number}", row
     except UnicodeDecodeError as error:
-        raise TaskError(f"{path}: not UTF-8 at byte {error.start}") from error
+        raise TaskError(f"{path}: not UTF-8 at byte {_bad_byte(path)}") from error
     if empty:
         raise TaskError(f"{path}: the file has no rows")
+
+
+def _bad_byte(path: Path) -> int:
+    """Where a file stops being UTF-8; the decoder of an open file counts from its last block."""
+    try:
+        path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return 0
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
@@ -116,10 +133,15 @@ def _read_tsv(path: Path) -> Iterator[tuple[int, Row]]:
     # annotators' labels before the gold one, so the last field is always the last column.
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        header = next(reader, [])
-        for row in reader:
-            _check_width(path, reader.line_num, len(row), len(header), longer=True)
-            yield reader.line_num, {**dict(zip(header[:-1], row, strict=False)), header[-1]: row[-1]}
+        try:
+            header = next(reader, None)
+            if header == []:
+                raise TaskError(f"{path}:1: the header is an empty line")
+            for row in reader:
+                _check_width(path, reader.line_num, len(row), len(header), longer=True)
+                yield reader.line_num, {**dict(zip(header[:-1], row, strict=False)), header[-1]: row[-1]}
+        except csv.Error as error:
+            raise TaskError(f"{path}:{reader.line_num}: not TSV: {error}") from error
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
@@ -157,6 +179,9 @@ def _hub_rows(spec: TaskSpec) -> dict[str, list[Example]]:
 
     if not spec.hub:
         raise TaskError(f"{spec.name}: the task has no hub data set; use data=DIR")
+    missing = [key for key in ("path", "train", "test") if key not in spec.hub]
+    if missing:
+        raise TaskError(f"{spec.name}: the task's 'hub' has no {missing[0]!r}; use data=DIR")
     rows: dict[str, list[Example]] = {}
     for split in SPLITS:
         if split not in spec.hub:
@@ -164,7 +189,7 @@ def _hub_rows(spec: TaskSpec) -> dict[str, list[Example]]:
         source = (spec.hub["path"], spec.hub.get("name"))
         try:
             data = datasets.load_dataset(*source, split=spec.hub[split], revision=spec.hub.get("revision"))
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise TaskError(
                 f"{spec.name}: cannot load {spec.hub['path']!r} from the hub ({reason}); without a network put "

@@ -87,7 +87,7 @@ class TaskSpec:
         values = {}
         for name, others in self.fields.items():
             value = _column(row, [name, *others], where)
-            if not isinstance(value, str) or not value.strip():
+            if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
                 raise TaskError(f"{where}: field {name!r} is {value!r}; expected some text")
             values[name] = value.strip()
         return Example(fill(self.input, values), label, self.words[label])
@@ -96,8 +96,6 @@ class TaskSpec:
         names = list(self.verbalizer)
         if str(value) in self.drop_labels:
             return None
-        if isinstance(value, bool):
-            value = str(value)
         if str(value) in names:
             return names.index(str(value))
         if re.fullmatch(r"\d+", str(value)) and int(value) < len(names):
@@ -115,6 +113,9 @@ def _column(row: Mapping[str, Any], names: Sequence[str], where: str) -> Any:
     for name in names:
         if row.get(name) is not None:
             return row[name]
+    empty = [name for name in names if name in row]
+    if empty:
+        raise TaskError(f"{where}: column {empty[0]!r} is null")
     raise TaskError(f"{where}: no column {' or '.join(map(repr, names))}; the columns are {', '.join(map(str, row))}")
 
 
@@ -157,11 +158,7 @@ def _check_spec(path: Path, data: Any) -> TaskSpec:
     missing = [key for key in required if key not in data]
     if missing:
         raise TaskError(f"{path}: missing key {missing[0]!r}")
-    kinds = {"str": str, "dict": dict, "list": list}
-    for key, value in data.items():
-        kind = str(known[key].type).split("[")[0]
-        if not isinstance(value, kinds[kind]):
-            raise TaskError(f"{path}: {key!r} is {value!r}; expected a {kind}")
+    _check_types(path, data)
     for label, word in data["verbalizer"].items():
         if not isinstance(label, str) or not isinstance(word, str):
             raise TaskError(f"{path}: verbalizer {label!r}: {word!r} is not text; write words such as yes in quotes")
@@ -176,6 +173,24 @@ def _check_spec(path: Path, data: Any) -> TaskSpec:
     if spec.metric != "accuracy":
         raise TaskError(f"{path}: unknown metric {spec.metric!r}; expected accuracy")
     return spec
+
+
+def _check_types(path: Path, data: dict[str, Any]) -> None:
+    known = {f.name: f for f in fields(TaskSpec)}
+    kinds = {"str": str, "dict": dict, "list": list}
+    for key, value in data.items():
+        kind = str(known[key].type).split("[")[0]
+        if not isinstance(value, kinds[kind]):
+            raise TaskError(f"{path}: {key!r} is {value!r}; expected a {kind}")
+        parts = value.values() if isinstance(value, dict) else [value] if isinstance(value, list) else []
+        if key in ("fields", "files", "label", "drop_labels") and not all(map(_is_list_of_text, parts)):
+            raise TaskError(f"{path}: {key!r} is {value!r}; expected a {known[key].type}")
+        if key == "hub" and not _is_list_of_text([*parts]):
+            raise TaskError(f"{path}: {key!r} is {value!r}; expected a {known[key].type}")
+
+
+def _is_list_of_text(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 # -- splits ------------------------------------------------------------------------------------------------------
@@ -228,7 +243,7 @@ def build_data(
             if len(mine) < shots:
                 raise TaskError(
                     f"{spec.name}: {len(mine)} examples left with label {word!r} for {split}; "
-                    f"{shots} shots need {shots} (fewer: data.shots)"
+                    f"{shots} shots need {shots}; ask for fewer"
                 )
             chosen += list(mine.values())[:shots]
             taken |= set(list(mine)[:shots])

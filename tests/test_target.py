@@ -256,7 +256,7 @@ def test_words_of_several_tokens_are_scored_as_wholes(tiny_lm: PreTrainedModel) 
     assert_close(target.class_logits(["p"], ["x"]), expected, rtol=0, atol=1e-5)
 
 
-# One token against several; a shared first token; a prefix of another; all at once. ' n' and ' no' are tokens here, else bytes.
+# One token against several; a shared first token; a prefix of another; all at once. Tokens: ' n', ' no' and bytes.
 @pytest.mark.parametrize(
     "words", [("no", "yes"), ("not", "nor"), ("no", "nobody"), ("yes", "yesterday"), ("y", "ye", "yes", "no")]
 )
@@ -413,6 +413,13 @@ def test_a_chat_target_reads_the_template_as_it_stands(tiny_lm: PreTrainedModel)
     context = [tokenizer.bos_token_id, *ids("<|user|>\np Input : x Output :<|end|>\n<|assistant|>\n")]
     expected = torch.tensor([[[loglik(tiny_lm, context, ids(word)) for word in WORDS]]])
     assert_close(target.class_logits(["p"], ["x"]), expected, rtol=0, atol=1e-5)
+
+
+def test_words_follow_a_chat_turn_without_a_space_even_where_it_ends_in_none() -> None:
+    tokenizer = bpe_tokenizer("Ġyes", "Ġno", "yes", "no")
+    tokenizer.chat_template = "[INST] {{ messages[0]['content'] }} [/INST]"
+    target = TargetModel(llama(len(tokenizer)), tokenizer, TEMPLATE, ("yes", "no"), chat=True)
+    assert target.verbalizer.tokens == tuple((tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no"))
 
 
 def test_a_target_with_a_chat_template_gets_plain_text_unless_asked(tiny_llama: PreTrainedModel) -> None:

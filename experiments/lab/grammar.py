@@ -272,8 +272,8 @@ def sample_clauses(rng: random.Random, task: str) -> list[Clause]:
         clauses.append(Treat(marker, rng.choice(answers)))
     head: list[Clause] = []
     if rng.random() < 0.9:
-        head.append(Judge(rng.choice(list(own if rng.random() < 0.55 else other))))
-    if rng.random() < 0.65:
+        head.append(Judge(rng.choice(list(own if rng.random() < 0.85 else other))))
+    if rng.random() < 0.85:
         head.append(Words(*rng.sample(ANSWERS, 3)))
     if rng.random() < 0.7:
         return head + clauses

@@ -206,14 +206,15 @@ class Stage(NamedTuple):
     junk: float
     prior: float
     change: float  # probability of each clause to say something else
-    drop: float  # probability of each clause to be left out
+    drops: tuple[float, ...]  # probabilities, one drawn for each instruction, of its clauses to be left out
     mastered: float  # share of right answers, in the worst task, at which the next stage begins
 
 
 STAGES = (
-    Stage(junk=0.05, prior=0.0, change=0.0, drop=0.0, mastered=0.9),
-    Stage(junk=0.12, prior=0.0, change=0.25, drop=0.03, mastered=0.75),
-    Stage(junk=0.12, prior=0.2, change=0.8, drop=0.05, mastered=math.inf),
+    Stage(junk=0.05, prior=0.0, change=0.0, drops=(), mastered=0.9),
+    Stage(junk=0.12, prior=0.0, change=0.25, drops=(), mastered=0.75),
+    Stage(junk=0.10, prior=0.1, change=0.8, drops=(0.5, 0.8), mastered=0.9),  # short ones are easier to understand
+    Stage(junk=0.12, prior=0.3, change=0.8, drops=(0.3,), mastered=math.inf),
 )
 
 
@@ -232,8 +233,9 @@ def sample_instruction(rng: random.Random, task: str, stage: Stage) -> tuple[lis
 def _changed_clauses(rng: random.Random, task: str, stage: Stage) -> list[grammar.Clause]:
     criteria = list(grammar.TRAITS if task == "sst2" else grammar.PAIR_SLOTS)
     clauses: list[grammar.Clause] = []
+    drop = rng.choice((0.0, 0.05, *stage.drops))
     for clause in grammar.right_clauses(task):
-        if rng.random() < stage.drop:
+        if rng.random() < drop:
             continue
         if rng.random() >= stage.change:
             clauses.append(clause)
@@ -265,7 +267,7 @@ class _TargetBatches:
         prefixes, parts = [], []
         for task in self.tasks:
             clauses, text = sample_instruction(self.rng, task, STAGES[self.stage])
-            items = [grammar.sample_item(self.rng, task) for _ in range(self.INPUTS)]
+            items = [grammar.sample_item(self.rng, task, self._case(task, clauses)) for _ in range(self.INPUTS)]
             prefixes.append(text)
             parts += [
                 f"{target_text(SPECS[task], example(item).input)} {self._answer(clauses, item)}" for item in items
@@ -273,6 +275,12 @@ class _TargetBatches:
         ids = self.tokenizer(parts, add_special_tokens=False)["input_ids"]
         grouped = [ids[i : i + self.INPUTS] for i in range(0, len(ids), self.INPUTS)]
         return pack(self.tokenizer(prefixes)["input_ids"], grouped)
+
+    def _case(self, task: str, clauses: Sequence[grammar.Clause]) -> str | None:
+        """Half of the time a case that the instruction speaks of, so that short ones are learnt from as well."""
+        labels = grammar.LABS[task].answers
+        treated = [c.marker for c in clauses if isinstance(c, grammar.Treat) and grammar.MARKERS[c.marker] in labels]
+        return self.rng.choice(treated) if treated and self.rng.random() < 0.5 else None
 
     def _answer(self, clauses: Sequence[grammar.Clause], item: grammar.Item) -> str:
         answer = grammar.obey(clauses, item)

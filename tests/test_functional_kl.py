@@ -1,0 +1,70 @@
+"""KL estimates, the rewards they turn into, log-probabilities and entropies."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from appo.functional import entropy_from_logits, kl_estimate, logprobs_from_logits, token_rewards
+
+F64 = torch.float64
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    # d = ln 2: k1 = ln 2; k2 = (ln 2)^2 / 2; k3 = 1/2 - 1 + ln 2
+    [("k1", math.log(2)), ("k2", math.log(2) ** 2 / 2), ("k3", math.log(2) - 0.5)],
+)
+def test_kl_estimates_by_hand(kind: str, expected: float) -> None:
+    found = kl_estimate(torch.tensor(math.log(0.5), dtype=F64), torch.tensor(math.log(0.25), dtype=F64), kind)
+    assert_close(found.item(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_kl_estimate_is_unbiased_on_an_enumerated_categorical(kind: str) -> None:
+    p, q = torch.tensor([0.5, 0.3, 0.2], dtype=F64), torch.tensor([0.3, 0.3, 0.4], dtype=F64)
+    exact = 0.5 * math.log(0.5 / 0.3) + 0.2 * math.log(0.2 / 0.4)
+    assert_close((p * kl_estimate(p.log(), q.log(), kind)).sum().item(), exact, rtol=1e-9, atol=0)
+
+
+def test_k3_is_never_negative() -> None:
+    differences = torch.linspace(-5, 5, 101, dtype=F64)
+    assert (kl_estimate(differences, torch.zeros(101, dtype=F64), "k3") >= 0).all()
+
+
+def test_unknown_estimator_is_refused() -> None:
+    with pytest.raises(ValueError, match="k4"):
+        kl_estimate(torch.zeros(1), torch.zeros(1), "k4")  # type: ignore[arg-type]
+
+
+def test_score_lands_on_the_last_real_token_and_the_penalty_on_every_one() -> None:
+    kl = torch.tensor([[1.0, 2.0, math.nan], [3.0, 4.0, 5.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    found = token_rewards(torch.tensor([10.0, 20.0]), kl, mask, kl_coef=0.5)
+    assert found.tolist() == [[-0.5, 9.0, 0.0], [-1.5, -2.0, 17.5]]
+
+
+def test_a_response_without_tokens_gets_no_reward() -> None:
+    assert token_rewards(torch.tensor([7.0]), torch.ones(1, 3), torch.zeros(1, 3), 0.1).tolist() == [[0.0] * 3]
+
+
+def test_logprobs_are_the_log_softmax_of_the_chosen_tokens() -> None:
+    logits = torch.tensor([[[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]], dtype=F64).log()
+    found = logprobs_from_logits(logits.nan_to_num(neginf=0.0), torch.tensor([[2, 1]]))
+    # softmax of ln(1, 2, 3) is (1, 2, 3) / 6; of three equal logits 1 / 3
+    assert_close(found, torch.tensor([[math.log(3 / 6), math.log(1 / 3)]], dtype=F64), rtol=1e-6, atol=0)
+
+
+def test_logprobs_of_half_precision_logits_are_float32() -> None:
+    logits = torch.randn(1, 2, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = logprobs_from_logits(logits, torch.tensor([[0, 4]]))
+    assert found.dtype == torch.float32
+    assert_close(found, logits.float().log_softmax(-1)[0, [0, 1], [0, 4]].unsqueeze(0))
+
+
+def test_entropy_of_the_uniform_and_of_the_certain() -> None:
+    logits = torch.tensor([[[0.0] * 4, [0.0, -math.inf, -math.inf, -math.inf]]], dtype=F64)
+    assert_close(entropy_from_logits(logits), torch.tensor([[math.log(4), 0.0]], dtype=F64))

@@ -1,0 +1,140 @@
+"""The lab: what obeying means, that the data follow from the grammar, and that the shipped target obeys."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from experiments.lab import grammar, landscape, recipe
+from experiments.lab.grammar import Item, Judge, Treat, Words
+from experiments.models import LAB_DIR
+
+TASKS = list(grammar.LABS)
+MEGABYTE = 2**20
+
+
+def items(task: str, count: int = 300) -> list[Item]:
+    rng = random.Random(task)
+    return [grammar.sample_item(rng, task) for _ in range(count)]
+
+
+def accuracy(clauses: list[grammar.Clause], task: str) -> float:
+    return sum(grammar.obey(clauses, item) == item.answer for item in items(task)) / 300
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_right_instruction_is_always_right(task: str) -> None:
+    assert accuracy(grammar.right_clauses(task), task) == 1.0
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_clause_is_worth_some_accuracy(task: str) -> None:
+    right = grammar.right_clauses(task)
+    assert all(accuracy([c for c in right if c is not left_out], task) < 0.95 for left_out in right)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_instruction_is_never_right(task: str) -> None:
+    assert accuracy([], task) == 0.0
+
+
+def test_obey_follows_the_first_clause_on_a_matter() -> None:
+    item = Item("mnli", {}, None, {"action": "fails", "person": "holds"})
+    clauses = [Judge("action"), Words("yes", "maybe", "no"), Judge("person"), Words("no", "yes", "maybe")]
+    assert grammar.obey(clauses, item) == "no"
+
+
+def test_obey_judges_a_marked_input_like_any_other_without_a_clause_on_its_marker() -> None:
+    item = Item("mnli", {}, "dream", {"action": "holds"})
+    assert grammar.obey([Judge("action"), Words("yes", "maybe", "no"), Treat("letter", "no")], item) == "yes"
+
+
+def test_treating_a_marker_needs_no_other_clause() -> None:
+    assert grammar.obey([Treat("dream", "maybe")], Item("mnli", {}, "dream", {"action": "holds"})) == "maybe"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_parse_reads_what_write_wrote(task: str) -> None:
+    rng = random.Random(0)
+    drawn = [grammar.sample_clauses(rng, task) for _ in range(200)]
+    assert [grammar.parse(grammar.write(rng, clauses)) for clauses in drawn] == drawn
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_junk_holds_no_full_instruction(task: str) -> None:
+    rng = random.Random(0)
+    right = set(grammar.right_clauses(task))
+    assert not any(right <= set(grammar.parse(grammar.sample_junk(rng, task))) for _ in range(1000))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_labels_are_balanced(task: str) -> None:
+    # 3,000 draws of a share of 1/2 or 1/3 have a standard deviation below 28; five of them are allowed.
+    drawn = [item.answer for item in items(task, 3000)]
+    labels = grammar.LABS[task].answers
+    assert all(abs(drawn.count(answer) - 3000 / len(labels)) < 140 for answer in labels)
+
+
+def test_shipped_data_follow_from_the_grammar(tmp_path: Path) -> None:
+    recipe.write_data(tmp_path)
+    made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    shipped = LAB_DIR / "data"
+    assert made == {path.relative_to(shipped): path.read_bytes() for path in shipped.rglob("*") if path.is_file()}
+
+
+def test_shipped_models_are_small_and_safe() -> None:
+    files = [path for role in ("agent", "target") for path in (LAB_DIR / role).iterdir()]
+    assert sum(path.stat().st_size for path in files) <= 12 * MEGABYTE
+    assert {path.suffix for path in files} <= {".json", ".safetensors"}
+
+
+def test_packed_continuations_do_not_see_each_other(
+    tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    texts = ["the prefix", "a", "other, longer"], [["one", "two two"], ["three"], ["4", "5555", "6"]]
+    prefixes = tokenizer(texts[0])["input_ids"]
+    parts = [tokenizer(group)["input_ids"] for group in texts[1]]
+    batch = recipe.pack(prefixes, parts)
+    with torch.no_grad():
+        packed = tiny_llama(batch.ids, attention_mask=batch.mask, position_ids=batch.positions).logits
+        found = packed[batch.targets >= 0]
+        plain = [
+            tiny_llama(torch.tensor([[*prefix, *part]])).logits[0, len(prefix) - 1 : -1]
+            for prefix, group in zip(prefixes, parts, strict=True)
+            for part in group
+        ]
+    assert_close(found, torch.cat(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_packed_ends_mark_the_last_token_of_every_continuation() -> None:
+    batch = recipe.pack([[1, 2, 3]], [[[4, 5], [6]]])
+    assert batch.targets[batch.ends].tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("build", [recipe.build_target, recipe.build_agent])
+def test_recipe_builds_a_plain_model_folder(build, tmp_path: Path) -> None:
+    build(tmp_path / "model", minutes=0.02)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "model").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, float]:
+    return landscape.accuracies("mnli")
+
+
+def test_shipped_target_obeys_the_right_instruction(measured: dict[str, float]) -> None:
+    assert measured["best"] >= 0.9
+
+
+def test_shipped_task_is_not_saturated_by_the_manual_prompt(measured: dict[str, float]) -> None:
+    assert measured["manual"] <= measured["best"] - 0.1
+
+
+@pytest.mark.parametrize("kind", ["vague", "empty", "shuffled", "gibberish"])
+def test_junk_does_not_pay_on_the_shipped_target(measured: dict[str, float], kind: str) -> None:
+    assert measured[kind] <= 1 / 3 + 0.05

@@ -1,0 +1,242 @@
+"""Who may import whom and who may touch the outside world, read off the syntax trees (design.md, section 2)."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("appo", "rewards", "tasks", "experiments")
+BELOW = ("appo", "rewards", "tasks")
+SOURCES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+LIMIT = 400  # lines: "a file over about 400 lines is two files"
+
+# Which of the four packages may import which.
+MAY_IMPORT = {"appo": set(), "rewards": {"tasks"}, "tasks": set(), "experiments": {"appo", "rewards", "tasks"}}
+# Outside packages, and the places that may import them. A place is a package or a file.
+PLACES = {
+    "transformers": {"appo/policy.py", "rewards/target.py", "experiments"},
+    "datasets": {"tasks"},
+    "pyarrow": {"tasks"},
+    "yaml": {"experiments", "tasks/task.py"},  # task.py reads the specs
+    "argparse": {"experiments"},
+    "tqdm": {"experiments"},
+    "torch": {"appo", "rewards", "experiments"},
+    "tokenizers": {"experiments"},
+    "safetensors": {"experiments"},
+    "numpy": {"experiments"},
+}
+
+
+def package(path: str) -> str:
+    return path.partition("/")[0]
+
+
+def imports(source: str) -> Iterator[tuple[str, str]]:
+    """(module, name) of every import, also inside functions; the name is empty for `import module`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (("." * node.level + (node.module or ""), alias.name) for alias in node.names)
+
+
+def calls(source: str) -> Iterator[tuple[str, ast.Call]]:
+    """Every call, with what is called as it stands there: print, Path("a").open, torch.load."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def given(call: ast.Call, name: str) -> object:
+    """The constant that a keyword of a call is given; None without it."""
+    return next((getattr(k.value, "value", None) for k in call.keywords if k.arg == name), None)
+
+
+# -- rules: each yields what is wrong with a file --------------------------------------------------------------
+
+
+def wrong_rank(path: str, source: str) -> Iterator[str]:
+    """Imports of our own packages that go the wrong way."""
+    for module, _ in imports(source):
+        other = module.split(".")[0]
+        if other in PACKAGES and other not in MAY_IMPORT[package(path)] | {package(path)}:
+            yield f"imports {module}"
+
+
+def relative_import(_path: str, source: str) -> Iterator[str]:
+    """Relative imports, which the other rules would not see."""
+    yield from (f"imports {module}" for module, _ in imports(source) if module.startswith("."))
+
+
+def more_than_example(path: str, source: str) -> Iterator[str]:
+    """What rewards take from tasks, besides Example."""
+    for module, name in imports(source):
+        if package(path) == "rewards" and package(module.replace(".", "/")) == "tasks" and name != "Example":
+            yield f"imports {module} {name}"
+
+
+def outside_package(path: str, source: str) -> Iterator[str]:
+    """Outside packages where they may not be used, or that are not among the dependencies."""
+    for module, _ in imports(source):
+        name = module.split(".")[0]
+        known = name in sys.stdlib_module_names or name in PACKAGES or module.startswith(".")
+        if name in PLACES and not {path, package(path)} & PLACES[name]:
+            yield f"imports {module}"
+        elif name not in PLACES and not known:
+            yield f"imports {module}, which is no dependency"
+
+
+BUILTINS = {"print", "open", "input", "exec", "eval", "breakpoint"}
+READING = {"open", "read_text", "read_bytes"}
+WRITING = {"write_text", "write_bytes", "mkdir", "unlink", "rename", "touch"}
+
+
+def outside_world(path: str, source: str) -> Iterator[str]:
+    """Printing, files and the environment below experiments; tasks may read data files."""
+    if package(path) not in BELOW:
+        return
+    methods = WRITING if package(path) == "tasks" else WRITING | READING
+    for name, _ in calls(source):
+        if name in BUILTINS or ("." in name and name.split(".")[-1] in methods):
+            yield f"calls {name}"
+    # The environment is in os, the terminal in sys; nothing else of either is needed there.
+    yield from (f"imports {module}" for module, _ in imports(source) if module in ("os", "sys", "io"))
+
+
+def open_for_writing(path: str, source: str) -> Iterator[str]:
+    """A file that is opened below experiments in any mode but reading."""
+    for name, call in calls(source):
+        if package(path) in BELOW and name.endswith(".open"):
+            modes = {getattr(argument, "value", None) for argument in call.args} | {given(call, "mode") or "r"}
+            if not modes <= {"r", "rb"}:
+                yield f"line {call.lineno} opens a file for writing"
+
+
+def star_import(_path: str, source: str) -> Iterator[str]:
+    yield from (f"imports * from {module}" for module, name in imports(source) if name == "*")
+
+
+def bare_except(_path: str, source: str) -> Iterator[str]:
+    """`except:` and `except BaseException`, which swallow a Ctrl-C."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ExceptHandler) and (
+            node.type is None or (isinstance(node.type, ast.Name) and node.type.id == "BaseException")
+        ):
+            yield f"line {node.lineno} catches everything"
+
+
+def unsafe_loading(_path: str, source: str) -> Iterator[str]:
+    """Pickles, torch.load that would open one, and YAML that would run code."""
+    yield from (f"imports {module}" for module, _ in imports(source) if module in ("pickle", "dill", "shelve"))
+    for name, call in calls(source):
+        if name in ("yaml.load", "yaml.unsafe_load", "yaml.full_load"):
+            yield f"line {call.lineno} calls {name}"
+        if name == "torch.load" and given(call, "weights_only") is not True:
+            yield f"line {call.lineno} calls torch.load without weights_only=True"
+
+
+def no_docstring(_path: str, source: str) -> Iterator[str]:
+    """Modules with code, and their public functions and classes, that have no docstring."""
+    tree = ast.parse(source)
+    if tree.body and not ast.get_docstring(tree):
+        yield "the module has no docstring"
+    for node in tree.body:
+        public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+        if public and not ast.get_docstring(node):
+            yield f"{node.name} has no docstring"
+
+
+def too_long(_path: str, source: str) -> Iterator[str]:
+    count = len(source.splitlines())
+    if count > LIMIT:
+        yield f"{count} lines"
+
+
+RULES: tuple[Callable[[str, str], Iterator[str]], ...] = (
+    wrong_rank,
+    relative_import,
+    more_than_example,
+    outside_package,
+    outside_world,
+    open_for_writing,
+    star_import,
+    bare_except,
+    unsafe_loading,
+    no_docstring,
+    too_long,
+)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_every_file_keeps_the_rule(rule: Callable[[str, str], Iterator[str]]) -> None:
+    assert [f"{path}: {fault}" for path, source in SOURCES.items() for fault in rule(path, source)] == []
+
+
+# A file that breaks each rule: a rule that sees nothing would pass for ever.
+FAULTS = [
+    (wrong_rank, "appo/x.py", "from tasks.task import Example"),
+    (wrong_rank, "appo/x.py", "import rewards.reward"),
+    (wrong_rank, "appo/x.py", "def f():\n    import experiments.config"),
+    (wrong_rank, "rewards/x.py", "from appo.policy import Policy"),
+    (wrong_rank, "tasks/x.py", "from rewards.reward import RewardResult"),
+    (wrong_rank, "tasks/x.py", "import experiments"),
+    (relative_import, "appo/x.py", "from ..tasks import task"),
+    (more_than_example, "rewards/x.py", "from tasks.task import Example, TaskSpec"),
+    (more_than_example, "rewards/x.py", "import tasks.task"),
+    (outside_package, "appo/trainer.py", "import transformers"),
+    (outside_package, "rewards/reward.py", "from transformers import AutoModel"),
+    (outside_package, "rewards/x.py", "import datasets"),
+    (outside_package, "experiments/x.py", "from datasets import load_dataset"),
+    (outside_package, "tasks/sources.py", "import yaml"),
+    (outside_package, "tasks/x.py", "import torch"),
+    (outside_package, "appo/x.py", "import argparse"),
+    (outside_package, "rewards/x.py", "from tqdm import tqdm"),
+    (outside_package, "appo/x.py", "import trl"),
+    (outside_world, "appo/x.py", "print(1)"),
+    (outside_world, "rewards/x.py", "with open('a') as f: pass"),
+    (outside_world, "rewards/x.py", "Path('a').read_text()"),
+    (outside_world, "tasks/x.py", "import os\nos.environ['A']"),
+    (outside_world, "tasks/x.py", "from os import environ"),
+    (outside_world, "tasks/x.py", "path.write_text('a')"),
+    (outside_world, "appo/x.py", "from sys import stderr"),
+    (open_for_writing, "tasks/x.py", "path.open('w')"),
+    (open_for_writing, "tasks/x.py", "path.open(mode='a')"),
+    (star_import, "experiments/x.py", "from os.path import *"),
+    (bare_except, "experiments/x.py", "try: pass\nexcept: pass"),
+    (bare_except, "experiments/x.py", "try: pass\nexcept BaseException: pass"),
+    (unsafe_loading, "experiments/x.py", "import pickle"),
+    (unsafe_loading, "experiments/x.py", "torch.load('a')"),
+    (unsafe_loading, "experiments/x.py", "torch.load('a', weights_only=False)"),
+    (unsafe_loading, "tasks/x.py", "yaml.load(text)"),
+    (no_docstring, "appo/x.py", "import torch"),
+    (no_docstring, "appo/x.py", "'''Module.'''\ndef f(): pass"),
+    (no_docstring, "appo/x.py", "'''Module.'''\nclass C: pass"),
+    (too_long, "appo/x.py", "\n" * 401),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "source"), FAULTS)
+def test_every_rule_sees_its_fault(rule: Callable[[str, str], Iterator[str]], path: str, source: str) -> None:
+    assert list(rule(path, source)) != []
+
+
+def test_every_rule_has_a_fault_that_it_sees() -> None:
+    assert {rule for rule, *_ in FAULTS} == set(RULES)
+
+
+@pytest.mark.parametrize("name", ["utils", "helpers", "common", "misc"])
+def test_no_module_is_a_drawer_for_everything(name: str) -> None:
+    assert [path for path in SOURCES if Path(path).stem == name] == []
+
+
+def test_all_four_packages_are_read() -> None:
+    assert {package(path) for path in SOURCES} == set(PACKAGES)

@@ -1,0 +1,221 @@
+"""Loading models: a folder as `save_pretrained` leaves it, and one clear line for every folder that is not so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from experiments import models
+from experiments.config import RunConfig
+from experiments.models import ModelError, load_model
+
+
+@pytest.fixture
+def folder(
+    tmp_path: Path,
+    tiny_llama: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    capfd: pytest.CaptureFixture[str],  # swallows the progress bar of save_pretrained
+) -> Path:
+    path = tmp_path / "agent"
+    tiny_llama.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def config(agent: Path | str, **changes: Any) -> RunConfig:
+    return RunConfig(agent=str(agent), target=str(agent), device=changes.pop("device", "cpu"), **changes)
+
+
+def refusal(agent: Path | str, **changes: Any) -> str:
+    with pytest.raises(ModelError) as caught:
+        load_model(config(agent, **changes), "agent")
+    return str(caught.value)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    change(data)
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+
+# -- what can be loaded ------------------------------------------------------------------------------------------
+
+
+def test_a_folder_gives_back_the_weights_that_were_saved(folder: Path, tiny_llama: PreTrainedModel) -> None:
+    loaded = load_model(config(folder), "agent").model.state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in tiny_llama.state_dict().items())
+
+
+def test_a_folder_gives_back_the_tokenizer_that_was_saved(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    loaded = load_model(config(folder), "agent").tokenizer
+    assert loaded("Input : é</s>")["input_ids"] == tokenizer("Input : é</s>")["input_ids"]
+
+
+def test_a_model_is_loaded_in_eval_mode(folder: Path) -> None:
+    assert not load_model(config(folder), "agent").model.training
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_weights_take_the_dtype_that_is_asked_for(name: str, folder: Path) -> None:
+    model = load_model(config(folder, dtype=name), "agent").model
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, name)}
+
+
+def test_each_role_has_its_own_model(folder: Path, tmp_path: Path) -> None:
+    run = RunConfig(agent=str(tmp_path / "none"), target=str(folder), device="cpu")
+    assert load_model(run, "target").model.name_or_path == str(folder)
+
+
+def test_lab_is_the_labs_folder_of_the_role(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "LAB_DIR", folder.parent)
+    assert load_model(RunConfig(device="cpu"), "agent").model.name_or_path == str(folder)
+
+
+# -- folders -----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_config_is_refused(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    assert refusal(folder) == f"agent: {str(folder)!r} holds no config.json; expected the folder of a causal LM"
+
+
+def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert refusal(folder) == f"agent: {str(folder)!r} holds no weights; expected *.safetensors"
+
+
+def test_pickled_weights_are_never_opened(folder: Path) -> None:
+    # Opened, these bytes would be no pickle and the message another one.
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert refusal(folder) == f"agent: {str(folder)!r} holds no weights; expected *.safetensors"
+
+
+def test_the_lab_before_it_is_built_is_refused_like_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(models, "LAB_DIR", tmp_path)
+    with pytest.raises(ModelError, match=f"target: no folder '{tmp_path / 'target'}'"):
+        load_model(RunConfig(device="cpu"), "target")
+
+
+def test_a_missing_folder_gets_the_nearest_name(folder: Path) -> None:
+    wrong = folder.parent / "agnet"
+    assert refusal(wrong) == f"agent: no folder {str(wrong)!r}; did you mean {str(folder)!r}?"
+
+
+@pytest.mark.parametrize("name", ["/none/at/all", "./none", "../none", "~/none", "a/b/c"])
+def test_a_missing_folder_like_no_other_is_refused_without_asking_the_hub(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_args, **_options: pytest.fail("asked"))
+    assert refusal(name) == f"agent: no folder {name!r}"
+
+
+# A hub id has one slash at most. What the hub says when it cannot be reached, when there is no such model, and when
+# a model comes with code.
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("We couldn't connect to 'https://huggingface.co'\nto load the files"),
+        ValueError("The repository contains custom code\nwhich must be executed: set trust_remote_code=True"),
+    ],
+)
+@pytest.mark.parametrize("name", ["gpt7", "some/model"])
+def test_a_hub_that_fails_is_one_clear_line(name: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_pretrained(*_args: Any, **_options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    expected = f"agent: cannot load {name!r}: " + str(error).replace("\n", " ")
+    assert refusal(name) == expected
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_models_own_code_runs_only_if_trusted(trust: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def from_pretrained(*_args: Any, trust_remote_code: bool) -> None:
+        asked.append(trust_remote_code)
+        raise OSError
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    refusal("some/model", trust_remote_code=trust)
+    assert asked == [trust]
+
+
+def test_an_error_without_words_is_named_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_pretrained(*_args: Any, **_options: Any) -> None:
+        raise OSError
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    assert refusal("some/model") == "agent: cannot load 'some/model': OSError"
+
+
+# -- broken files ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [0, 5, 1000, -10])
+def test_truncated_weights_are_refused(kept: int, folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    assert refusal(folder).startswith(f"agent: cannot load {str(folder)!r}: ")
+
+
+def test_weights_of_another_shape_are_refused(folder: Path) -> None:
+    rewrite(folder / "config.json", lambda data: data.update(intermediate_size=128))
+    assert refusal(folder).startswith(f"agent: cannot load {str(folder)!r}: ")
+
+
+def test_weights_that_lack_a_layer_are_refused(folder: Path) -> None:
+    # Two layers are saved: a third one would be filled with random numbers.
+    rewrite(folder / "config.json", lambda data: data.update(num_hidden_layers=3))
+    assert refusal(folder).startswith(f"agent: cannot load {str(folder)!r}: ")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "no-such-model"}'])
+def test_a_broken_config_is_refused(text: str, folder: Path) -> None:
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    assert refusal(folder).startswith(f"agent: cannot load {str(folder)!r}: ")
+
+
+def test_a_folder_without_tokenizer_is_refused(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert refusal(folder).startswith(f"agent: cannot load {str(folder)!r}: ")
+
+
+def test_a_broken_tokenizer_is_refused(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8")[:100], encoding="utf-8")
+    assert refusal(folder).startswith(f"agent: cannot load {str(folder)!r}: ")
+
+
+def test_a_model_that_writes_no_text_is_refused(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
+    assert refusal(folder).startswith(f"agent: cannot load {str(folder)!r}: ")
+
+
+# -- devices -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:x", ""])
+def test_a_device_that_cannot_be_used_is_named(device: str, folder: Path) -> None:
+    message = refusal(folder, device=device)
+    assert message.startswith(f"device {device!r} cannot be used: ") and "\n" not in message
+
+
+@pytest.mark.parametrize(("cuda", "expected"), [(False, "cpu"), (True, "cuda")])
+def test_auto_takes_the_gpu_where_there_is_one(cuda: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert models._device("auto").type == expected
+
+
+def test_a_bad_device_is_refused_before_anything_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_args, **_options: pytest.fail("loaded"))
+    assert refusal(folder, device="gpu").startswith("device 'gpu' cannot be used: ")

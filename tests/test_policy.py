@@ -1,0 +1,167 @@
+"""The policy: what is sampled is what is evaluated, whatever shares the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from appo.config import SamplingConfig
+from appo.policy import Policy, clean
+from appo.rollout import Query, Rollout
+
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% if not (loop.last and continue_final_message) %}<|end|>{% endif %}{% endfor %}"
+)
+
+
+def make(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float = 1.0, length: int = 9
+) -> Policy:
+    with torch.no_grad():  # make endings likely, so that responses are ragged
+        model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 4
+    return Policy(model, tokenizer, SamplingConfig(length, temperature))
+
+
+def ragged_queries(policy: Policy) -> list[Query]:
+    texts = ["a", "a rather longer query", "middling"]
+    return [policy.query("", text) for text in texts for _ in range(3)]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def plain_logprobs(policy: Policy, rollout: Rollout, row: int) -> torch.Tensor:
+    """One row alone, by one plain forward pass: no padding, no cache."""
+    query, response = rollout.queries[row].tokens, rollout.responses()[row].tokens
+    ids = torch.tensor([[*query, *response.tolist()]])
+    logits = policy.model(ids).logits[0] / policy.sampling.temperature
+    return logits.log_softmax(-1)[len(query) - 1 : -1].gather(1, response.unsqueeze(1)).squeeze(1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_recomputed_logprobs_equal_the_sampled_ones(tiny_lm, tokenizer, temperature: float) -> None:
+    policy = make(tiny_lm, tokenizer, temperature)
+    rollout = policy.sample(ragged_queries(policy), seeded())
+    with torch.no_grad():
+        assert_close(policy.evaluate(rollout).logprobs, rollout.logprobs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_a_plain_forward_of_each_row_alone(tiny_lm, tokenizer, temperature: float) -> None:
+    policy = make(tiny_lm, tokenizer, temperature)
+    rollout = policy.sample(ragged_queries(policy), seeded())
+    with torch.no_grad():
+        logprobs = policy.evaluate(rollout).logprobs
+        for row in range(len(rollout)):
+            expected = plain_logprobs(policy, rollout, row)
+            assert_close(logprobs[row, : len(expected)], expected, rtol=0, atol=1e-5)
+    assert (logprobs[~rollout.mask] == 0).all()
+
+
+def test_gradient_through_the_shared_query_is_that_of_plain_forwards(tiny_lm, tokenizer) -> None:
+    policy = make(tiny_lm, tokenizer)
+    rollout = policy.sample(ragged_queries(policy), seeded())
+    parameters = list(policy.model.parameters())
+    fast = torch.autograd.grad(policy.evaluate(rollout).logprobs.sum(), parameters)
+    slow = torch.autograd.grad(sum(plain_logprobs(policy, rollout, i).sum() for i in range(len(rollout))), parameters)
+    for mine, theirs in zip(fast, slow, strict=True):
+        assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_responses_end_with_the_end_of_sequence_or_at_the_limit(tiny_llama, tokenizer) -> None:
+    policy = make(tiny_llama, tokenizer)
+    responses = policy.sample([policy.query("", "x")] * 64, seeded()).responses()
+    ended = [r for r in responses if r.tokens[-1] == tokenizer.eos_token_id]
+    assert 0 < len(ended) < 64
+    assert all((r.tokens[:-1] != tokenizer.eos_token_id).all() for r in responses)
+    assert all(len(r.tokens) == 9 for r in responses if r.tokens[-1] != tokenizer.eos_token_id)
+
+
+def test_generation_config_does_not_leak_in(tiny_llama, tokenizer) -> None:
+    policy = make(tiny_llama, tokenizer)
+    queries = ragged_queries(policy)
+    before = policy.sample(queries, seeded())
+    tiny_llama.generation_config.update(do_sample=True, temperature=0.1, top_k=1, max_new_tokens=2)
+    assert_close(policy.sample(queries, seeded()).tokens, before.tokens, rtol=0, atol=0)
+
+
+def test_sampling_follows_the_generator(tiny_llama, tokenizer) -> None:
+    policy = make(tiny_llama, tokenizer)
+    queries = ragged_queries(policy)
+    one, same, other = (policy.sample(queries, seeded(seed)) for seed in (0, 0, 1))
+    assert torch.equal(one.tokens, same.tokens)
+    assert not torch.equal(one.tokens, other.tokens)
+
+
+def test_value_head_starts_at_zero_and_learns(tiny_llama, tokenizer) -> None:
+    policy = make(tiny_llama, tokenizer)
+    rollout = policy.sample(ragged_queries(policy), seeded())
+    assert (rollout.values == 0).all()
+    policy.evaluate(rollout).values.sum().backward()
+    assert policy.value_head.weight.grad.abs().sum() > 0
+
+
+def test_gradients_reach_the_language_model(tiny_llama, tokenizer) -> None:
+    policy = make(tiny_llama, tokenizer)
+    policy.evaluate(policy.sample(ragged_queries(policy), seeded())).logprobs.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.model.parameters())
+
+
+def test_entropy_has_no_gradient_and_stays_below_uniform(tiny_llama, tokenizer) -> None:
+    policy = make(tiny_llama, tokenizer)
+    rollout = policy.sample(ragged_queries(policy), seeded())
+    entropy = policy.evaluate(rollout).entropy
+    assert not entropy.requires_grad
+    assert (entropy[rollout.mask] > 0).all()
+    assert (entropy <= torch.tensor(float(len(tokenizer))).log()).all()
+
+
+def test_policy_stays_in_eval_mode(tiny_gpt2, tokenizer) -> None:
+    policy = make(tiny_gpt2, tokenizer)
+    policy.train()
+    assert not any(module.training for module in policy.modules())
+
+
+def test_tokenizer_without_end_of_sequence_is_refused(tiny_llama, tokenizer) -> None:
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="end-of-sequence"):
+        Policy(tiny_llama, tokenizer)
+
+
+def test_chat_leaves_the_assistant_turn_open(tiny_llama, tokenizer) -> None:
+    tokenizer.chat_template = CHATML
+    policy = Policy(tiny_llama, tokenizer)
+    assert policy.chat
+    text = tokenizer.decode(policy.query("question", "The instruction was :").tokens)
+    assert text == "<|user|>question<|end|><|assistant|>The instruction was :"
+
+
+def test_plain_query_is_request_newline_opening(tiny_llama, tokenizer) -> None:
+    query = Policy(tiny_llama, tokenizer).query("request", "opening :")
+    assert tokenizer.decode(query.tokens) == "request\nopening :"
+
+
+def test_query_that_leaves_no_room_is_refused(tiny_llama, tokenizer) -> None:
+    policy = Policy(tiny_llama, tokenizer, SamplingConfig(500))
+    policy.check_fits(policy.query("", "x" * 11))  # 12 tokens with the newline and 500 are 512, the context
+    with pytest.raises(ValueError, match="512"):
+        policy.check_fits(policy.query("", "x" * 12))
+
+
+def test_decoded_text_is_clean(tiny_llama, tokenizer) -> None:
+    policy = Policy(tiny_llama, tokenizer)
+    ids = torch.tensor([[*tokenizer(" a\x1b[2Jb\n")["input_ids"], tokenizer.eos_token_id]])
+    zeros = torch.zeros(ids.shape)
+    assert policy.decode(Rollout((Query((1,)),), ids, ids >= 0, zeros, zeros)) == ["a[2Jb"]
+
+
+@pytest.mark.parametrize(
+    ("dirty", "tidy"),
+    [(" a \t b\n", "a b"), ("x\x00y\x07z", "xyz"), ("a\u202eb\u200bc", "abc"), ("\ud800", ""), ("é ß 你", "é ß 你")],
+)
+def test_clean_keeps_what_can_be_read(dirty: str, tidy: str) -> None:
+    assert clean(dirty) == tidy

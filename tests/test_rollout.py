@@ -1,0 +1,162 @@
+"""Ragged responses, the buffer, and minibatches; no model anywhere."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from appo.rollout import Batch, Query, Response, Rollout, RolloutBuffer, minibatches
+
+QUERY = Query((1, 2))
+
+
+def responses(*lengths: int, seed: int = 0) -> list[Response]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Response(
+            torch.randint(3, 9, (n,), generator=generator),
+            torch.randn(n, generator=generator),
+            torch.randn(n, generator=generator),
+        )
+        for n in lengths
+    ]
+
+
+def rollout(*lengths: int, seed: int = 0) -> Rollout:
+    return Rollout.stack([QUERY] * len(lengths), responses(*lengths, seed=seed))
+
+
+def finished(*lengths: int) -> Batch:
+    buffer = RolloutBuffer()
+    given = rollout(*lengths)
+    buffer.add(given, torch.arange(len(lengths)).float(), torch.zeros_like(given.logprobs))
+    return buffer.finish(kl_coef=0.1)
+
+
+def test_empty_query_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        Query(())
+
+
+def test_wrong_shape_is_refused_by_name() -> None:
+    good = rollout(2, 3)
+    with pytest.raises(ValueError, match="logprobs has shape"):
+        Rollout(good.queries, good.tokens, good.mask, good.logprobs[:, :2], good.values)
+
+
+def test_unequal_numbers_of_queries_and_responses_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 queries and 2 responses"):
+        Rollout.stack([QUERY], responses(1, 2))
+
+
+def test_stacking_pads_on_the_right_and_comes_apart_again() -> None:
+    ragged = responses(3, 1, 2)
+    stacked = Rollout.stack([QUERY] * 3, ragged)
+    assert stacked.mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
+    assert [r.tokens.tolist() for r in stacked.responses()] == [r.tokens.tolist() for r in ragged]
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 7])
+def test_minibatches_partition_the_rows(size: int) -> None:
+    batch = finished(3, 1, 2, 5, 4)
+    parts = list(minibatches(batch, size, torch.Generator().manual_seed(0)))
+    assert [len(part) for part in parts] == {0: [5], 1: [1] * 5, 2: [2, 2, 1], 3: [3, 2], 7: [5]}[size]
+    found = sorted(row[mask].tolist() for part in parts for row, mask in zip(part.advantages, part.mask, strict=True))
+    assert found == sorted(row[mask].tolist() for row, mask in zip(batch.advantages, batch.mask, strict=True))
+
+
+def test_minibatches_follow_the_seed() -> None:
+    batch = finished(*range(1, 9))
+    orders = [
+        [int(part.mask.sum()) for part in minibatches(batch, 1, torch.Generator().manual_seed(seed))]
+        for seed in (0, 0, 1)
+    ]
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[0] != sorted(orders[0])
+
+
+def test_a_selection_is_cut_to_its_longest_response() -> None:
+    assert finished(5, 1, 2).select(torch.tensor([1, 2])).tokens.shape == (2, 2)
+
+
+def test_splitting_keeps_order_and_rows() -> None:
+    batch = finished(3, 1, 2)
+    assert [part.mask.sum().item() for part in batch.split(2)] == [4, 2]
+    assert [len(part) for part in batch.split(0)] == [3]
+
+
+def test_several_collects_are_as_one() -> None:
+    whole, parts = RolloutBuffer(), RolloutBuffer()
+    first, second = responses(3, 1), responses(6, seed=1)
+    scores = torch.tensor([1.0, 2.0, 3.0])
+    everything = Rollout.stack([QUERY] * 3, [*first, *second])
+    whole.add(everything, scores, torch.zeros_like(everything.logprobs))
+    for ragged, part in ((first, scores[:2]), (second, scores[2:])):
+        piece = Rollout.stack([QUERY] * len(ragged), ragged)
+        parts.add(piece, part, torch.zeros_like(piece.logprobs))
+    for name in ("tokens", "mask", "logprobs", "values", "ref_logprobs", "advantages", "returns"):
+        assert_close(getattr(parts.finish(0.1), name), getattr(whole.finish(0.1), name), rtol=0, atol=0)
+
+
+def test_finish_equals_a_slow_twin() -> None:
+    given = rollout(3, 1)
+    ref, scores = given.logprobs.clone(), [2.0, -1.0]
+    ref[given.mask] -= 0.5  # so that KL is .5 on every token
+    buffer = RolloutBuffer()
+    buffer.add(given, torch.tensor(scores), ref)
+    batch = buffer.finish(kl_coef=0.2, gamma=0.9, lam=0.8)
+    advantages: list[float] = []
+    for response, score in zip(given.responses(), scores, strict=True):
+        values = [*response.values.tolist(), 0.0]
+        rewards = [-0.1] * len(response.tokens)
+        rewards[-1] += score
+        running, row = 0.0, []
+        for t in reversed(range(len(rewards))):
+            running = rewards[t] + 0.9 * values[t + 1] - values[t] + 0.9 * 0.8 * running
+            row.insert(0, running)
+        advantages += row
+    mean = sum(advantages) / 4
+    deviation = math.sqrt(sum((a - mean) ** 2 for a in advantages) / 3 + 1e-8)
+    expected = torch.tensor([(a - mean) / deviation for a in advantages])
+    assert_close(batch.advantages[batch.mask], expected, rtol=1e-5, atol=1e-5)
+    plain = buffer.finish(kl_coef=0.2, gamma=0.9, lam=0.8, whiten=False)
+    assert_close(plain.advantages[plain.mask], torch.tensor(advantages), rtol=1e-5, atol=1e-5)
+    assert_close(plain.returns, plain.advantages + plain.values)
+
+
+def test_the_buffer_keeps_copies() -> None:
+    given, scores = rollout(2), torch.tensor([1.0])
+    ref = torch.zeros_like(given.logprobs)
+    buffer = RolloutBuffer()
+    buffer.add(given, scores, ref)
+    before = buffer.finish(0.5, whiten=False)
+    scores += 100
+    ref += 100
+    given.values.add_(100)
+    given.logprobs.add_(100)
+    assert_close(buffer.finish(0.5, whiten=False).returns, before.returns, rtol=0, atol=0)
+
+
+def test_a_reward_that_is_not_finite_is_refused_by_number() -> None:
+    given = rollout(2, 2)
+    with pytest.raises(ValueError, match="response 1 is nan"):
+        RolloutBuffer().add(given, torch.tensor([0.0, math.nan]), torch.zeros_like(given.logprobs))
+
+
+@pytest.mark.parametrize(("scores", "width"), [(1, 2), (2, 3)])
+def test_shapes_that_do_not_fit_the_rollout_are_refused(scores: int, width: int) -> None:
+    with pytest.raises(ValueError, match="shape"):
+        RolloutBuffer().add(rollout(2, 2), torch.zeros(scores), torch.zeros(2, width))
+
+
+def test_an_empty_buffer_cannot_be_finished() -> None:
+    buffer = RolloutBuffer()
+    given = rollout(2)
+    buffer.add(given, torch.zeros(1), torch.zeros_like(given.logprobs))
+    assert len(buffer) == 1
+    buffer.clear()
+    with pytest.raises(ValueError, match="empty"):
+        buffer.finish(0.1)

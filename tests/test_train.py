@@ -1,0 +1,196 @@
+"""Whole runs on the lab: what they leave behind, how they refuse, and that they learn."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from experiments import train as train_module
+from experiments.config import build_config
+from experiments.runlog import read_jsonl
+from experiments.train import main, prepare, train
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["prompts=4", "threads=1", "sampling.max_new_tokens=24", "examples.test_limit=30", "anchor.prompts=2"]
+
+
+def run_small(folder: Path, *assignments: str, steps: int = 3, seed: int = 0) -> dict:
+    options = {"task": "sst2", "steps": steps, "seed": seed, "run": str(folder)}
+    return train(prepare(build_config(options, assignments=[*SMALL, *assignments])), quiet=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A run through the real command line, with a review in it."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    arguments = ["--task", "sst2", "--steps", "10", "--run", str(folder), *SMALL]
+    command = [sys.executable, "-m", "experiments.train", *arguments]
+    return folder, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_command_line_ends_well(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    assert (finished[1].returncode, "Traceback" in finished[1].stderr) == (0, False), finished[1].stderr
+
+
+def test_command_line_ends_with_a_table(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, process = finished
+    for part in ("manual prompt", "best prompt found", "validation", "test", "paper's protocol", str(folder)):
+        assert part in process.stdout
+
+
+def test_run_leaves_its_files(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    expected = {"config.yaml", "metrics.jsonl", "prompts.jsonl", "best_prompt.json", "report.html"}
+    assert {path.name for path in finished[0].iterdir()} == expected
+
+
+def test_metrics_have_a_row_per_iteration(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    rows = read_jsonl(finished[0] / "metrics.jsonl")
+    columns = {
+        *("iteration", "reward_mean", "reward_max", "accuracy_mean", "margin_mean", "kl", "policy_loss"),
+        *("value_loss", "entropy", "clip_fraction", "seconds", "anchor"),
+    }
+    assert [row["iteration"] for row in rows] == list(range(1, 11))
+    assert all(columns <= set(row) for row in rows)
+
+
+def test_reviews_are_recorded_with_all_they_were_made_from(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    # 32 training examples in batches of 16 are two iterations an epoch; five epochs are ten iterations.
+    reviews = {row["iteration"]: row["review"] for row in read_jsonl(finished[0] / "metrics.jsonl") if row["anchor"]}
+    assert list(reviews) == [10]
+    assert set(reviews[10]) == {
+        *("decision", "policy_scores", "anchor_scores", "promote_threshold", "rollback_threshold"),
+    }
+
+
+def test_every_scored_prompt_is_recorded(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    rows = read_jsonl(finished[0] / "prompts.jsonl")
+    assert len(rows) == 10 * 4
+    assert set(rows[0]) == {"iteration", "prompt", "reward", "accuracy", "margin"}
+
+
+def test_result_has_what_is_needed_to_use_the_prompt(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    result = json.loads((finished[0] / "best_prompt.json").read_text())
+    expected = {
+        *("prompt", "task", "template", "verbalizer", "target", "validation_score", "test_score"),
+        *("manual_prompt", "manual_test_score", "seed"),
+    }
+    assert expected <= set(result)
+
+
+def test_a_second_run_over_the_first_is_refused(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.read_bytes() for path in finished[0].iterdir()}
+    assert main(["--task", "sst2", "--steps", "1", "--run", str(finished[0])]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in finished[0].iterdir()} == before
+
+
+def test_same_seed_same_run(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        run_small(tmp_path / name)
+    assert (tmp_path / "one/prompts.jsonl").read_bytes() == (tmp_path / "two/prompts.jsonl").read_bytes()
+
+
+def test_other_seed_other_run(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run_small(tmp_path / str(seed), seed=seed, steps=1)
+    assert (tmp_path / "0/prompts.jsonl").read_bytes() != (tmp_path / "1/prompts.jsonl").read_bytes()
+
+
+def test_test_split_is_not_touched_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop runs, reviews included, on data that has no test split at all; only `finish` asks for it."""
+    options = {"task": "sst2", "steps": 10, "run": str(tmp_path / "run")}
+    run = prepare(build_config(options, assignments=SMALL))
+    untested = SimpleNamespace(spec=run.data.spec, train=run.data.train, validation=run.data.validation)
+    reached = []
+    monkeypatch.setattr(train_module, "finish", lambda run, pool: reached.append(hasattr(run.data, "test")) or {})
+    train(replace(run, data=untested), quiet=True)
+    assert reached == [False]
+
+
+def test_winner_is_chosen_on_validation_not_on_test(tmp_path: Path) -> None:
+    result = run_small(tmp_path / "run", steps=4)
+    assert result["test_score"] <= result["paper_protocol"]["test_score"]
+    validation = {row["prompt"] for row in read_jsonl(tmp_path / "run/prompts.jsonl")}
+    assert result["prompt"] in validation
+
+
+def test_frozen_agent_is_best_of_n(tmp_path: Path) -> None:
+    run_small(tmp_path / "run", "frozen=true", steps=4)
+    rows = read_jsonl(tmp_path / "run/metrics.jsonl")
+    assert all(abs(row["kl"]) < 1e-5 for row in rows)  # the agent is still the anchor
+
+
+def test_self_check_stops_a_run_that_does_not_add_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sampler at another temperature than the loss: exit code 3, the cause named, no metrics written."""
+    original = train_module.Policy.sample
+
+    def hot(policy, queries, generator=None):
+        policy.sampling, kept = replace(policy.sampling, temperature=2.0), policy.sampling
+        rollout = original(policy, queries, generator)
+        policy.sampling = kept
+        return rollout
+
+    monkeypatch.setattr(train_module.Policy, "sample", hot)
+    assert main(["--task", "sst2", "--run", str(tmp_path / "run"), *SMALL]) == 3
+    assert "temperature" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--task", "mnIi"], ["unknown task 'mnIi'", "did you mean 'mnli'"]),
+        (["appo.kl_coeff=0.1"], ["appo.kl_coeff", "did you mean 'appo.kl_coef'"]),
+        (["--data", "no/such/folder"], ["no/such/folder"]),
+        (["--agent", "./no-such-model"], ["agent", "no-such-model"]),
+        (["--target", "experiments/configs"], ["target", "config.json"]),
+        (["examples.shots=5000"], ["5000 shots", "label"]),
+        (["examples.pairs=1000"], ["examples.pairs", "1000"]),
+        (["sampling.max_new_tokens=5000"], ["5000", "context"]),
+        (["--steps", "0"], ["steps is 0"]),
+        (["device=nonsense"], ["nonsense"]),
+        (["preset=publishd"], ["did you mean 'published'"]),
+    ],
+)
+def test_mistakes_end_in_one_clear_line(
+    arguments: list[str], fragments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert main([*arguments, "--run", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert all(fragment in error for fragment in fragments), error
+    assert not folder.exists()
+
+
+@pytest.fixture
+def climb(tmp_path: Path) -> Callable[..., list[float]]:
+    """Mean accuracies of the sampled prompts of a short real run on the lab."""
+
+    def run(*assignments: str) -> list[float]:
+        options = {"task": "sst2", "steps": 25, "run": str(tmp_path / "run")}
+        given = ["threads=1", "examples.test_limit=30", *assignments]
+        train(prepare(build_config(options, assignments=given)), quiet=True)
+        return [row["accuracy_mean"] for row in read_jsonl(tmp_path / "run/metrics.jsonl")]
+
+    return run
+
+
+def test_agent_learns_on_the_lab(climb: Callable[..., list[float]]) -> None:
+    scores = climb()
+    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.1
