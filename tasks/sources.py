@@ -134,8 +134,8 @@ def _read_tsv(path: Path) -> Iterator[tuple[int, Row]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
-            header = next(reader, None)
-            if header == []:
+            header = next(reader, [])
+            if not header and reader.line_num:
                 raise TaskError(f"{path}:1: the header is an empty line")
             for row in reader:
                 _check_width(path, reader.line_num, len(row), len(header), longer=True)

@@ -177,7 +177,7 @@ def _check_spec(path: Path, data: Any) -> TaskSpec:
 
 def _check_types(path: Path, data: dict[str, Any]) -> None:
     known = {f.name: f for f in fields(TaskSpec)}
-    kinds = {"str": str, "dict": dict, "list": list}
+    kinds: dict[str, type[Any]] = {"str": str, "dict": dict, "list": list}
     for key, value in data.items():
         kind = str(known[key].type).split("[")[0]
         if not isinstance(value, kinds[kind]):
@@ -189,7 +189,7 @@ def _check_types(path: Path, data: dict[str, Any]) -> None:
             raise TaskError(f"{path}: {key!r} is {value!r}; expected a {known[key].type}")
 
 
-def _is_list_of_text(value: Any) -> bool:
+def _is_list_of_text(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 

@@ -1,0 +1,117 @@
+"""Breaks the maths on purpose, one fault at a time, and looks whether the tests notice.
+
+    make mutate
+
+Each mutant is one replaced piece of source in a copy of the tree; the tests named beside it are run there. A mutant
+that survives is a hole in the tests: exit code 1.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("appo", "rewards", "tasks", "experiments", "tests", "setup.cfg")
+
+
+class Mutant(NamedTuple):
+    """What is broken, where, and which tests should notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MASKS, GAE, LOSS, KL = (f"test_functional_{name}.py" for name in ("masks", "gae", "losses", "kl"))
+F, A, R = "appo/functional.py", "appo/anchor.py", "appo/rollout.py"
+MUTANTS = (
+    Mutant("mean: mask dropped", F, "x = x.masked_fill(~mask, 0.0)\n    if dim", "if dim", MASKS),
+    Mutant("mean: divided by all", F, "x.sum() / mask.sum().clamp(min=1)", "x.sum() / mask.numel()", MASKS),
+    Mutant("variance: always biased", F, "(count - int(unbiased))", "count", MASKS),
+    Mutant("variance: mask dropped", F, "squares.masked_fill(~mask, 0.0).sum()", "squares.sum()", MASKS),
+    Mutant("whiten: not centred", F, "if not shift_mean:", "if shift_mean:", MASKS),
+    Mutant("whiten: padding not zero", F, "return whitened.masked_fill(~mask, 0.0)", "return whitened", MASKS),
+    Mutant("logprobs: not normalised", F, "chosen - logits.logsumexp(-1)", "chosen", KL),
+    Mutant("k1: sign", F, "difference = logprobs - ref_logprobs", "difference = ref_logprobs - logprobs", KL),
+    Mutant("k3: sign", F, "torch.expm1(-difference) + difference", "torch.expm1(difference) - difference", KL),
+    Mutant("rewards: penalty is a bonus", F, "penalty = -kl_coef", "penalty = kl_coef", KL),
+    Mutant("rewards: score on the first token", F, "F.pad(mask[:, 1:], (0, 1))\n    is", "F.pad(mask[:, :-1], (1, 0))\n    is", KL),
+    Mutant("rewards: KL mask dropped", F, "kl.masked_fill(~mask, 0.0)", "kl", KL),
+    Mutant("gae: sign of the value", F, "gamma * next_values - values", "gamma * next_values + values", GAE),
+    Mutant("gae: values aligned one late", F, "F.pad(values[:, 1:], (0, 1))", "values", GAE),
+    Mutant("gae: lambda forgotten", F, "gamma * lam * running", "gamma * running", GAE),
+    Mutant("gae: gamma forgotten", F, "gamma * lam * running", "lam * running", GAE),
+    Mutant("gae: forwards in time", F, "for t in reversed(range(deltas.shape[1])):", "for t in range(deltas.shape[1]):", GAE),
+    Mutant("gae: mask dropped", F, "values.masked_fill(~mask, 0.0)\n    next", "values\n    next", GAE),
+    Mutant("gae: returns without values", F, "advantages, advantages + values", "advantages, advantages", GAE),
+    Mutant("policy loss: sign", F, "unclipped = -advantages * ratio", "unclipped = advantages * ratio", LOSS),
+    Mutant("policy loss: min for max", F, "torch.maximum(unclipped, clipped), mask), clip_fraction, a", "torch.minimum(unclipped, clipped), mask), clip_fraction, a", LOSS),
+    Mutant("policy loss: no clipping", F, "ratio.clamp(1.0 - clip_range, 1.0 + clip_range)", "ratio", LOSS),
+    Mutant("policy loss: ratio inverted", F, "(logprobs - old_logprobs).masked_fill", "(old_logprobs - logprobs).masked_fill", LOSS),
+    Mutant("policy loss: mask dropped", F, "(logprobs - old_logprobs).masked_fill(~mask, 0.0)", "(logprobs - old_logprobs)", LOSS),
+    Mutant("policy loss: advantages differentiated", F, "old_logprobs, advantages = old_logprobs.detach(), advantages.detach()", "pass", LOSS),
+    Mutant("value loss: min for max", F, "torch.maximum(unclipped, clipped), mask), clip_fraction)", "torch.minimum(unclipped, clipped), mask), clip_fraction)", LOSS),
+    Mutant("value loss: clipped around the return", F, "values.clamp(old_values - clip_range, old_values + clip_range)", "values.clamp(returns - clip_range, returns + clip_range)", LOSS),
+    Mutant("value loss: half forgotten", F, "ValueLoss(0.5 * masked_mean(torch.max", "ValueLoss(masked_mean(torch.max", LOSS),
+    Mutant("anchor: alias of the policy", A, "{name: p.detach().clone() for", "{name: p.detach() for", "test_anchor.py"),
+    Mutant("anchor: promotion by reference", A, "self._parameters[name].copy_(parameter)", "self._parameters[name] = parameter.data", "test_anchor.py"),
+    Mutant("anchor: rollback forgets the optimizer", A, "        optimizer.load_state_dict(copy.deepcopy(self._optimizer_state))\n", "", "test_anchor.py"),
+    Mutant("anchor: rollback consumes its state", A, "optimizer.load_state_dict(copy.deepcopy(self._optimizer_state))", "optimizer.load_state_dict(self._optimizer_state)", "test_anchor.py"),
+    Mutant("anchor: rollback does nothing", A, "parameter.copy_(self._parameters[name])", "pass", "test_anchor.py"),
+    Mutant("anchor: never put in place", A, "parameter.data, self._parameters[name] = self._parameters[name], parameter.data", "pass", "test_anchor.py"),
+    Mutant("anchor: not taken out again", A, "        finally:\n            self._exchange(policy)", "        finally:\n            pass", "test_anchor.py"),
+    Mutant("decide: promotes at the threshold", A, "policy_score - anchor_score > promote", "policy_score - anchor_score >= promote", "test_anchor.py"),
+    Mutant("decide: rolls back at the threshold", A, "anchor_score - policy_score > rollback", "anchor_score - policy_score >= rollback", "test_anchor.py"),
+    Mutant("decide: thresholds exchanged", A, "anchor_score - policy_score > rollback_threshold", "anchor_score - policy_score > promote_threshold", "test_anchor.py"),
+    Mutant("KL coefficient: wrong direction", A, "kl / self.target - 1.0, -0.2", "1.0 - kl / self.target, -0.2", "test_anchor.py"),
+    Mutant("KL coefficient: error not clipped", A, "min(max(kl / self.target - 1.0, -0.2), 0.2)", "kl / self.target - 1.0", "test_anchor.py"),
+    Mutant("buffer: scores by reference", R, "scores.detach().clone().float()", "scores", "test_rollout.py"),
+    Mutant("buffer: penalty sign", R, "kl_estimate(rollout.logprobs, ref_logprobs)", "kl_estimate(ref_logprobs, rollout.logprobs)", "test_rollout.py"),
+    Mutant("buffer: gamma and lambda exchanged", R, "rollout.mask, gamma, lam)", "rollout.mask, lam, gamma)", "test_rollout.py"),
+    Mutant("buffer: whitening without mask", R, "masked_whiten(advantages, rollout.mask)", "masked_whiten(advantages, torch.ones_like(rollout.mask))", "test_rollout.py"),
+    Mutant("minibatches: a row lost", R, "order = torch.randperm(len(batch), generator=generator)", "order = torch.randperm(len(batch) - 1, generator=generator)", "test_rollout.py"),
+    Mutant("minibatches: not shuffled", R, "order = torch.randperm(len(batch), generator=generator)", "order = torch.arange(len(batch))", "test_rollout.py"),
+)  # fmt: skip
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether the tests pass on a copy of the tree with the mutant in it."""
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name)
+        for part in COPIED:
+            source = ROOT / part
+            if source.is_dir():
+                shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__", "lab"))
+            else:
+                shutil.copy(source, copy / part)
+        path = copy / mutant.file
+        text = path.read_text()
+        if text.count(mutant.old) != 1:
+            raise SystemExit(
+                f"{mutant.name}: its source occurs {text.count(mutant.old)} times in {mutant.file}, not once"
+            )
+        path.write_text(text.replace(mutant.old, mutant.new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{mutant.tests}"]
+        return subprocess.run(command, cwd=copy, capture_output=True, timeout=300, check=False).returncode == 0
+
+
+def main() -> int:
+    """Prints a line for each mutant; returns 1 if one survives."""
+    survivors = []
+    for mutant in MUTANTS:
+        alive = survives(mutant)
+        survivors += [mutant.name] * alive
+        print(f"{'SURVIVED' if alive else 'caught':10}{mutant.file:20}{mutant.name}", flush=True)
+    print(f"{len(MUTANTS) - len(survivors)} of {len(MUTANTS)} mutants caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The check of the first rollout passes on a sound one and names the cause of an unsound one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from appo.anchor import Anchor
+from appo.config import SamplingConfig
+from appo.policy import Policy
+from appo.rollout import Rollout
+from appo.selfcheck import SelfCheckError, self_check
+
+
+def ready(model, tokenizer) -> tuple[Policy, Anchor, Rollout]:
+    policy = Policy(model, tokenizer, SamplingConfig(8))
+    queries = [policy.query("", text) for text in ("a", "a much longer query", "a much longer query")]
+    rollout = policy.sample(queries, torch.Generator().manual_seed(0))
+    return policy, Anchor(policy, torch.optim.AdamW(policy.parameters())), rollout
+
+
+def test_a_sound_rollout_passes(tiny_lm, tokenizer) -> None:
+    self_check(*ready(tiny_lm, tokenizer))
+
+
+def test_another_temperature_is_named(tiny_lm, tokenizer) -> None:
+    policy, anchor, rollout = ready(tiny_lm, tokenizer)
+    policy.sampling = replace(policy.sampling, temperature=2.0)
+    with pytest.raises(SelfCheckError, match="temperature"):
+        self_check(policy, anchor, rollout)
+
+
+def test_a_cut_distribution_is_named(tiny_llama, tokenizer) -> None:
+    policy, anchor, rollout = ready(tiny_llama, tokenizer)
+    kept = 0.6  # top-k renormalises what it keeps: every log-probability grows by -ln of the kept mass
+    renormalised = (rollout.logprobs - torch.tensor(kept).log()).masked_fill(~rollout.mask, 0.0)
+    with pytest.raises(SelfCheckError, match="top_k"):
+        self_check(policy, anchor, replace(rollout, logprobs=renormalised))
+
+
+def test_dropout_is_named(tiny_gpt2, tokenizer) -> None:
+    policy, anchor, rollout = ready(tiny_gpt2, tokenizer)
+    for module in policy.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    with pytest.raises(SelfCheckError, match="dropout"):
+        self_check(policy, anchor, rollout)
+
+
+def test_ignored_position_ids_are_named(tiny_gpt2, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = tiny_gpt2.forward
+    monkeypatch.setattr(tiny_gpt2, "forward", lambda position_ids, **rest: forward(**rest))
+    with pytest.raises(SelfCheckError, match="position ids"):
+        self_check(*ready(tiny_gpt2, tokenizer))
+
+
+def test_an_anchor_that_is_another_model_is_named(tiny_llama, tokenizer) -> None:
+    policy, anchor, rollout = ready(tiny_llama, tokenizer)
+    with torch.no_grad():
+        policy.model.get_output_embeddings().weight.mul_(1.01)
+    with pytest.raises(SelfCheckError, match="KL to the anchor"):
+        self_check(policy, anchor, rollout)
