@@ -64,7 +64,7 @@ class RunConfig:
     epochs: int = 100  # passes over the training examples [P, A.5]
     steps: int | None = None  # iterations; null: as many as the epochs take
     prompts: int = 4  # K, sampled per iteration [P, Table 6]
-    pool: int = 5  # best prompts by training reward that are looked at again at the end [P, 4.1]
+    pool: int = 5  # best prompts by training reward that are re-scored on validation at the end [P, 4.1]
     frozen: bool = False  # True: never update the agent, that is, best-of-N sampling; the control arm
     device: str = "auto"  # auto: cuda where there is one, else cpu
     dtype: Literal["float32", "bfloat16"] = "float32"  # of agent and target

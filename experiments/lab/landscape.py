@@ -26,7 +26,7 @@ from rewards.target import TargetModel
 from tasks.sources import load_task
 from tasks.task import TaskData, meta_prompt
 
-WORDINGS = 5  # drawn for every kind of instruction
+WORDINGS = 3  # drawn for every kind of instruction
 Writer = Callable[[random.Random, str], str]
 
 
