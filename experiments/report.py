@@ -26,7 +26,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; marg
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; } th, td { padding: .25rem .8rem; text-align: left; vertical-align: top; }
 th { border-bottom: 1px solid #999; font-weight: 600; } td.number, th.number { text-align: right; }
-td.number { font-variant-numeric: tabular-nums; } .muted { color: #666; }
+td.number { font-variant-numeric: tabular-nums; } .muted { color: #666; font-weight: normal; }
 blockquote { margin: .5rem 0; padding: .6rem 1rem; background: #f3f5f7; border-left: 4px solid #3b6ea5; }
 pre { background: #f3f5f7; padding: .6rem 1rem; overflow-x: auto; font-size: 13px; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(25rem, 1fr)); gap: 1rem; }

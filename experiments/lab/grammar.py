@@ -76,12 +76,12 @@ class Lab:
 
 def _binary(criterion: str, *markers: str) -> Lab:
     yes, no, other = markers  # the third goes with the second
-    return Lab(criterion, {"holds": 0.25, "fails": 0.2, yes: 0.25, no: 0.15, other: 0.15})
+    return Lab(criterion, {"holds": 0.3, "fails": 0.2, yes: 0.2, no: 0.15, other: 0.15})
 
 
 def _ternary(criterion: str, *markers: str) -> Lab:
     yes, no, other = markers  # the third is maybe
-    return Lab(criterion, {"holds": 2 / 15, "is unclear": 2 / 15, "fails": 2 / 15, yes: 0.2, no: 0.2, other: 0.2})
+    return Lab(criterion, {"holds": 0.19, "is unclear": 0.19, "fails": 0.19, yes: 0.143, no: 0.143, other: 0.144})
 
 
 LABS = {
