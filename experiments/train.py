@@ -264,7 +264,7 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for a mistake in what was asked for, 3 if the first rollout does not add up."""
+    """Returns the exit code: 0, 2 (a mistake in what was asked for), 3 (the first rollout is unsound), 130 (Ctrl-C)."""
     try:
         run = prepare(parse_args(argv))
         result = train(run)
@@ -274,6 +274,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SelfCheckError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
+    except KeyboardInterrupt:
+        print("\ninterrupted; the rows written so far stay in the run's folder", file=sys.stderr)
+        return 130
     print(f"\n{summary(result, run.log.folder)}")
     return 0
 

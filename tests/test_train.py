@@ -150,6 +150,18 @@ def test_self_check_stops_a_run_that_does_not_add_up(
     assert "temperature" in capsys.readouterr().err
 
 
+def test_interrupted_run_keeps_its_rows_and_shows_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module.Progress, "show", interrupt)
+    assert main(["--task", "sst2", "--steps", "3", "--run", str(tmp_path / "run"), *SMALL]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert len(read_jsonl(tmp_path / "run/metrics.jsonl")) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
