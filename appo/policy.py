@@ -154,7 +154,7 @@ class Policy(nn.Module):
         cache = DynamicCache(config=self.model.config)
         if width > 1:
             self._forward(ids[:, :-1], mask[:, :-1], positions[:, :-1], cache, positions=1)
-            if len(distinct) < len(queries) or len(queries) > 1:
+            if len(queries) > 1:
                 cache.batch_select_indices(rows)
         return _Prefix(cache, mask[rows, :-1], ids[rows, -1:], lengths[rows])
 
