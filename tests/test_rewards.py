@@ -20,6 +20,7 @@ from rewards.functional import accuracy, softmax_margin
 from rewards.reward import ClassificationReward
 from rewards.target import TargetModel
 from tasks.task import Example
+from tests.conftest import sharpen
 
 EXAMPLES = (
     Example("a fine film", 1, "yes"),
@@ -34,15 +35,6 @@ PROMPTS = ("Is it good ?", "Say yes .", "Answer yes when the sentence below is a
 def logs(*probabilities: float) -> Tensor:
     """[1, C] logits whose softmax is exactly these probabilities."""
     return torch.tensor([probabilities], dtype=torch.float64).log()
-
-
-def sharpen(model: PreTrainedModel) -> PreTrainedModel:
-    """Scales the tiny random weights up, so that the answers depend on what is read, by far more than the tolerance."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(6)
-    return model
 
 
 def stub(tables: dict[str, Sequence[Sequence[float]]]) -> tuple[TargetModel, list[list[str]]]:

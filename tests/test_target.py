@@ -22,22 +22,13 @@ from transformers import (
 )
 
 from rewards.target import ContextTooLongError, TargetModel, Verbalizer, common_prefix
-from tests.conftest import SPECIAL, byte_tokenizer, gpt2, llama
+from tests.conftest import SPECIAL, byte_tokenizer, gpt2, llama, sharpen
 
 TEMPLATE = "{prompt} Input : {input} Output :"
 WORDS = ("yes", "maybe", "no")
 PROMPTS = ("Judge .", "", "Does the second sentence follow from the first one ? Say yes , maybe or no .")  # ragged
 INPUTS = ("a b", "premise : it rains\nhypothesis : the street is wet and so am I", "x")
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-def sharpen(model: PreTrainedModel) -> PreTrainedModel:
-    """Scales the tiny random weights up, so that a logit depends on every token by far more than the tolerance."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(6)
-    return model
 
 
 def loglik(model: PreTrainedModel, context: Sequence[int], word: Sequence[int]) -> float:
