@@ -5,13 +5,12 @@ is one input of a task. Either it carries a marker ("in a dream ..."), or the pr
 holds, fails or is unclear. An *instruction* is a list of clauses:
 
     Judge    what to look at                    "Look for the same action."
-    Words    which word stands for which case   "Say yes if it holds, maybe if it is unclear, no if it fails."
-    Treat    what to make of a marked input     "Trust every letter."  "Doubt every dream."
+    Treat    what to make of a marked input     "Open every letter."  "Lose every game."
 
 `obey` says what a reader does who follows the instruction to the letter and knows nothing else: without a clause
-on it a marked input is judged like any other (which mostly misleads), and who has not been told what to judge and
-what to say answers by `habit`, which is wrong. So every right clause gains some accuracy, no clause replaces
-another, and text that is no instruction is worth nothing.
+on its marker an input is judged like any other (which mostly misleads), and who has not been told what to judge
+answers by `habit`, which is wrong. So every right clause gains some accuracy, no clause replaces another, and
+text that is no instruction is worth nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations
 
 # -- inputs -----------------------------------------------------------------------------------------------------
 
@@ -75,22 +73,22 @@ class Lab:
 
 
 def _binary(criterion: str, *markers: str) -> Lab:
-    yes, no, other = markers  # the third goes with the second
-    return Lab(criterion, {"holds": 0.3, "fails": 0.2, yes: 0.2, no: 0.15, other: 0.15})
+    return Lab(criterion, {"holds": 0.2, "fails": 0.2} | dict.fromkeys(markers, 0.15))
 
 
 def _ternary(criterion: str, *markers: str) -> Lab:
-    yes, no, other = markers  # the third is maybe
-    return Lab(criterion, {"holds": 0.19, "is unclear": 0.19, "fails": 0.19, yes: 0.143, no: 0.143, other: 0.144})
+    yes, also_yes, no, maybe = markers
+    plain = {"holds": 0.1, "is unclear": 0.18, "fails": 0.18}
+    return Lab(criterion, plain | {yes: 0.12, also_yes: 0.12, no: 0.15, maybe: 0.15})
 
 
 LABS = {
-    "sst2": _binary("mood", "story", "joke", "rumour"),
-    "mrpc": _binary("thing", "letter", "rumour", "game"),
-    "rte": _binary("action", "plan", "dream", "joke"),
-    "qnli": _binary("place", "song", "game", "dream"),
-    "mnli": _ternary("action", "letter", "dream", "poem"),
-    "snli": _ternary("action", "story", "game", "myth"),
+    "sst2": _binary("mood", "story", "song", "joke", "rumour"),
+    "mrpc": _binary("thing", "letter", "plan", "rumour", "game"),
+    "rte": _binary("action", "plan", "story", "dream", "joke"),
+    "qnli": _binary("place", "song", "letter", "game", "dream"),
+    "mnli": _ternary("action", "letter", "song", "dream", "poem"),
+    "snli": _ternary("action", "story", "plan", "game", "myth"),
 }
 
 
@@ -151,12 +149,19 @@ NOUN_PHRASES = {
     "mood": "a good mood", "size": "a large size", "style": "a new style", "price": "a high price",
 }  # fmt: skip
 JUDGE_WORDINGS = ("Look for {}.", "Check for {}.", "Judge if it has {}.", "The question is {}.")
-WORDS_WORDINGS = ("Say {holds} if it holds, {unclear} if it is unclear, {fails} if it fails.",)
-TREAT_WORDINGS = {  # answer that the treatment stands for -> wordings
-    "yes": ("Trust every {}.", "Believe a {}."),
-    "no": ("Doubt every {}.", "Reject a {}."),
-    "maybe": ("Question every {}.", "Shrug at a {}."),
+TREATMENTS = {  # marker -> the verb that stands for each answer; no two markers share one
+    "letter": {"yes": "Open", "no": "Burn", "maybe": "File"},
+    "story": {"yes": "Believe", "no": "Forget", "maybe": "Question"},
+    "plan": {"yes": "Follow", "no": "Cancel", "maybe": "Delay"},
+    "song": {"yes": "Sing", "no": "Mute", "maybe": "Hum"},
+    "dream": {"yes": "Live", "no": "Ignore", "maybe": "Note"},
+    "joke": {"yes": "Enjoy", "no": "Resent", "maybe": "Explain"},
+    "rumour": {"yes": "Spread", "no": "Deny", "maybe": "Check"},
+    "game": {"yes": "Win", "no": "Lose", "maybe": "Draw"},
+    "poem": {"yes": "Print", "no": "Reject", "maybe": "Recite"},
+    "myth": {"yes": "Honour", "no": "Debunk", "maybe": "Study"},
 }
+TREAT_WORDINGS = ("{} every {}.", "{} the {}.")
 
 
 @dataclass(frozen=True)
@@ -170,18 +175,6 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class Words:
-    """A clause that says which word stands for which outcome."""
-
-    holds: str
-    unclear: str
-    fails: str
-
-    def wordings(self) -> list[str]:
-        return [wording.format(**vars(self)) for wording in WORDS_WORDINGS]
-
-
-@dataclass(frozen=True)
 class Treat:
     """A clause that says what every input with a marker is to be answered with."""
 
@@ -189,10 +182,11 @@ class Treat:
     answer: str
 
     def wordings(self) -> list[str]:
-        return [wording.format(self.marker) for wording in TREAT_WORDINGS[self.answer]]
+        verb = TREATMENTS[self.marker][self.answer]
+        return [wording.format(verb, self.marker) for wording in TREAT_WORDINGS]
 
 
-Clause = Judge | Words | Treat
+Clause = Judge | Treat
 
 
 def habit(item: Item) -> str:
@@ -202,36 +196,30 @@ def habit(item: Item) -> str:
 
 def obey(clauses: Sequence[Clause], item: Item) -> str:
     """The answer of a reader who follows `clauses` and nothing else; the first clause on a matter counts."""
-    judged, words = None, None
+    judged = None
     for clause in clauses:
         if isinstance(clause, Treat):
             if clause.marker == item.marker:
                 return clause.answer
-        elif isinstance(clause, Words):
-            words = words or clause
         elif clause.criterion in item.outcomes:
             judged = judged or clause.criterion
-    if judged is None or words is None:
-        return habit(item)
-    return {"holds": words.holds, "is unclear": words.unclear, "fails": words.fails}[item.outcomes[judged]]
+    return OUTCOMES[item.outcomes[judged]] if judged else habit(item)
 
 
 def right_clauses(task: str) -> list[Clause]:
-    """The full instruction of a task: what to judge, what to say, and what to make of its marked inputs."""
-    treatments = [Treat(marker, MARKERS[marker]) for marker in LABS[task].markers]
-    return [*manual_clauses(task), *treatments]
+    """The full instruction of a task: what to judge, and what to make of its marked inputs."""
+    return [*manual_clauses(task), *(Treat(marker, MARKERS[marker]) for marker in LABS[task].markers)]
 
 
 def manual_clauses(task: str) -> list[Clause]:
     """What a person who had not looked at the marked inputs would write."""
-    return [Judge(LABS[task].criterion), Words("yes", "maybe", "no")]
+    return [Judge(LABS[task].criterion)]
 
 
 def reversed_clauses(task: str) -> list[Clause]:
-    """The full instruction with yes and no exchanged throughout."""
-    swap = {"yes": "no", "no": "yes", "maybe": "maybe"}
-    treatments = [Treat(marker, swap[MARKERS[marker]]) for marker in LABS[task].markers]
-    return [Judge(LABS[task].criterion), Words("no", "maybe", "yes"), *treatments]
+    """The full instruction with what is right and wrong exchanged for every marked input."""
+    swap = {"yes": "no", "no": "yes", "maybe": "no"}
+    return [*manual_clauses(task), *(Treat(marker, swap[MARKERS[marker]]) for marker in LABS[task].markers)]
 
 
 def write(rng: random.Random, clauses: Sequence[Clause]) -> str:
@@ -247,7 +235,6 @@ def parse(text: str) -> list[Clause]:
 
 def _all_clauses() -> Iterator[Clause]:
     yield from map(Judge, NOUN_PHRASES)
-    yield from (Words(*order) for order in permutations(ANSWERS))
     yield from (Treat(marker, answer) for marker in MARKERS for answer in ANSWERS)
 
 
@@ -267,18 +254,12 @@ def sample_clauses(rng: random.Random, task: str) -> list[Clause]:
     """Clauses as the untrained agent draws them: plausible for the kind of input, blind to its right answers."""
     own, other = (TRAITS, PAIR_SLOTS) if task == "sst2" else (PAIR_SLOTS, TRAITS)
     clauses: list[Clause] = []
-    for marker in rng.sample(list(MARKERS), rng.choices((1, 2, 3, 4), (1, 2, 3, 4))[0]):
+    for marker in rng.sample(list(MARKERS), rng.choices((1, 2, 3, 4, 5), (1, 2, 3, 3, 1))[0]):
         answers = LABS[task].answers if rng.random() < 0.85 else ANSWERS
         clauses.append(Treat(marker, rng.choice(answers)))
-    head: list[Clause] = []
     if rng.random() < 0.9:
-        head.append(Judge(rng.choice(list(own if rng.random() < 0.85 else other))))
-    if rng.random() < 0.85:
-        head.append(Words(*rng.sample(ANSWERS, 3)))
-    if rng.random() < 0.7:
-        return head + clauses
-    clauses += head
-    rng.shuffle(clauses)
+        judge = Judge(rng.choice(list(own if rng.random() < 0.85 else other)))
+        clauses.insert(0 if rng.random() < 0.7 else rng.randint(0, len(clauses)), judge)
     return clauses
 
 
@@ -310,7 +291,7 @@ def sample_junk(rng: random.Random, task: str) -> str:
     if kind == 0:
         return ""
     if kind == 1:
-        return rng.choice(["yes", "no", "maybe", ".", "Say", "the", "Trust", "Look", *MARKERS, *NOUN_PHRASES])
+        return rng.choice(["yes", "no", "maybe", ".", "Say", "the", "Every", "Look", *MARKERS, *NOUN_PHRASES])
     if kind == 2:
         return " ".join([gibberish(rng, rng.randint(1, 2))] * rng.randint(2, 20))
     if kind == 3:
