@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments.lab import grammar, landscape, recipe
-from experiments.lab.grammar import Item, Judge, Treat, Words
+from experiments.lab.grammar import Item, Judge, Treat
 from experiments.models import LAB_DIR
 
 TASKS = list(grammar.LABS)
@@ -45,17 +45,26 @@ def test_no_instruction_is_never_right(task: str) -> None:
 
 def test_obey_follows_the_first_clause_on_a_matter() -> None:
     item = Item("mnli", {}, None, {"action": "fails", "person": "holds"})
-    clauses = [Judge("action"), Words("yes", "maybe", "no"), Judge("person"), Words("no", "yes", "maybe")]
-    assert grammar.obey(clauses, item) == "no"
+    assert grammar.obey([Judge("action"), Judge("person")], item) == "no"
+
+
+def test_obey_passes_over_a_criterion_that_the_input_does_not_have() -> None:
+    item = Item("mnli", {}, None, {"action": "fails", "person": "is unclear"})
+    assert grammar.obey([Judge("mood"), Judge("person")], item) == "maybe"
 
 
 def test_obey_judges_a_marked_input_like_any_other_without_a_clause_on_its_marker() -> None:
     item = Item("mnli", {}, "dream", {"action": "holds"})
-    assert grammar.obey([Judge("action"), Words("yes", "maybe", "no"), Treat("letter", "no")], item) == "yes"
+    assert grammar.obey([Judge("action"), Treat("letter", "no")], item) == "yes"
 
 
 def test_treating_a_marker_needs_no_other_clause() -> None:
     assert grammar.obey([Treat("dream", "maybe")], Item("mnli", {}, "dream", {"action": "holds"})) == "maybe"
+
+
+def test_no_two_treatments_share_a_verb() -> None:
+    verbs = [verb for by_answer in grammar.TREATMENTS.values() for verb in by_answer.values()]
+    assert len(set(verbs)) == len(verbs) == 3 * len(grammar.MARKERS)
 
 
 @pytest.mark.parametrize("task", TASKS)
