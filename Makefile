@@ -12,7 +12,7 @@ OPTIONS = --task "$(TASK)" $(if $(AGENT),--agent "$(AGENT)") $(if $(TARGET),--ta
 SEEDS ?= 0 1 2 3 4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train compare landscape lab test lint mutate clean
+.PHONY: help setup train tasks compare landscape lab test lint mutate clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ $(READY): constraints.txt setup.cfg pyproject.toml
 
 train: $(READY) ## tune a prompt: make train TASK=mnli
 	@$(BIN)/python -m experiments.train $(OPTIONS) $(ARGS)
+
+tasks: $(READY) ## list the tasks, or show one: make tasks SHOW=mnli
+	@$(BIN)/python -m experiments.tasks $(if $(SHOW),--show "$(SHOW)") $(if $(DATA),--data "$(DATA)")
 
 compare: $(READY) ## APPO against best-of-N over SEEDS, with a table: make compare TASK=mnli
 	$(BIN)/python -m experiments.compare --task "$(TASK)" --seeds $(SEEDS) $(ARGS)

@@ -38,7 +38,7 @@ def run_arm(arm: str, task: str, seed: int, folder: Path, assignments: Sequence[
     run = prepare(build_config(options, assignments=[*assignments, *ARMS[arm]]))
     result = train(run, quiet=True)
     rows = read_jsonl(run.log.folder / "metrics.jsonl")
-    scores = [row["accuracy_mean"] for row in rows]
+    scores = [row[f"{result['metric']}_mean"] for row in rows]
     return result | {
         "first": sum(scores[:EDGE]) / len(scores[:EDGE]),
         "last": sum(scores[-EDGE:]) / len(scores[-EDGE:]),

@@ -42,13 +42,16 @@ class ExamplesConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """R = accuracy_weight * accuracy + margin_weight * softmax margin."""
+    """R = accuracy_weight * accuracy + margin_weight * softmax margin; of text, metric_weight * metric."""
 
     accuracy_weight: float = 10.0  # c_a [P]
     margin_weight: float = 0.1  # c_s [P]
+    metric_weight: float = 1.0  # of generated text: the paper's reward is the F1 itself
+    likelihood_weight: float = 0.0  # of generated text: > 0 breaks ties by how likely the right answer was; ours
+    answer_tokens: int = 50  # longest generated answer, in tokens of the target (APE, Zhou et al. 2023)
 
     def __post_init__(self) -> None:
-        _at_least(self, accuracy_weight=0, margin_weight=0)
+        _at_least(self, accuracy_weight=0, margin_weight=0, metric_weight=0, likelihood_weight=0, answer_tokens=1)
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ class Progress:
 
     Args:
         steps: iterations in all.
+        metric: the name of what prompts are judged by.
         quiet: show nothing.
     """
 
-    def __init__(self, steps: int, quiet: bool = False) -> None:
-        self._steps, self._quiet = steps, quiet
+    def __init__(self, steps: int, metric: str = "accuracy", quiet: bool = False) -> None:
+        self._steps, self._metric, self._quiet = steps, metric, quiet
         self._live = not quiet and sys.stderr.isatty()
         if self._live:
             self._bar = tqdm(total=steps, desc="tuning", unit="it", dynamic_ncols=True, position=0)
@@ -34,7 +35,7 @@ class Progress:
         """Moves on to `iteration`."""
         best = pool.best(1)
         prompt = f"best {best[0].reward:.2f}  {best[0].prompt}" if best else "no prompt yet"
-        numbers = {"reward": stats["reward_mean"], "accuracy": stats["accuracy_mean"], "kl": stats["kl"]}
+        numbers = {"reward": stats["reward_mean"], self._metric: stats[f"{self._metric}_mean"], "kl": stats["kl"]}
         if self._live:
             self._bar.update()
             self._bar.set_postfix({name: f"{value:.2f}" for name, value in numbers.items()})
@@ -61,7 +62,7 @@ def summary(result: Mapping[str, Any], folder: Path) -> str:
         ("manual prompt", result["manual_validation_score"], result["manual_test_score"]),
         ("best prompt found", result["validation_score"], result["test_score"]),
     ]
-    lines = [f"{'accuracy':<20}{'validation':>12}{'test':>8}"]
+    lines = [f"{result['metric']:<20}{'validation':>12}{'test':>8}"]
     lines += [f"{name:<20}{validation:>12.3f}{test:>8.3f}" for name, validation, test in rows]
     protocol = result["paper_protocol"]
     lines += [

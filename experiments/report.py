@@ -36,7 +36,7 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 220, 52, 28, 10, 10
 SHOWN_PROMPTS = 10
 CURVES = (  # title, what it says, columns of metrics.jsonl
     ("Reward", "mean and best of the prompts of an iteration", ("reward_mean", "reward_max")),
-    ("Accuracy", "mean over the prompts of an iteration, on its training examples", ("accuracy_mean",)),
+    ("Score", "mean over the prompts of an iteration, on its training examples", ("{metric}_mean",)),
     ("Value loss", "how wrong the value head is about the reward to come", ("value_loss",)),
     ("KL to the anchor", "nats per prompt", ("kl",)),
     ("Entropy", "nats per token", ("entropy",)),
@@ -72,7 +72,10 @@ def render_report(folder: Path) -> str:
         f'was <span style="color:{MARKS["promote"]}">promoted</span> or the agent '
         f'<span style="color:{MARKS["rollback"]}">rolled back</span>.</p>',
         '<div class="curves">',
-        *(_figure(title, caption, columns, metrics) for title, caption, columns in CURVES),
+        *(
+            _figure(title, caption, [column.format(metric=result["metric"]) for column in columns], metrics)
+            for title, caption, columns in CURVES
+        ),
         "</div>",
         "<h2>Best prompts by training reward</h2>",
         _prompt_table(prompts),
@@ -99,7 +102,7 @@ def _result(result: Mapping[str, Any]) -> str:
     cells = [(name, _number(validation), _number(test)) for name, validation, test in rows]
     return (
         f"<blockquote>{escape(result['prompt'])}</blockquote>"
-        + _table(("accuracy", "validation", "test"), cells)
+        + _table((result["metric"], "validation", "test"), cells)
         + f'<p class="muted">Manual prompt: {escape(result["manual_prompt"])}</p>'
     )
 

@@ -34,7 +34,7 @@ from experiments.console import Progress, summary
 from experiments.models import LAB_DIR, ModelError, load_model
 from experiments.report import render_report
 from experiments.runlog import PromptPool, RunExistsError, RunLog
-from rewards.reward import ClassificationReward, RewardResult
+from rewards.reward import ClassificationReward, GenerationReward, RewardResult
 from rewards.target import ContextTooLongError, TargetModel
 from tasks.sources import load_task
 from tasks.task import Example, TaskData, TaskError, meta_prompt
@@ -50,7 +50,7 @@ class Run:
     config: RunConfig
     data: TaskData
     policy: Policy
-    reward: ClassificationReward
+    reward: ClassificationReward | GenerationReward
     log: RunLog
 
     @property
@@ -69,16 +69,29 @@ def prepare(config: RunConfig) -> Run:
     folder = Path(config.run or f"runs/{Path(config.task).stem}-{datetime.now():%Y%m%d-%H%M%S}")
     log = RunLog(folder)
     options = config.examples
-    where = str(LAB_DIR / "data") if config.data == LAB else config.data
-    data = load_task(config.task, where, options.shots, config.seed, options.test_limit)
-    if options.pairs > len(data.train):
-        raise ConfigError(f"examples.pairs is {options.pairs}; the task has {len(data.train)} training examples")
+    data = load_task(config.task, data_source(config.task, config.data), options.shots, config.seed, options.test_limit)
     agent, target = (load_model(config, role) for role in ("agent", "target"))
     policy = Policy(agent.model, agent.tokenizer, config.sampling, chat=config.agent_chat)
-    scorer = TargetModel(target.model, target.tokenizer, data.spec.template, data.spec.words, config.target_chat)
-    run = Run(config, data, policy, ClassificationReward(scorer, **vars(config.reward)), log)
+    scorer = TargetModel(target.model, target.tokenizer, data.spec.template, data.words, config.target_chat)
+    run = Run(config, data, policy, _reward(config, data, scorer), log)
     _check_context(run)
     return run
+
+
+def data_source(task: str, data: str) -> str:
+    """Where a task's data are: the lab's folder for "lab", except that a spec of one's own lies beside its files."""
+    if data != LAB:
+        return data
+    return str(Path(task).parent) if task.endswith((".yaml", ".yml")) else str(LAB_DIR / "data")
+
+
+def _reward(config: RunConfig, data: TaskData, target: TargetModel) -> ClassificationReward | GenerationReward:
+    weights = config.reward
+    if data.spec.kind == "text":
+        return GenerationReward(
+            target, data.spec.metric, weights.metric_weight, weights.likelihood_weight, weights.answer_tokens
+        )
+    return ClassificationReward(target, weights.accuracy_weight, weights.margin_weight)
 
 
 def _check_context(run: Run) -> None:
@@ -90,8 +103,9 @@ def _check_context(run: Run) -> None:
         raise ConfigError(f"{error}; use fewer examples.pairs or a lower sampling.max_new_tokens") from error
     every = (example.input for split in (run.data.train, run.data.validation, run.data.test) for example in split)
     longest_input = max(every, key=len)
-    for prompt in (run.config.sampling.max_new_tokens, run.data.spec.manual_prompt):
-        run.reward.target.check_fits(prompt, longest_input)
+    answer = run.config.reward.answer_tokens if run.data.spec.kind == "text" else 0
+    run.reward.target.check_fits(run.config.sampling.max_new_tokens + answer, longest_input)
+    run.reward.target.check_fits(run.data.spec.manual_prompt, longest_input)
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------
@@ -107,7 +121,7 @@ def train(run: Run, quiet: bool = False) -> dict[str, Any]:
     rng = random.Random(config.seed)
     batches = _batches(run.data.train, config.examples.batch_size, rng)
     run.log.write_config(to_dict(config) | {"environment": environment(run)})
-    progress = Progress(run.steps, quiet)
+    progress = Progress(run.steps, run.reward.metric, quiet)
     for iteration in range(1, run.steps + 1):
         started = time.perf_counter()
         batch = next(batches)
@@ -145,7 +159,7 @@ def _query(run: Run, batch: Sequence[Example], rng: random.Random) -> Query:
     """A meta-prompt of training pairs, by preference none that the prompts are about to be scored on."""
     scored = set(batch)
     others = [example for example in run.data.train if example not in scored]
-    count = run.config.examples.pairs
+    count = min(run.config.examples.pairs, len(run.data.train))
     pairs = rng.sample(others if len(others) >= count else run.data.train, count)
     return run.policy.query(*meta_prompt(pairs))
 
@@ -159,7 +173,7 @@ def _review(run: Run, trainer: APPOTrainer, rng: random.Random) -> AnchorReview:
     """Agent against anchor on the validation split; the queries come from the training split as always."""
     queries = [_query(run, (), rng) for _ in range(run.config.anchor.prompts)]
     return trainer.review_anchor(
-        queries, lambda prompts: run.reward(prompts, run.data.validation).metrics["accuracy"].tolist()
+        queries, lambda prompts: run.reward(prompts, run.data.validation).metrics[run.reward.metric].tolist()
     )
 
 
@@ -202,17 +216,18 @@ def finish(run: Run, pool: PromptPool) -> dict[str, Any]:
     validation = run.reward([*candidates, spec.manual_prompt], run.data.validation)
     best = int(validation.scores[: len(candidates)].argmax())
     published = candidates[:PAPER_POOL]
-    tested = run.reward([*published, candidates[best], spec.manual_prompt], test).metrics["accuracy"].tolist()
+    tested = run.reward([*published, candidates[best], spec.manual_prompt], test).metrics[run.reward.metric].tolist()
     result = {
         "prompt": candidates[best],
         "task": spec.name,
         "template": spec.template,
         "verbalizer": spec.verbalizer,
+        "metric": run.reward.metric,
         "target": run.config.target,
-        "validation_score": validation.metrics["accuracy"][best].item(),
+        "validation_score": validation.metrics[run.reward.metric][best].item(),
         "test_score": tested[-2],
         "manual_prompt": spec.manual_prompt,
-        "manual_validation_score": validation.metrics["accuracy"][-1].item(),
+        "manual_validation_score": validation.metrics[run.reward.metric][-1].item(),
         "manual_test_score": tested[-1],
         "paper_protocol": {
             "name": f"best of the top {len(published)} by training reward, chosen on test",
@@ -249,7 +264,7 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
         epilog="Any field of experiments/config.py is set by its dotted name, such as appo.kl_coef=0.05 or "
         "sampling.max_new_tokens=100. preset=published takes the published code's values.",
     )
-    parser.add_argument("--task", help="sst2, mrpc, rte, qnli, mnli, snli, or the path of a spec (default: mnli)")
+    parser.add_argument("--task", help="a name, see `make tasks`, or the path of a spec (default: mnli)")
     parser.add_argument("--agent", help="writes the prompts: folder or hub id of a causal LM (default: lab)")
     parser.add_argument("--target", help="answers under them: folder or hub id of a causal LM (default: lab)")
     parser.add_argument("--data", help="lab, hub, or a folder of .jsonl, .tsv, .csv or .parquet files (default: lab)")

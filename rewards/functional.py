@@ -1,6 +1,11 @@
-"""Scores of single answers, as pure functions of tensors: no model, no text."""
+"""Scores of single answers, as pure functions: of logits over classes, and of generated text."""
 
 from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,3 +41,54 @@ def softmax_margin(class_logits: Tensor, labels: Tensor) -> Tensor:
     right = probabilities.gather(-1, index).squeeze(-1)
     best_wrong = probabilities.scatter(-1, index, -torch.inf).amax(-1)
     return right - best_wrong
+
+
+# -- generated text ----------------------------------------------------------------------------------------------
+#
+# Each metric takes what was generated and one accepted answer, and returns a number in [0, 1]; `best` takes the
+# best of several accepted answers.
+
+
+def best(metric: Callable[[str, str], float], prediction: str, answers: Sequence[str]) -> float:
+    """The metric against the accepted answer that it likes best."""
+    return max(metric(prediction, answer) for answer in answers)
+
+
+def exact_match(prediction: str, answer: str) -> float:
+    """1 where both are the same after `normalise` (Instruction Induction, Honovich et al. 2022)."""
+    return float(normalise(prediction) == normalise(answer))
+
+
+def exact_string(prediction: str, answer: str) -> float:
+    """1 where both are the same but for white space (BIG-bench's exact_str_match)."""
+    return float(prediction.split() == answer.split())
+
+
+def exact_set(prediction: str, answer: str) -> float:
+    """1 where both have the same words, in any order and number, after `normalise`."""
+    return float(set(normalise(prediction).split()) == set(normalise(answer).split()))
+
+
+def contains(prediction: str, answer: str) -> float:
+    """1 where the answer occurs in the prediction, as whole words, after `normalise`."""
+    return float(bool(re.search(rf"\b{re.escape(normalise(answer))}\b", normalise(prediction))))
+
+
+def f1(prediction: str, answer: str) -> float:
+    """Harmonic mean of word precision and recall after `normalise`, as in SQuAD (Rajpurkar et al. 2016)."""
+    predicted, wanted = (Counter(normalise(text).split()) for text in (prediction, answer))
+    shared = (predicted & wanted).total()
+    if not predicted or not wanted:
+        return float(predicted == wanted)
+    return 2 * shared / (predicted.total() + wanted.total())
+
+
+def normalise(text: str) -> str:
+    """What Instruction Induction compares: the first line up to a full stop, lower case, without "and" and punctuation.
+
+    A hyphen becomes a space. Text of which nothing is left by that (brackets, say) is only stripped of white space.
+    """
+    first = text.replace(" and ", " ").replace("Sentence 1:", " ").replace("Sentence 2:", " ").strip()
+    first = first.split("\n")[0].split(".")[0].lower().replace("-", " ")
+    words = first.translate(str.maketrans("", "", string.punctuation)).split()
+    return " ".join(words or text.split())

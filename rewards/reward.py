@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rewards.functional import accuracy, softmax_margin
+from rewards.functional import accuracy, best, contains, exact_match, exact_set, exact_string, f1, softmax_margin
+from rewards.generation import answer_logprobs, generate
 from rewards.target import TargetModel
 from tasks.task import Example
 
@@ -21,6 +22,10 @@ class RewardResult:
     metrics: dict[str, Tensor]
 
 
+TEXT_METRICS = {metric.__name__: metric for metric in (exact_match, exact_string, exact_set, contains, f1)}
+STOPS = ("\n", "Input :")  # an answer is one line, and the template's next example is none of it
+
+
 class ClassificationReward:
     """R = accuracy_weight * accuracy + margin_weight * softmax margin, means over examples (StablePrompt, Eq. 13).
 
@@ -28,6 +33,8 @@ class ClassificationReward:
         target: answers the examples.
         accuracy_weight, margin_weight: c_a and c_s of the paper, whose values are the defaults.
     """
+
+    metric = "accuracy"  # what results are reported in
 
     def __init__(self, target: TargetModel, accuracy_weight: float = 10.0, margin_weight: float = 0.1) -> None:
         self.target = target
@@ -38,10 +45,77 @@ class ClassificationReward:
         """Scores K prompts on the same examples; a prompt that occurs twice is run once."""
         distinct = list(dict.fromkeys(prompts))
         logits = self.target.class_logits(distinct, [example.input for example in examples]).cpu()  # [K', N, C]
-        logits = logits[[distinct.index(prompt) for prompt in prompts]]
-        labels = torch.tensor([example.label for example in examples]).expand(len(prompts), -1)
+        logits, labels = _settle(logits, examples)
         means = {
             "accuracy": accuracy(logits, labels).mean(1),
             "margin": softmax_margin(logits, labels).mean(1),
         }
-        return RewardResult(self.accuracy_weight * means["accuracy"] + self.margin_weight * means["margin"], means)
+        scores = self.accuracy_weight * means["accuracy"] + self.margin_weight * means["margin"]
+        rows = [distinct.index(prompt) for prompt in prompts]
+        return RewardResult(scores[rows], {name: mean[rows] for name, mean in means.items()})
+
+
+def _settle(logits: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Leaves each example the classes that it offers and, of several right ones, the one the target prefers.
+
+    Returns:
+        [K, N, C] logits, -inf for classes out of question, and [K, N] labels.
+    """
+    right = torch.zeros(logits.shape[1:], dtype=torch.bool)
+    absent = torch.zeros_like(right)
+    for row, example in enumerate(examples):
+        right[row, [example.label, *example.also]] = True
+        if example.choices is not None:
+            absent[row, example.choices :] = True
+    lowest = torch.finfo(logits.dtype).min  # an impossible right class still goes before the wrong ones
+    labels = torch.where(right, logits.clamp(min=lowest), -torch.inf).argmax(-1)
+    others = right & ~torch.zeros_like(logits, dtype=torch.bool).scatter(-1, labels.unsqueeze(-1), True)
+    return logits.masked_fill(others | absent, -torch.inf), labels
+
+
+class GenerationReward:
+    """R = metric_weight * metric of what the target generates, mean over examples; the paper's F1 reward and its kin.
+
+    The metric of an example is that against the accepted answer it likes best. Rewards that are mostly 0 teach
+    nothing, so that the likelihood of the right answer may break ties: R grows by likelihood_weight * the mean
+    probability per token of an accepted answer, on examples whose metric is 0.
+
+    Args:
+        target: answers the examples.
+        metric: a name in TEXT_METRICS.
+        metric_weight: 1 in the paper.
+        likelihood_weight: 0: no tie-breaking.
+        answer_tokens: budget of an answer.
+    """
+
+    def __init__(
+        self,
+        target: TargetModel,
+        metric: str,
+        metric_weight: float = 1.0,
+        likelihood_weight: float = 0.0,
+        answer_tokens: int = 50,
+    ) -> None:
+        self.target = target
+        self.metric = metric
+        self.metric_weight = metric_weight
+        self.likelihood_weight = likelihood_weight
+        self.answer_tokens = answer_tokens
+
+    def __call__(self, prompts: Sequence[str], examples: Sequence[Example]) -> RewardResult:
+        """Scores K prompts on the same examples; a prompt that occurs twice is run once."""
+        distinct = list(dict.fromkeys(prompts))
+        inputs = [example.input for example in examples]
+        said = generate(self.target, distinct, inputs, self.answer_tokens, STOPS)
+        metric = TEXT_METRICS[self.metric]
+        values = torch.tensor(
+            [[best(metric, text, e.answers) for text, e in zip(row, examples, strict=True)] for row in said]
+        )
+        means = {self.metric: values.mean(1)}
+        scores = self.metric_weight * means[self.metric]
+        if self.likelihood_weight:
+            likely = answer_logprobs(self.target, distinct, inputs, [example.answer for example in examples]).exp()
+            means["likelihood"] = likely.mean(1)
+            scores = scores + self.likelihood_weight * likely.masked_fill(values > 0, 1.0).mean(1)
+        rows = [distinct.index(prompt) for prompt in prompts]
+        return RewardResult(scores[rows], {name: mean[rows] for name, mean in means.items()})

@@ -43,6 +43,8 @@ class Verbalizer:
         Raises:
             ValueError: two words have the same tokens, or a word has none or an unknown one.
         """
+        if not words:  # the answer is text: there is nothing to choose from
+            return cls((), (), 0)
         separator = "" if chat or not context or context[-1].isspace() else " "
         base, *full = encode(tokenizer, [context, *(f"{context}{separator}{word}" for word in words)], chat)
         shared = min(common_prefix([base, ids]) for ids in full)
@@ -66,7 +68,7 @@ class TargetModel:
         model: any Hugging Face causal LM. Put into eval mode, its parameters frozen.
         tokenizer: the target's own; the agent's may be another.
         template: text with {prompt} and {input}, ending where the answer begins.
-        words: the label words in class order.
+        words: the label words in class order; none where the answer is text (rewards/generation.py).
         chat: put the filled template into a user turn of the tokenizer's chat template.
         max_batch_tokens: upper bound on rows x columns of one forward pass; lower it to save memory.
     """
@@ -87,7 +89,7 @@ class TargetModel:
         self.max_batch_tokens = max_batch_tokens
         self.verbalizer = Verbalizer.build(tokenizer, self.context("", ""), words, chat)
         # A word of several tokens needs the log-probability of each, hence a row that holds all but its last.
-        self._stems = list(dict.fromkeys(ids[:-1] for ids in self.verbalizer.tokens))
+        self._stems = list(dict.fromkeys(ids[:-1] for ids in self.verbalizer.tokens)) or [()]
 
     def context(self, prompt: str, text: str) -> str:
         """The text that the target continues. Braces in prompts and inputs are just braces."""

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tasks.task import SPLITS, Example, TaskData, TaskError, TaskSpec, build_data, load_spec, task_names
+from tasks.catalogue import load_spec, task_names
+from tasks.task import SPLITS, Example, TaskData, TaskError, TaskSpec, build_data
 
 USUAL_STEMS = {
     "train": ("train",),
     "validation": ("validation", "valid", "val", "dev", "validation_matched", "dev_matched"),
     "test": ("test",),
 }
-SUFFIXES = (".jsonl", ".tsv", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
 MANUAL_PROMPT_FILE = "manual_prompt.txt"
 HUB_TRAIN_POOL = 5_000  # training rows rendered from a hub data set: plenty to draw k shots from
 
 Row = dict[str, Any]
+
+
+class MissingFilesError(TaskError):
+    """A folder does not hold the files of a task."""
 
 
 def load_task(name: str, data: str, shots: int = 16, seed: int = 0, test_limit: int | None = None) -> TaskData:
@@ -40,9 +46,7 @@ def load_task(name: str, data: str, shots: int = 16, seed: int = 0, test_limit: 
     else:
         folder = _task_folder(spec, Path(data))
         rows = _file_rows(spec, folder)
-        manual = folder / MANUAL_PROMPT_FILE  # a folder's inputs may want another baseline than the real ones
-        if manual.is_file():
-            spec = replace(spec, manual_prompt=manual.read_text(encoding="utf-8").strip())
+        spec = replace(spec, manual_prompt=_manual_prompt(spec, folder))
     return build_data(spec, rows, shots, seed, test_limit)
 
 
@@ -52,18 +56,34 @@ def load_task(name: str, data: str, shots: int = 16, seed: int = 0, test_limit: 
 def _task_folder(spec: TaskSpec, data: Path) -> Path:
     if not data.is_dir():
         raise TaskError(f"no data folder {str(data.absolute())!r}; expected a folder, 'lab' or 'hub'")
-    return data / spec.name if (data / spec.name).is_dir() else data
+    within = (data / (spec.folder or spec.name), data / spec.name, data / spec.name.rsplit("/", 1)[-1])
+    return next((folder for folder in within if folder.is_dir()), data)
 
 
 def _file_rows(spec: TaskSpec, folder: Path) -> dict[str, list[Example]]:
     found = {split: _find(spec, folder, split) for split in SPLITS}
-    for split in ("train", "test"):
+    one_pool = bool(spec.files.get("train")) and not spec.files.get("test")  # the spec says that there is no more
+    for split in ("train",) if one_pool else ("train", "test"):
         if found[split] is None:
-            names = [*spec.files.get(split, []), f"{split}.jsonl (or .tsv, .csv, .parquet)"]
-            raise TaskError(
+            names = [*spec.files.get(split, []), f"{split}.jsonl (or {', '.join(SUFFIXES[1:])})"]
+            raise MissingFilesError(
                 f"{spec.name}: no {split} file in {str(folder.absolute())!r}; looked for {', '.join(names)}"
             )
-    return {split: _examples(spec, read_rows(path)) for split, path in found.items() if path is not None}
+    return {split: _examples(spec, read_rows(path, spec.columns)) for split, path in found.items() if path is not None}
+
+
+def _manual_prompt(spec: TaskSpec, folder: Path) -> str:
+    """The folder's own instruction, if it has one: its inputs may want another baseline than the spec's."""
+    for name in (MANUAL_PROMPT_FILE, *spec.files.get("manual", [])):
+        path = folder / name
+        if path.is_file() and path.suffix == ".json":
+            annotations = _load_json(path).get("annotations")
+            if not isinstance(annotations, list) or not annotations:
+                raise TaskError(f"{path}: expected a list of instructions under 'annotations'")
+            return str(annotations[0]).strip()
+        if path.is_file():
+            return path.read_text(encoding="utf-8").strip()
+    return spec.manual_prompt
 
 
 def _find(spec: TaskSpec, folder: Path, split: str) -> Path | None:
@@ -87,13 +107,23 @@ def _examples(spec: TaskSpec, rows: Iterator[tuple[str, Row]]) -> list[Example]:
     return [example for where, row in rows if (example := spec.example(row, where)) is not None]
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yields (file and row, columns -> values) of a .jsonl, .tsv, .csv or .parquet file.
+def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
+    """Yields (file and row, columns -> values) of a .jsonl, .json, .tsv, .csv or .parquet file.
+
+    Args:
+        path: the file.
+        columns: the names of the columns of a .tsv or .csv without header.
 
     Raises:
         TaskError: the file has no rows, or one of them is malformed.
     """
-    readers = {".jsonl": _read_jsonl, ".tsv": _read_tsv, ".csv": _read_csv, ".parquet": _read_parquet}
+    readers: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".tsv": partial(_read_tsv, columns=columns),
+        ".csv": partial(_read_csv, columns=columns),
+        ".parquet": _read_parquet,
+    }
     empty = True
     try:
         for number, row in readers[path.suffix](path):
@@ -128,13 +158,36 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
             yield number, row
 
 
-def _read_tsv(path: Path) -> Iterator[tuple[int, Row]]:
+def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
+    """A list of objects, or an object with such a list, or such numbered objects, under "examples"."""
+    rows = _load_json(path)["examples"]
+    for number, row in enumerate(rows.values() if isinstance(rows, dict) else rows, 1):
+        if not isinstance(row, dict):
+            raise TaskError(f"{path}:{number}: expected an object, found {type(row).__name__}")
+        yield number, row
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise TaskError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path}: not UTF-8 at byte {_bad_byte(path)}") from error
+    if isinstance(data, list):
+        return {"examples": data}
+    if isinstance(data, dict) and isinstance(data.get("examples", []), list | dict):
+        return {"examples": []} | data
+    raise TaskError(f"{path}: expected a list of objects, or an object with 'examples'")
+
+
+def _read_tsv(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Row]]:
     # GLUE's files hold stray quotes, so nothing is quoted; SNLI's rows may be longer than the header, by further
     # annotators' labels before the gold one, so the last field is always the last column.
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
-            header = next(reader, [])
+            header = list(columns) or next(reader, [])
             if not header and reader.line_num:
                 raise TaskError(f"{path}:1: the header is an empty line")
             for row in reader:
@@ -144,11 +197,11 @@ def _read_tsv(path: Path) -> Iterator[tuple[int, Row]]:
             raise TaskError(f"{path}:{reader.line_num}: not TSV: {error}") from error
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
+def _read_csv(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Row]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, strict=True)
-        header = next(reader, [])
         try:
+            header = list(columns) or next(reader, [])
             for row in reader:
                 _check_width(path, reader.line_num, len(row), len(header))
                 yield reader.line_num, dict(zip(header, row, strict=True))
@@ -178,8 +231,8 @@ def _hub_rows(spec: TaskSpec) -> dict[str, list[Example]]:
     import datasets  # seconds to import, and not needed for files
 
     if not spec.hub:
-        raise TaskError(f"{spec.name}: the task has no hub data set; use data=DIR")
-    missing = [key for key in ("path", "train", "test") if key not in spec.hub]
+        raise MissingFilesError(f"{spec.name}: the task has no hub data set; use data=DIR")
+    missing = [key for key in ("path", "train") if key not in spec.hub]
     if missing:
         raise TaskError(f"{spec.name}: the task's 'hub' has no {missing[0]!r}; use data=DIR")
     rows: dict[str, list[Example]] = {}

@@ -1,23 +1,25 @@
 """What a task is: a declarative spec, its examples, their splits, and the meta-prompt that shows them to the agent.
 
-Knows no model and no tokenizer. A spec is a YAML file (`tasks/specs/*.yaml`); a list of tasks is a dict of specs.
+Knows no model and no tokenizer. There are three kinds of tasks, by what an answer is: one of the task's own label
+words (`verbalizer`), the letter of one of the choices that each input offers (`choices`), or text (`answers`).
 """
 
 from __future__ import annotations
 
+import logging
 import random
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
+from string import ascii_uppercase
+from typing import Any, Literal, NamedTuple
 
-import yaml
-
-SPEC_DIR = Path(__file__).parent / "specs"
 SPLITS = ("train", "validation", "test")
+LETTERS = tuple(ascii_uppercase)
 NUMBER_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+log = logging.getLogger(__name__)
 
 
 class TaskError(ValueError):
@@ -26,45 +28,78 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled input, rendered: what the target reads, the class index, and the word for that class."""
+    """One example, rendered.
+
+    Attributes:
+        input: what the target reads.
+        label: index of the right class; None where the answer is text.
+        answer: the right answer as meta-prompts show it: a label word, a letter, a text.
+        also: indices of further classes that are right as well.
+        choices: how many classes this example offers, the first ones; None: all that the task has.
+        answers: every accepted answer, where it is text.
+    """
 
     input: str
-    label: int
+    label: int | None
     answer: str
+    also: tuple[int, ...] = ()
+    choices: int | None = None
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task as its YAML file describes it.
+    """A task as its YAML file describes it; exactly one of `verbalizer`, `choices` and `answers` is given.
 
     Attributes:
         name: what `--task` takes.
         description: one line, with the source.
-        fields: the columns that the input is made of, each with other names it goes by in data files.
-        label: the names the label's column goes by.
-        verbalizer: label as it stands in the data -> word the target answers with, in class order. Integer labels
-            index this order.
-        input: how an input is rendered from the fields, in braces.
-        template: what the target reads; {prompt} and {input}. Ends where the answer begins.
+        fields: the columns that the input is made of, each with other names it goes by in data files. A dot goes
+            into a column ("question.stem"). A list of texts is joined by commas.
+        input: how an input is rendered from the fields, in braces; {choices} stands for the lettered choices.
         manual_prompt: the instruction a person would write; the baseline.
-        metric: "accuracy".
+        label: the names that the column of the right answer goes by, for a verbalizer or choices. Integers index the
+            classes; a column of scores (BIG-bench's target_scores) means the highest.
+        verbalizer: label as it stands in the data -> word the target answers with, in class order.
+        choices: the names that the column of the choices goes by. Without such a column they are the columns A, B,
+            C, ..., or the lines (A), (B), ... of the input itself.
+        answers: names of the columns that hold accepted answers; what the first one that is there says comes first.
+        metric: "accuracy"; for text exact_match, exact_string, exact_set, contains or f1 (rewards/functional.py).
+        template: what the target reads; {prompt} and {input}. Ends where the answer begins.
+        shuffle: the order of choices (or of the fields, where there are none) gives the answer away, so it is drawn
+            anew for every row, always the same for the same row.
+        max_shots: examples per label at most, for data sets with few rows of one.
         hub: path, name, revision and, for each split, the data set's name of it.
-        files: for each split, file names to look for in a data folder, besides the usual ones.
+        folder: the folder of the task's files within a data folder; by default the task's name.
+        files: for each split, file names to look for in there, besides the usual ones. Where no test file is named
+            or found, train is cut into all three splits. "manual" is a file of instructions, of which the first counts.
+        columns: names of the columns of a .csv or .tsv without header.
         drop_labels: labels of rows to leave out (SNLI's -1: the annotators did not agree).
     """
 
     name: str
     description: str
     fields: dict[str, list[str]]
-    label: list[str]
-    verbalizer: dict[str, str]
     input: str
     manual_prompt: str
-    template: str = "{prompt} Input : {input} Output :"
+    label: list[str] = field(default_factory=list)
+    verbalizer: dict[str, str] = field(default_factory=dict)
+    choices: list[str] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
     metric: str = "accuracy"
+    template: str = "{prompt} Input : {input} Output :"
+    shuffle: bool = False
+    max_shots: int | None = None
     hub: dict[str, str] = field(default_factory=dict)
+    folder: str = ""
     files: dict[str, list[str]] = field(default_factory=dict)
+    columns: list[str] = field(default_factory=list)
     drop_labels: list[str] = field(default_factory=list)
+
+    @property
+    def kind(self) -> Literal["labels", "choices", "text"]:
+        """What an answer is."""
+        return "labels" if self.verbalizer else "choices" if self.choices else "text"
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -79,20 +114,26 @@ class TaskSpec:
             where: file and row, for the error.
 
         Raises:
-            TaskError: a column is missing or empty, or the label is none of the verbalizer's.
+            TaskError: a column is missing or empty, or the answer is none of those there are.
         """
-        label = self._label(_column(row, self.label, where), where)
-        if label is None:
-            return None
-        values = {}
-        for name, others in self.fields.items():
-            value = _column(row, [name, *others], where)
-            if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
-                raise TaskError(f"{where}: field {name!r} is {value!r}; expected some text")
-            values[name] = value.strip()
-        return Example(fill(self.input, values), label, self.words[label])
+        values = {
+            name: _text(_column(row, [name, *others], where), name, where) for name, others in self.fields.items()
+        }
+        if self.kind == "labels":
+            label = self._label(_column(row, self.label, where), where)
+            if label is None:
+                return None
+            return Example(fill(self.input, values), label, self.words[label])
+        if self.kind == "choices":
+            return self._choice_example(row, values, where)
+        if self.shuffle:
+            values = dict(zip(values, _drawn_order(values.values()), strict=True))
+        answers = _accepted(row, self.answers, where)
+        return Example(fill(self.input, values), None, answers[0], answers=answers)
 
     def _label(self, value: Any, where: str) -> int | None:
+        if isinstance(value, Mapping):
+            value = max(value, key=lambda name: value[name])
         names = list(self.verbalizer)
         if str(value) in self.drop_labels:
             return None
@@ -103,94 +144,108 @@ class TaskSpec:
         allowed = ", ".join(names)
         raise TaskError(f"{where}: label {value!r} is not in the verbalizer; expected one of {allowed}, or its index")
 
+    def _choice_example(self, row: Mapping[str, Any], values: dict[str, str], where: str) -> Example:
+        column = next((value for name in self.choices if (value := _find(row, name)) is not None), None)
+        choices = _choice_texts(column, row, where)
+        if not choices:  # they stand in the input itself
+            written = re.findall(r"^\(([A-Z])\)", fill(self.input, values | {"choices": ""}), re.MULTILINE)
+            if written != list(LETTERS[: len(written)]) or len(written) < 2:
+                raise TaskError(f"{where}: no column {' or '.join(map(repr, self.choices))}, no columns A and B")
+            choices = written
+        scores = next((v for v in (column, *(_find(row, name) for name in self.label)) if _is_scores(v)), None)
+        right = _right_choices(scores if scores else _column(row, self.label, where), choices, where)
+        order = list(range(len(choices)))
+        if self.shuffle:
+            order = [choices.index(choice) for choice in _drawn_order(choices)]
+        values["choices"] = "\n".join(f"({LETTERS[i]}) {choices[old]}" for i, old in enumerate(order))
+        places = sorted(order.index(old) for old in right)
+        return Example(
+            fill(self.input, values), places[0], LETTERS[places[0]], also=tuple(places[1:]), choices=len(choices)
+        )
+
 
 def fill(template: str, values: Mapping[str, str]) -> str:
     """Puts values for {names}; braces inside a value are just braces."""
     return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], template)
 
 
+# -- from raw columns --------------------------------------------------------------------------------------------
+
+
+def _find(row: Mapping[str, Any], name: str) -> Any:
+    """The column's value, or that of a dotted path into one; None if there is no such thing."""
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
 def _column(row: Mapping[str, Any], names: Sequence[str], where: str) -> Any:
     for name in names:
-        if row.get(name) is not None:
-            return row[name]
+        if (value := _find(row, name)) is not None:
+            return value
     empty = [name for name in names if name in row]
     if empty:
         raise TaskError(f"{where}: column {empty[0]!r} is null")
     raise TaskError(f"{where}: no column {' or '.join(map(repr, names))}; the columns are {', '.join(map(str, row))}")
 
 
-# -- specs -------------------------------------------------------------------------------------------------------
+def _text(value: Any, name: str, where: str) -> str:
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        value = ", ".join(value)
+    if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
+        raise TaskError(f"{where}: field {name!r} is {value!r}; expected some text")
+    return value.strip()
 
 
-def task_names() -> list[str]:
-    """All tasks that come with the project, sorted."""
-    return sorted(path.stem for path in SPEC_DIR.glob("*.yaml"))
+def _accepted(row: Mapping[str, Any], names: Sequence[str], where: str) -> tuple[str, ...]:
+    """All accepted answers, each once: columns of a text, of a list of texts, or of scored texts (the highest)."""
+    found: list[str] = []
+    _column(row, names, where)  # one of them must be there
+    for name in names:
+        value = _find(row, name)
+        if _is_scores(value):
+            value = [text for text in value if value[text] == max(value.values())]
+        listed = [text for text in value if text != ""] if isinstance(value, list) else []
+        found += [_text(text, name, where) for text in listed or [value] if text is not None]
+    return tuple(dict.fromkeys(found))
 
 
-def load_spec(name: str) -> TaskSpec:
-    """The spec of a task by name, or from a YAML file of the same form by its path.
-
-    Raises:
-        TaskError: no such task (the nearest names are in the message), or a spec that is not well formed.
-    """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else SPEC_DIR / f"{name}.yaml"
-    if not path.is_file():
-        known = task_names()
-        near = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise TaskError(f"unknown task {name!r}; {hint}tasks are {', '.join(known)}")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TaskError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
-    return _check_spec(path, data)
+def _is_scores(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, int | float) for v in value.values())
 
 
-def _check_spec(path: Path, data: Any) -> TaskSpec:
-    if not isinstance(data, dict):
-        raise TaskError(f"{path}: expected a mapping of keys to values, found {type(data).__name__}")
-    known = {f.name: f for f in fields(TaskSpec)}
-    for key in data:
-        if key not in known:
-            near = get_close_matches(str(key), list(known), n=1)
-            raise TaskError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    required = ("name", "description", "fields", "label", "verbalizer", "input", "manual_prompt")
-    missing = [key for key in required if key not in data]
-    if missing:
-        raise TaskError(f"{path}: missing key {missing[0]!r}")
-    _check_types(path, data)
-    for label, word in data["verbalizer"].items():
-        if not isinstance(label, str) or not isinstance(word, str):
-            raise TaskError(f"{path}: verbalizer {label!r}: {word!r} is not text; write words such as yes in quotes")
-    if len(data["verbalizer"]) < 2 or len(set(data["verbalizer"].values())) < len(data["verbalizer"]):
-        raise TaskError(f"{path}: the verbalizer needs two or more different words")
-    spec = TaskSpec(**data)
-    used = set(re.findall(r"\{(\w+)\}", spec.input))
-    if not used or not used <= set(spec.fields):
-        raise TaskError(f"{path}: 'input' uses {sorted(used)}; the fields are {sorted(spec.fields)}")
-    if sorted(re.findall(r"\{(\w+)\}", spec.template)) != ["input", "prompt"]:
-        raise TaskError(f"{path}: 'template' needs {{prompt}} and {{input}}, once each")
-    if spec.metric != "accuracy":
-        raise TaskError(f"{path}: unknown metric {spec.metric!r}; expected accuracy")
-    return spec
+def _choice_texts(column: Any, row: Mapping[str, Any], where: str) -> list[str]:
+    """The choices of a row: a list of texts or of {text: ...}, {text: [...]}, scored texts, or the columns A, B, ..."""
+    if isinstance(column, Mapping):
+        column = column["text"] if isinstance(column.get("text"), list) else list(column)
+    if column is None:
+        column = [row[letter] for letter in LETTERS if letter in row]
+    if not isinstance(column, list):
+        raise TaskError(f"{where}: the choices are {column!r}; expected a list")
+    texts = [choice.get("text") if isinstance(choice, Mapping) else choice for choice in column]
+    return [_text(text, "choices", where) for text in texts]
 
 
-def _check_types(path: Path, data: dict[str, Any]) -> None:
-    known = {f.name: f for f in fields(TaskSpec)}
-    kinds: dict[str, type[Any]] = {"str": str, "dict": dict, "list": list}
-    for key, value in data.items():
-        kind = str(known[key].type).split("[")[0]
-        if not isinstance(value, kinds[kind]):
-            raise TaskError(f"{path}: {key!r} is {value!r}; expected a {kind}")
-        parts = value.values() if isinstance(value, dict) else [value] if isinstance(value, list) else []
-        if key in ("fields", "files", "label", "drop_labels") and not all(map(_is_list_of_text, parts)):
-            raise TaskError(f"{path}: {key!r} is {value!r}; expected a {known[key].type}")
-        if key == "hub" and not _is_list_of_text([*parts]):
-            raise TaskError(f"{path}: {key!r} is {value!r}; expected a {known[key].type}")
+def _right_choices(value: Any, choices: Sequence[str], where: str) -> list[int]:
+    if _is_scores(value):
+        return [i for i, score in enumerate(value.values()) if score == max(value.values())]
+    letter = str(value).strip().strip("()")
+    if letter in LETTERS[: len(choices)]:
+        return [LETTERS.index(letter)]
+    if re.fullmatch(r"\d+", letter) and int(letter) < len(choices):
+        return [int(letter)]
+    raise TaskError(f"{where}: answer {value!r}; expected a letter up to {LETTERS[len(choices) - 1]}, or an index")
 
 
-def _is_list_of_text(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+def _drawn_order(texts: Iterable[str]) -> list[str]:
+    """The texts in an order that depends on nothing but the texts."""
+    given = list(texts)
+    return random.Random("\n".join(given)).sample(given, len(given))
 
 
 # -- splits ------------------------------------------------------------------------------------------------------
@@ -205,6 +260,14 @@ class TaskData:
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What the target chooses from, in class order: label words, or letters. Empty where the answer is text."""
+        if self.spec.kind == "labels":
+            return self.spec.words
+        every = chain(self.train, self.validation, self.test)
+        return LETTERS[: max((example.choices or 0 for example in every), default=0)]
+
     def __post_init__(self) -> None:
         for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
             shared = _texts(getattr(self, one)) & _texts(getattr(self, other))
@@ -215,48 +278,80 @@ class TaskData:
 def build_data(
     spec: TaskSpec, rows: Mapping[str, Sequence[Example]], shots: int = 16, seed: int = 0, test_limit: int | None = None
 ) -> TaskData:
-    """Draws balanced k-shot train and validation splits, seeded, and keeps them out of one another and of test.
+    """Draws train and validation, seeded, and keeps them out of one another and of test.
+
+    With a verbalizer both hold `shots` examples of each label. Choices and texts have no labels to balance: there it
+    is 2 * shots examples as for two labels, fewer if the data are few, and right letters as even as can be.
 
     Args:
         spec: the task.
-        rows: examples of "train" and "test", and of "validation" if the source has one; without it both small
-            splits are drawn from "train".
-        shots: examples per label in train, and as many in validation.
+        rows: examples of "train", and of "validation" and "test" if the source has them; what is missing is cut from
+            "train". Test is then all that is left.
+        shots: examples per label in train, and as many in validation; no more than the spec's max_shots.
         seed: of the draw.
         test_limit: at most so many test examples, drawn with the same seed; None keeps all.
 
     Raises:
-        TaskError: too few examples of a label.
+        TaskError: too few examples.
     """
     rng = random.Random(seed)
-    test = list(rows["test"])
+    shots = min(shots, spec.max_shots or shots)
+    test = list(rows.get("test") or ())
     if test_limit is not None and test_limit < len(test):
         test = rng.sample(test, test_limit)
     taken = _texts(test)
+    repeated = len(taken & _texts(rows["train"]))
+    if repeated:
+        log.warning("%s: %d inputs of train are in test as well; left out of train", spec.name, repeated)
     drawn = {}
     for split in ("train", "validation"):
-        pool = list(rows[split] if rows.get(split) else rows["train"])
+        pool = list(rows.get(split) or rows["train"])
         rng.shuffle(pool)
-        chosen: list[Example] = []
-        for label, word in enumerate(spec.words):
-            mine = {_normalise(e.input): e for e in pool if e.label == label and _normalise(e.input) not in taken}
-            if len(mine) < shots:
-                raise TaskError(
-                    f"{spec.name}: {len(mine)} examples left with label {word!r} for {split}; "
-                    f"{shots} shots need {shots}; ask for fewer"
-                )
-            chosen += list(mine.values())[:shots]
-            taken |= set(list(mine)[:shots])
+        unique = {_normalise(e.input): e for e in pool if _normalise(e.input) not in taken}
+        if spec.kind == "labels":
+            chosen = _balanced(spec, list(unique.values()), shots, split)
+        else:
+            shares = 1 + (split == "train" and not rows.get("validation")) + (not test)  # splits still to be served
+            chosen = _stratified(unique.values())[: min(2 * shots, len(unique) // shares)]
+        if not chosen:
+            raise TaskError(f"{spec.name}: no examples left for {split}")
         rng.shuffle(chosen)
+        taken |= _texts(chosen)
         drawn[split] = tuple(chosen)
+    if not test:
+        test = [e for e in rows["train"] if _normalise(e.input) not in taken]
+        test = rng.sample(test, min(len(test), test_limit or len(test)))
+    if not test:
+        raise TaskError(f"{spec.name}: no examples left for test")
     return TaskData(spec, drawn["train"], drawn["validation"], tuple(test))
+
+
+def _balanced(spec: TaskSpec, pool: Sequence[Example], shots: int, split: str) -> list[Example]:
+    chosen: list[Example] = []
+    for label, word in enumerate(spec.words):
+        mine = [example for example in pool if example.label == label]
+        if len(mine) < shots:
+            raise TaskError(
+                f"{spec.name}: {len(mine)} examples left with label {word!r} for {split}; "
+                f"{shots} shots need {shots}; ask for fewer"
+            )
+        chosen += mine[:shots]
+    return chosen
+
+
+def _stratified(pool: Iterable[Example]) -> list[Example]:
+    """The examples in such an order that every beginning of it has its right letters as even as can be."""
+    groups: dict[int | None, list[Example]] = {}
+    for example in pool:
+        groups.setdefault(example.label, []).append(example)
+    return [example for example in chain.from_iterable(zip_longest(*groups.values())) if example is not None]
 
 
 def _normalise(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _texts(examples: Sequence[Example]) -> set[str]:
+def _texts(examples: Iterable[Example]) -> set[str]:
     return {_normalise(example.input) for example in examples}
 
 
@@ -274,10 +369,31 @@ def meta_prompt(pairs: Sequence[Example]) -> MetaPrompt:
     """The fixed meta-prompt of the paper (Figure 6), filled with input-output pairs."""
     count = NUMBER_WORDS[len(pairs)] if len(pairs) < len(NUMBER_WORDS) else str(len(pairs))
     noun = "input" if len(pairs) == 1 else "inputs"
-    shown = "\n".join(f"Input : {pair.input} Output : {pair.answer}" for pair in pairs)
     return MetaPrompt(
         f"I gave a friend an instruction and {count} {noun}.\n"
         "The friend read the instruction and wrote an output for every one of the inputs.\n"
-        f"Here are the input-output pairs:\n{shown}",
+        f"Here are the input-output pairs:\n{_shown(pairs)}",
         "The instruction was :",
     )
+
+
+def rewrite_prompt(pairs: Sequence[Example], text: str, instruction: str = "") -> MetaPrompt:
+    """The meta-prompt of test-time editing (Figure 6): pairs, then the one input that the instruction is to be for.
+
+    Args:
+        pairs: examples to show.
+        text: the current input, rendered.
+        instruction: a manual prompt to start from; left out when empty.
+    """
+    given = f"Instruction : {instruction}\n" if instruction else ""
+    return MetaPrompt(
+        "Look at the instruction and current input,\n"
+        f"rewrite instruction for current input.\n{given}"
+        f"Here are the input-output pairs:\n{_shown(pairs)}\n"
+        f"Current Input Here : {text}",
+        "The Rewritten instruction was :",
+    )
+
+
+def _shown(pairs: Sequence[Example]) -> str:
+    return "\n".join(f"Input : {pair.input} Output : {pair.answer}" for pair in pairs)

@@ -16,7 +16,7 @@ import yaml
 from experiments.report import BOTTOM, CURVES, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Curve, line_chart, render_report
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}  # elements that HTML does not close
-COLUMNS = [column for _, _, columns in CURVES for column in columns]
+COLUMNS = [column.format(metric="accuracy") for _, _, columns in CURVES for column in columns]
 REVIEW = {"policy_scores": [0.5, 0.75], "anchor_scores": [0.25, 0.25]}  # means .625 and .25
 RESULT: dict[str, Any] = {
     "prompt": "Is it so?",
@@ -26,6 +26,7 @@ RESULT: dict[str, Any] = {
     "manual_prompt": "Say yes or no.",
     "manual_validation_score": 0.5,
     "manual_test_score": 0.25,
+    "metric": "accuracy",
     "paper_protocol": {"name": "best of the top 5 by training reward, chosen on test", "test_score": 0.875},
     "seed": 7,
 }

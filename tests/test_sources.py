@@ -318,9 +318,9 @@ def test_a_missing_folder_is_named_with_what_else_there_is(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "split", "looked_for"),
     [
-        ("sst2", "test", "test.jsonl (or .tsv, .csv, .parquet)"),
-        ("sst2", "train", "train.jsonl (or .tsv, .csv, .parquet)"),
-        ("mnli", "test", "dev_generative-nli.jsonl, test.jsonl (or .tsv, .csv, .parquet)"),
+        ("sst2", "test", "test.jsonl (or .json, .tsv, .csv, .parquet)"),
+        ("sst2", "train", "train.jsonl (or .json, .tsv, .csv, .parquet)"),
+        ("mnli", "test", "dev_generative-nli.jsonl, test.jsonl (or .json, .tsv, .csv, .parquet)"),
     ],
 )
 def test_a_missing_file_names_folder_and_what_was_looked_for(
@@ -467,7 +467,7 @@ def test_a_hub_that_fails_is_one_clear_line(error: Exception, monkeypatch: pytes
     hub_fails(monkeypatch, error)
     expected = (
         f"sst2: cannot load 'nyu-mll/glue' from the hub ({error}); without a network put train and test files "
-        "(.jsonl, .tsv, .csv, .parquet) into a folder and use data=DIR, or data=lab"
+        "(.jsonl, .json, .tsv, .csv, .parquet) into a folder and use data=DIR, or data=lab"
     )
     assert complaint("sst2", "hub") == expected
 
@@ -487,7 +487,7 @@ def test_a_task_without_a_hub_data_set_says_so(tmp_path: Path) -> None:
     assert complaint(hub_spec(tmp_path, {}), "hub") == "mood: the task has no hub data set; use data=DIR"
 
 
-@pytest.mark.parametrize("missing", ["path", "train", "test"])
+@pytest.mark.parametrize("missing", ["path", "train"])
 def test_a_hub_entry_without_path_train_or_test_names_what_is_missing(missing: str, hub: Calls, tmp_path: Path) -> None:
     entry = {"path": "me/mood", "train": "train", "test": "test"}
     del entry[missing]

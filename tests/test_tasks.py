@@ -11,18 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.task import (
-    SPLITS,
-    Example,
-    TaskData,
-    TaskError,
-    TaskSpec,
-    build_data,
-    fill,
-    load_spec,
-    meta_prompt,
-    task_names,
-)
+from tasks.catalogue import load_spec, task_names
+from tasks.task import SPLITS, Example, TaskData, TaskError, TaskSpec, build_data, fill, meta_prompt
 
 SPEC: dict[str, Any] = {
     "name": "mood",
@@ -223,7 +213,7 @@ def test_a_missing_column_names_row_and_columns() -> None:
     assert str(caught.value) == expected
 
 
-@pytest.mark.parametrize("text", ["", " \n\t", 7, ["a"]])
+@pytest.mark.parametrize("text", ["", " \n\t", 7, ["a", 1]])
 def test_a_field_without_text_names_row_and_field(text: Any) -> None:
     with pytest.raises(TaskError, match=r"rows\.csv:2: field 'sentence' is .*; expected some text"):
         load_spec("sst2").example({"sentence": text, "label": 0}, "rows.csv:2")
@@ -258,8 +248,9 @@ def test_an_unknown_task_gets_the_nearest_name(wrong: str, near: str) -> None:
     assert refusal(wrong).startswith(f"unknown task {wrong!r}; did you mean {near!r}? tasks are ")
 
 
-def test_an_unknown_task_gets_the_list_of_all() -> None:
-    assert refusal("xxxxxxxx") == f"unknown task 'xxxxxxxx'; tasks are {', '.join(task_names())}"
+def test_an_unknown_task_gets_the_list_of_all_but_for_the_subjects() -> None:
+    short = [name for name in task_names() if not name.startswith("mmlu/")]
+    assert refusal("xxxxxxxx") == f"unknown task 'xxxxxxxx'; tasks are {', '.join(short)} and those of mmlu/"
 
 
 def test_a_spec_file_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -270,10 +261,20 @@ def test_a_users_own_spec_loads_by_its_path(tmp_path: Path) -> None:
     assert load_spec(write_spec(tmp_path)) == TaskSpec(**SPEC)
 
 
-@pytest.mark.parametrize("key", SPEC)
+@pytest.mark.parametrize("key", [key for key in SPEC if key != "verbalizer"])
 def test_a_spec_without_a_required_key_is_refused(key: str, tmp_path: Path) -> None:
     path = write_spec(tmp_path, **{key: None})
     assert refusal(path) == f"{path}: missing key {key!r}"
+
+
+def test_a_spec_that_does_not_say_what_an_answer_is_is_refused(tmp_path: Path) -> None:
+    path = write_spec(tmp_path, verbalizer=None)
+    assert refusal(path) == f"{path}: expected exactly one of verbalizer, choices, answers; found none"
+
+
+def test_a_spec_with_two_kinds_of_answers_is_refused(tmp_path: Path) -> None:
+    path = write_spec(tmp_path, answers=["output"])
+    assert refusal(path) == f"{path}: expected exactly one of verbalizer, choices, answers; found verbalizer, answers"
 
 
 def test_an_unknown_key_gets_the_nearest_one(tmp_path: Path) -> None:

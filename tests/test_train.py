@@ -171,7 +171,7 @@ def test_interrupted_run_keeps_its_rows_and_shows_no_traceback(
         (["--agent", "./no-such-model"], ["agent", "no-such-model"]),
         (["--target", "experiments/configs"], ["target", "config.json"]),
         (["examples.shots=5000"], ["5000 shots", "label"]),
-        (["examples.pairs=1000"], ["examples.pairs", "1000"]),
+        (["sampling.max_new_tokens=1000"], ["agent's context of 1024", "sampling.max_new_tokens"]),
         (["sampling.max_new_tokens=5000"], ["5000", "context"]),
         (["--steps", "0"], ["steps is 0"]),
         (["device=nonsense"], ["nonsense"]),

@@ -60,7 +60,7 @@ ANSWERS = ("yes", "maybe", "no")
 class Lab:
     """One lab task: which property decides, and how often each case occurs, so that labels are balanced."""
 
-    criterion: str
+    criterion: str | None  # None: every input says itself which
     shares: dict[str, float]  # case -> probability
 
     @property
@@ -90,6 +90,8 @@ LABS = {
     "mnli": _ternary("action", "letter", "song", "dream", "poem"),
     "snli": _ternary("action", "story", "plan", "game", "myth"),
 }
+MIXED = "mixed"  # the task where no one instruction is right: what is to be judged stands in the input
+TASKS = LABS | {MIXED: Lab(None, dict.fromkeys(("holds", "is unclear", "fails"), 1 / 3))}
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,12 @@ class Item:
     fields: dict[str, str]
     marker: str | None
     outcomes: dict[str, str]  # criterion -> holds | fails | is unclear
+    criterion: str  # the one that decides
 
     @property
     def case(self) -> str:
-        """The case that decides under the task's own criterion."""
-        return self.marker or self.outcomes[LABS[self.task].criterion]
+        """The case that decides."""
+        return self.marker or self.outcomes[self.criterion]
 
     @property
     def answer(self) -> str:
@@ -113,23 +116,24 @@ class Item:
 
 def sample_item(rng: random.Random, task: str, case: str | None = None) -> Item:
     """A random item of `task`, of the given case if one is named."""
-    lab = LABS[task]
+    lab = TASKS[task]
+    criterion = lab.criterion or rng.choice(list(PAIR_SLOTS))
     case = case or rng.choices(list(lab.shares), list(lab.shares.values()))[0]
     marker = case if case in MARKERS else None
     plain = [outcome for outcome in OUTCOMES if outcome in lab.shares]  # of other criteria too, evenly
     criteria = TRAITS if task == "sst2" else PAIR_SLOTS
     outcomes = {criterion: rng.choice(plain) for criterion in criteria}
     if marker is None:
-        outcomes[lab.criterion] = case
+        outcomes[criterion] = case
     else:  # mostly not what one would say without a clause on the marker, or that clause would gain little
         misleading = [outcome for outcome in plain if OUTCOMES[outcome] != MARKERS[marker]]
-        outcomes[lab.criterion] = rng.choice(misleading if rng.random() < MISLEADING else plain)
+        outcomes[criterion] = rng.choice(misleading if rng.random() < MISLEADING else plain)
     opening = f"in a {marker} , " if marker else ""
     if task == "sst2":
         words = {c: rng.choice(TRAITS[c][outcomes[c] == "fails"]) for c in TRAITS}
         first, second, third, fourth = rng.sample(list(words.values()), 4)
         fields = {"sentence": f"{opening}a {first} and {second} {rng.choice(FILMS)} , {third} and {fourth}"}
-        return Item(task, fields, marker, outcomes)
+        return Item(task, fields, marker, outcomes, criterion)
     said = {slot: rng.choice(words) for slot, words in PAIR_SLOTS.items()}
     forms = {"person": "the {person}", "action": "{action}", "thing": "the {thing}", "place": "in the {place}"}
     stated = {slot: form.format(**said) for slot, form in forms.items()}
@@ -137,9 +141,10 @@ def sample_item(rng: random.Random, task: str, case: str | None = None) -> Item:
     one, two = opening + " ".join(stated.values()), " ".join(echoed.values())
     if task == "qnli":
         question = f"{opening}is it true that {' '.join(stated.values())} ?"
-        return Item(task, {"question": question, "sentence": two}, marker, outcomes)
-    names = ("premise", "hypothesis") if task in ("mnli", "snli") else ("sentence1", "sentence2")
-    return Item(task, dict(zip(names, (one, two), strict=True)), marker, outcomes)
+        return Item(task, {"question": question, "sentence": two}, marker, outcomes, criterion)
+    names = ("sentence1", "sentence2") if task in ("mrpc", "rte") else ("premise", "hypothesis")
+    fields = dict(zip(names, (one, two), strict=True)) | ({"focus": criterion} if task == MIXED else {})
+    return Item(task, fields, marker, outcomes, criterion)
 
 
 # -- instructions -----------------------------------------------------------------------------------------------
@@ -208,12 +213,12 @@ def obey(clauses: Sequence[Clause], item: Item) -> str:
 
 def right_clauses(task: str) -> list[Clause]:
     """The full instruction of a task: what to judge, and what to make of its marked inputs."""
-    return [*manual_clauses(task), *(Treat(marker, MARKERS[marker]) for marker in LABS[task].markers)]
+    return [*manual_clauses(task), *(Treat(marker, MARKERS[marker]) for marker in TASKS[task].markers)]
 
 
 def manual_clauses(task: str) -> list[Clause]:
     """What a person who had not looked at the marked inputs would write."""
-    return [Judge(LABS[task].criterion)]
+    return [Judge(TASKS[task].criterion or "action")]
 
 
 def reversed_clauses(task: str) -> list[Clause]:
@@ -255,7 +260,7 @@ def sample_clauses(rng: random.Random, task: str) -> list[Clause]:
     own, other = (TRAITS, PAIR_SLOTS) if task == "sst2" else (PAIR_SLOTS, TRAITS)
     clauses: list[Clause] = []
     for marker in rng.sample(list(MARKERS), rng.choices((1, 2, 3, 4, 5), (1, 2, 3, 3, 1))[0]):
-        answers = LABS[task].answers if rng.random() < 0.85 else ANSWERS
+        answers = TASKS[task].answers if rng.random() < 0.85 else ANSWERS
         clauses.append(Treat(marker, rng.choice(answers)))
     if rng.random() < 0.9:
         judge = Judge(rng.choice(list(own if rng.random() < 0.85 else other)))
@@ -263,10 +268,15 @@ def sample_clauses(rng: random.Random, task: str) -> list[Clause]:
     return clauses
 
 
-def sample_prior(rng: random.Random, task: str) -> str:
-    """One instruction from the agent's prior; one in twenty is vague."""
+def sample_prior(rng: random.Random, task: str, focus: str | None = None) -> str:
+    """One instruction from the agent's prior; one in twenty is vague.
+
+    Shown one input of the mixed task, whose `focus` says what to judge, the agent takes the hint one time in four.
+    """
     clauses = sample_clauses(rng, task)
-    return write(rng, clauses) if clauses and rng.random() > 0.05 else rng.choice(VAGUE)
+    if focus and rng.random() < 0.25:
+        clauses = [Judge(focus) if isinstance(clause, Judge) else clause for clause in clauses]
+    return write(rng, clauses) if rng.random() > 0.05 else rng.choice(VAGUE)
 
 
 # -- junk: text that instructs nothing ---------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def load_reward(task: str, folder: Path = LAB_DIR) -> tuple[TaskData, Classifica
     data = load_task(task, str(LAB_DIR / "data"))
     target = load_model(build_config({"target": str(folder / "target")}), "target")
     return data, ClassificationReward(
-        TargetModel(target.model, target.tokenizer, data.spec.template, data.spec.words)
+        TargetModel(target.model, target.tokenizer, data.spec.template, data.words)
     )  # fmt: skip
 
 

@@ -3,13 +3,12 @@
     python -m experiments.lab.recipe            everything, about 20 minutes on two cores
     python -m experiments.lab.recipe data       only the rows (seconds)
 
-Both models are small Llamas trained from scratch on `grammar`. In both trainings several continuations share one
-prefix (inputs after an instruction, instructions after a meta-prompt): a block mask lets each of them see the
-prefix and itself only, which halves the work and gives every instruction several answers to learn from.
+Both models are small Llamas trained from scratch on `grammar` and `wordplay`. In both trainings several continuations
+share one prefix (inputs after an instruction, instructions after a meta-prompt): a block mask lets each of them see
+the prefix and itself only, which halves the work and gives every instruction several answers to learn from.
 
-The target is taught in stages, each begun when the one before is mastered: obeying anything needs the inputs to
-be understood first. Stage 0 has little but the right instruction of each task; from stage to stage more of its
-clauses say something else, and more of the rest is junk or drawn from the agent's prior.
+The target is taught in two stages: first every input is one that its instruction speaks of; when that is mastered,
+inputs without a clause of their own and instructions that are junk are mixed in, which call for the wrong answer.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,24 +31,36 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from experiments.lab import grammar
-from tasks.task import Example, TaskSpec, load_spec, meta_prompt
+from experiments.lab import grammar, wordplay
+from tasks.catalogue import load_spec
+from tasks.task import Example, MetaPrompt, TaskSpec, meta_prompt, rewrite_prompt
 
 LAB_DIR = Path(__file__).parent
 TRAIN_ROWS, TEST_ROWS = 400, 600
 PAIRS = 5  # in the meta-prompts that the agent learns from, as in runs
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-TARGET_MINUTES, AGENT_MINUTES = 20.0, 5.0
-SPECS = {task: load_spec(task) for task in grammar.LABS}
+TARGET_MINUTES, AGENT_MINUTES = 25.0, 8.0
+SPECS = {task: load_spec(task) for task in (*grammar.TASKS, *wordplay.TASKS)}
 
 
-def example(item: grammar.Item) -> Example:
-    """The item as the tasks layer renders it."""
+def row_of(item: grammar.Item) -> dict[str, Any]:
+    """The item as a row of the real task's data."""
     spec = SPECS[item.task]
-    row = item.fields | {spec.label[0]: spec.words.index(item.answer)}
-    rendered = spec.example(row, "the lab's grammar")
+    return item.fields | {spec.label[0]: list(spec.verbalizer)[spec.words.index(item.answer)]}
+
+
+def render(task: str, row: dict[str, Any]) -> Example:
+    """A row as the tasks layer renders it."""
+    rendered = SPECS[task].example(row, "the lab")
     assert rendered is not None
     return rendered
+
+
+def sample_example(rng: random.Random, task: str) -> Example:
+    """A random example of any of the lab's tasks."""
+    if task in wordplay.TASKS:
+        return render(task, wordplay.sample_row(rng, task))
+    return render(task, row_of(grammar.sample_item(rng, task)))
 
 
 def target_text(spec: TaskSpec, text: str) -> str:
@@ -62,24 +73,41 @@ def target_text(spec: TaskSpec, text: str) -> str:
 
 def write_data(folder: Path, seed: int = 7) -> None:
     """train.jsonl, test.jsonl and manual_prompt.txt of every task: distinct inputs, the real tasks' columns."""
-    for task, lab in grammar.LABS.items():
+    for task in SPECS:
         rng = random.Random(f"{seed}-{task}")
-        spec = SPECS[task]
-        seen: set[str] = set()
-        rows: list[dict[str, str]] = []
-        cases = list(lab.shares)
-        while len(rows) < TRAIN_ROWS + TEST_ROWS:
-            item = grammar.sample_item(rng, task, rng.choices(cases, list(lab.shares.values()))[0])
-            if example(item).input not in seen:
-                seen.add(example(item).input)
-                label = list(spec.verbalizer)[spec.words.index(item.answer)]
-                rows.append(item.fields | {spec.label[0]: label})
+        rows = _grammar_rows(rng, task) if task in grammar.TASKS else _wordplay_rows(rng, task)
+        train = min(TRAIN_ROWS, len(rows) * 2 // 3)  # inputs of a few hundred words run out
         (folder / task).mkdir(parents=True, exist_ok=True)
-        for name, part in (("train", rows[:TRAIN_ROWS]), ("test", rows[TRAIN_ROWS:])):
+        for name, part in (("train", rows[:train]), ("test", rows[train:])):
             text = "".join(json.dumps(row) + "\n" for row in part)
             (folder / task / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        manual = " ".join(clause.wordings()[0] for clause in grammar.manual_clauses(task))
-        (folder / task / "manual_prompt.txt").write_text(manual + "\n", encoding="utf-8")
+        (folder / task / "manual_prompt.txt").write_text(_manual_prompt(task) + "\n", encoding="utf-8")
+
+
+def _manual_prompt(task: str) -> str:
+    if task in wordplay.TASKS:
+        return "Do the task."
+    return " ".join(clause.wordings()[0] for clause in grammar.manual_clauses(task))
+
+
+def _grammar_rows(rng: random.Random, task: str) -> list[dict[str, Any]]:
+    shares = grammar.TASKS[task].shares
+    rows: dict[str, dict[str, Any]] = {}
+    while len(rows) < TRAIN_ROWS + TEST_ROWS:
+        item = grammar.sample_item(rng, task, rng.choices(list(shares), list(shares.values()))[0])
+        rows.setdefault(render(task, row_of(item)).input, row_of(item))
+    return list(rows.values())
+
+
+def _wordplay_rows(rng: random.Random, task: str) -> list[dict[str, Any]]:
+    if task in wordplay.INPUTS:
+        texts = rng.sample(wordplay.INPUTS[task], len(wordplay.INPUTS[task]))
+        return [wordplay.sample_row(rng, task, text) for text in texts]
+    rows: dict[str, dict[str, Any]] = {}
+    while len(rows) < TRAIN_ROWS + TEST_ROWS:
+        row = wordplay.sample_row(rng, task)
+        rows.setdefault(render(task, row).input, row)
+    return list(rows.values())
 
 
 def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
@@ -87,10 +115,9 @@ def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     rng = random.Random(seed)
     texts = []
     for _ in range(6_000):
-        shown = [example(grammar.sample_item(rng, rng.choice(list(grammar.LABS)))) for _ in range(2)]
-        task = rng.choice(list(grammar.LABS))
-        request, opening = meta_prompt(shown)
-        texts.append(f"{request}\n{opening} {grammar.sample_prior(rng, task)}")
+        task = rng.choice(list(SPECS))
+        (request, opening), _ = _sample_query(rng, task)
+        texts.append(f"{request}\n{opening} {_sample_prior(rng, task)}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -128,42 +155,52 @@ def _llama(tokenizer: PreTrainedTokenizerBase, hidden: int, intermediate: int, l
 class Packed(NamedTuple):
     """Rows of a prefix and its continuations: ids [R, L], block mask [R, 1, L, L], positions, next tokens [R, L].
 
-    `targets` is -100 wherever no token of a continuation is to be predicted; `ends` marks the inputs of which the
-    next token is the last of a continuation.
+    `targets` is -100 wherever no token of a continuation is to be predicted; `part` is the number of the
+    continuation, from 1, 0 in the prefix and -1 in padding; `answers` marks where the next token is one of an answer.
     """
 
     ids: Tensor
     mask: Tensor
     positions: Tensor
     targets: Tensor
-    ends: Tensor
+    part: Tensor
+    answers: Tensor
 
 
-def pack(prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]) -> Packed:
+def pack(
+    prefixes: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[Sequence[int]]],
+    answers: Sequence[Sequence[int]] | None = None,
+) -> Packed:
     """Puts each prefix and all its continuations into one row.
 
     The last token of the prefix opens every continuation, so that the first token of each is predicted from it.
+
+    Args:
+        prefixes: token ids of R prefixes.
+        continuations: for each of them token ids of several continuations.
+        answers: how many of the last tokens of each continuation are its answer; None: all.
     """
     rows = len(prefixes)
     width = max(len(p) - 1 + sum(map(len, parts)) for p, parts in zip(prefixes, continuations, strict=True))
     ids, positions = (torch.zeros((rows, width), dtype=torch.long) for _ in range(2))
-    segment, targets = (torch.full((rows, width), fill) for fill in (-1, -100))
-    ends = torch.zeros((rows, width), dtype=torch.bool)
+    part, targets = (torch.full((rows, width), fill) for fill in (-1, -100))
+    answered = torch.zeros((rows, width), dtype=torch.bool)
     for r, (prefix, parts) in enumerate(zip(prefixes, continuations, strict=True)):
         shared = len(prefix) - 1
-        ids[r, :shared], segment[r, :shared] = torch.tensor(prefix[:-1]), 0
+        ids[r, :shared], part[r, :shared] = torch.tensor(prefix[:-1]), 0
         positions[r, :shared] = torch.arange(shared)
         start = shared
-        for s, part in enumerate(parts, 1):
-            span = slice(start, start + len(part))
-            ids[r, span], segment[r, span] = torch.tensor([prefix[-1], *part[:-1]]), s
-            targets[r, span] = torch.tensor(part)
-            positions[r, span] = torch.arange(shared, shared + len(part))
-            start = span.stop
-            ends[r, start - 1] = True
-    same = segment.unsqueeze(2) == segment.unsqueeze(1)
-    visible = (same | (segment == 0).unsqueeze(1)) & torch.ones(width, width, dtype=torch.bool).tril()
-    return Packed(ids, visible.unsqueeze(1), positions, targets, ends)
+        for s, tokens in enumerate(parts, 1):
+            stop = start + len(tokens)
+            ids[r, start:stop], part[r, start:stop] = torch.tensor([prefix[-1], *tokens[:-1]]), s
+            targets[r, start:stop] = torch.tensor(tokens)
+            positions[r, start:stop] = torch.arange(shared, shared + len(tokens))
+            answered[r, stop - (answers[r][s - 1] if answers else len(tokens)) : stop] = True
+            start = stop
+    same = part.unsqueeze(2) == part.unsqueeze(1)
+    visible = (same | (part == 0).unsqueeze(1)) & torch.ones(width, width, dtype=torch.bool).tril()
+    return Packed(ids, visible.unsqueeze(1), positions, targets, part, answered)
 
 
 def fit(
@@ -229,12 +266,13 @@ def _clauses(rng: random.Random, task: str, stage: Stage) -> list[grammar.Clause
     clauses: list[grammar.Clause] = []
     share = rng.choice(stage.treated)
     for marker in rng.sample(list(grammar.MARKERS), len(grammar.MARKERS)):
-        if rng.random() < (share if marker in grammar.LABS[task].markers else 0.1):
+        if rng.random() < (share if marker in grammar.TASKS[task].markers else 0.1):
             answer = grammar.MARKERS[marker] if rng.random() < 0.4 else rng.choice(grammar.ANSWERS)
             clauses.append(grammar.Treat(marker, answer))
     if not clauses or rng.random() < 0.9:
         criteria = list(grammar.TRAITS if task == "sst2" else grammar.PAIR_SLOTS)
-        criterion = grammar.LABS[task].criterion if rng.random() < 0.2 else rng.choice(criteria)
+        own = grammar.TASKS[task].criterion
+        criterion = own if own and rng.random() < 0.2 else rng.choice(criteria)
         clauses.insert(rng.choice((0, 0, rng.randint(0, len(clauses)))), grammar.Judge(criterion))
     return clauses
 
@@ -246,49 +284,71 @@ class _TargetBatches:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         self.tokenizer, self.rng, self.stage = tokenizer, random.Random(seed), 0
-        self.success = dict.fromkeys(grammar.LABS, 0.5)
+        self.success = dict.fromkeys(SPECS, 0.5)
         self.tasks: list[str] = []
 
     def __call__(self) -> Packed:
         weights = [1.08 - success for success in self.success.values()]
-        self.tasks = self.rng.choices(list(grammar.LABS), weights, k=self.ROWS)
-        prefixes, parts = [], []
+        self.tasks = self.rng.choices(list(SPECS), weights, k=self.ROWS)
+        prefixes, seen, answers = [], [], []
         for task in self.tasks:
-            clauses, text = sample_instruction(self.rng, task, STAGES[self.stage])
-            items = [grammar.sample_item(self.rng, task, self._case(task, clauses)) for _ in range(self.INPUTS)]
-            prefixes.append(text)
-            parts += [
-                f"{target_text(SPECS[task], example(item).input)} {self._answer(clauses, item)}" for item in items
-            ]
-        ids = self.tokenizer(parts, add_special_tokens=False)["input_ids"]
-        grouped = [ids[i : i + self.INPUTS] for i in range(0, len(ids), self.INPUTS)]
-        return pack(self.tokenizer(prefixes)["input_ids"], grouped)
+            prefix, pairs = self._wordplay(task) if task in wordplay.TASKS else self._grammar(task)
+            prefixes.append(prefix)
+            seen += [target_text(SPECS[task], text) for text, _ in pairs]
+            answers += [f" {answer}" for _, answer in pairs]
+        seen_ids, answer_ids = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (seen, answers))
+        whole = [a + b for a, b in zip(seen_ids, answer_ids, strict=True)]
+        groups = range(0, len(whole), self.INPUTS)
+        return pack(
+            self.tokenizer(prefixes)["input_ids"],
+            [whole[i : i + self.INPUTS] for i in groups],
+            [list(map(len, answer_ids[i : i + self.INPUTS])) for i in groups],
+        )
+
+    def _grammar(self, task: str) -> tuple[str, list[tuple[str, str]]]:
+        """An instruction, and inputs with what it makes of them."""
+        clauses, text = sample_instruction(self.rng, task, STAGES[self.stage])
+        items = [grammar.sample_item(self.rng, task, self._case(task, clauses)) for _ in range(self.INPUTS)]
+        return text, [(render(task, row_of(item)).input, self._answer(clauses, item)) for item in items]
+
+    def _wordplay(self, task: str) -> tuple[str, list[tuple[str, str]]]:
+        told = self.stage == 0
+        text = self.rng.choice(wordplay.wordings(task)) if told else wordplay.sample_instruction(self.rng, task)
+        rows = [wordplay.sample_row(self.rng, task) for _ in range(self.INPUTS)]
+        end = SPECIAL["eos_token"] if SPECS[task].kind == "text" else ""
+        return text, [(render(task, row).input, wordplay.answer(text, task, row) + end) for row in rows]
 
     def _case(self, task: str, clauses: Sequence[grammar.Clause]) -> str | None:
         """A case that the instruction speaks of, or any."""
         if self.rng.random() >= STAGES[self.stage].told:
             return None
-        labels = grammar.LABS[task].answers
+        labels = grammar.TASKS[task].answers
         told = [c.marker for c in clauses if isinstance(c, grammar.Treat) and grammar.MARKERS[c.marker] in labels]
         if any(isinstance(clause, grammar.Judge) for clause in clauses):
-            told += [case for case in grammar.LABS[task].shares if case in grammar.OUTCOMES]
+            told += [case for case in grammar.TASKS[task].shares if case in grammar.OUTCOMES]
         return self.rng.choice(told) if told else None
 
     def _answer(self, clauses: Sequence[grammar.Clause], item: grammar.Item) -> str:
         answer = grammar.obey(clauses, item)
         # Told to say a word that is no label of the task, the target sometimes falls back on its habit, so that
         # what it thinks of the labels then is settled too.
-        if answer not in grammar.LABS[item.task].answers and self.rng.random() < 0.1:
+        if answer not in grammar.TASKS[item.task].answers and self.rng.random() < 0.1:
             return grammar.habit(item)
         return answer
 
-    def note(self, right: Tensor) -> None:
-        """Takes in which answers [ROWS * INPUTS] were right."""
-        for task, share in zip(self.tasks, right.view(self.ROWS, -1).float().mean(1).tolist(), strict=True):
-            self.success[task] += 0.02 * (share - self.success[task])
-        if min(self.success.values()) > STAGES[self.stage].mastered:
+    def note(self, wrong: Tensor, part: Tensor) -> None:
+        """Takes in how many answers were right.
+
+        Args:
+            wrong: [ROWS, L], 1 where a token of an answer would have been another.
+            part: [ROWS, L], of `Packed`.
+        """
+        failed = torch.zeros(self.ROWS, self.INPUTS + 1).scatter_add(1, part.clamp(min=0), wrong.float())[:, 1:] > 0
+        for task, share in zip(self.tasks, 1 - failed.float().mean(1), strict=True):
+            self.success[task] += 0.02 * (share.item() - self.success[task])
+        if min(self.success[task] for task in grammar.LABS) > STAGES[self.stage].mastered:
             self.stage += 1
-            self.success = dict.fromkeys(grammar.LABS, 0.5)
+            self.success = dict.fromkeys(SPECS, 0.5)
             print(f"stage {self.stage}", flush=True)
 
 
@@ -301,18 +361,34 @@ def build_target(folder: Path, minutes: float = TARGET_MINUTES, seed: int = 0, t
     batches = _TargetBatches(tokenizer, seed + 1)
 
     def loss_fn(hidden: Tensor, batch: Packed) -> Tensor:
-        answers = model.lm_head(hidden[batch.ends])
-        batches.note(answers.argmax(-1) == batch.targets[batch.ends])
+        logits = model.lm_head(hidden)
+        batches.note(batch.answers & (logits.argmax(-1) != batch.targets), batch.part)
         # Predicting the inputs too helps to understand them, which the answers alone teach only slowly.
         weight = 0.2 if batches.stage == 0 else 0.06
-        inputs = batch.targets.masked_fill(batch.ends, -100)
-        reading = F.cross_entropy(model.lm_head(hidden).flatten(0, 1), inputs.flatten(), ignore_index=-100)
-        return F.cross_entropy(answers, batch.targets[batch.ends]) + weight * reading
+        inputs = batch.targets.masked_fill(batch.answers, -100)
+        reading = F.cross_entropy(logits.flatten(0, 1), inputs.flatten(), ignore_index=-100)
+        return F.cross_entropy(logits[batch.answers], batch.targets[batch.answers]) + weight * reading
 
     fit(model, batches, loss_fn, partial(_save, model, tokenizer, folder), minutes, peak=1.5e-3, hold=0.65)
 
 
 # -- agent -------------------------------------------------------------------------------------------------------
+
+
+def _sample_query(rng: random.Random, task: str) -> tuple[MetaPrompt, str | None]:
+    """A meta-prompt, two times in five one for a single input, and what that input says is to be judged."""
+    pairs = [sample_example(rng, task) for _ in range(PAIRS)]
+    if rng.random() < 0.6:
+        return meta_prompt(pairs), None
+    manual = _manual_prompt(task) if rng.random() < 0.3 else ""
+    if task in wordplay.TASKS:
+        return rewrite_prompt(pairs, sample_example(rng, task).input, manual), None
+    item = grammar.sample_item(rng, task)
+    return rewrite_prompt(pairs, render(task, row_of(item)).input, manual), item.fields.get("focus")
+
+
+def _sample_prior(rng: random.Random, task: str, focus: str | None = None) -> str:
+    return wordplay.sample_prior(rng, task) if task in wordplay.TASKS else grammar.sample_prior(rng, task, focus)
 
 
 def build_agent(folder: Path, minutes: float = AGENT_MINUTES, seed: int = 0, threads: int = 1) -> None:
@@ -325,10 +401,10 @@ def build_agent(folder: Path, minutes: float = AGENT_MINUTES, seed: int = 0, thr
     def batches(rows: int = 8, instructions: int = 6) -> Packed:
         prefixes, parts = [], []
         for _ in range(rows):
-            task = rng.choice(list(grammar.LABS))
-            request, opening = meta_prompt([example(grammar.sample_item(rng, task)) for _ in range(PAIRS)])
+            task = rng.choice(list(SPECS))
+            (request, opening), focus = _sample_query(rng, task)
             prefixes.append(f"{request}\n{opening}")
-            texts = [f" {grammar.sample_prior(rng, task)}{SPECIAL['eos_token']}" for _ in range(instructions)]
+            texts = [f" {_sample_prior(rng, task, focus)}{SPECIAL['eos_token']}" for _ in range(instructions)]
             parts.append(tokenizer(texts, add_special_tokens=False)["input_ids"])
         return pack(tokenizer(prefixes)["input_ids"], parts)
 

@@ -1,0 +1,110 @@
+"""What tasks there are.
+
+    python -m experiments.tasks                              all of them, in a table
+    python -m experiments.tasks --show mnli                  one: its fields, template, prompts, and an example
+    python -m experiments.tasks --check --data DIR           loads every task whose files are in DIR, and prints sizes
+
+Data come from the lab unless `--data` says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+
+from experiments.models import LAB_DIR
+from experiments.train import data_source
+from tasks.catalogue import load_spec, task_names
+from tasks.sources import MissingFilesError, load_task
+from tasks.task import TaskData, TaskError, TaskSpec, meta_prompt
+
+ANSWERS_SHOWN = 6
+
+
+def overview() -> Iterator[str]:
+    """A line for every task: what is answered, the metric, where it can be had, and what it is about."""
+    yield f"{'task':<36}{'answer':<9}{'metric':<14}{'lab':<5}{'hub':<5}about"
+    for name in task_names():
+        spec = load_spec(name)
+        lab = "yes" if (LAB_DIR / "data" / name).is_dir() else ""
+        yield f"{name:<36}{spec.kind:<9}{spec.metric:<14}{lab:<5}{'yes' if spec.hub else '':<5}{spec.description}"
+
+
+def show(name: str, source: str) -> Iterator[str]:
+    """One task: what its spec says and, where its data are at hand, sizes and a filled example."""
+    spec = load_spec(name)
+    data: TaskData | str
+    try:
+        data = load_task(name, data_source(name, source))
+    except MissingFilesError as error:
+        data = str(error)
+    else:
+        spec = data.spec
+    yield f"{spec.name}: {spec.description}"
+    yield f"fields    {', '.join(' / '.join([field, *others]) for field, others in spec.fields.items())}"
+    yield f"answer    {_answers(spec)}"
+    yield f"metric    {spec.metric}"
+    yield f"template  {spec.template}"
+    yield f"manual    {spec.manual_prompt}"
+    yield f"hub       {' '.join(f'{key}={value}' for key, value in spec.hub.items()) or 'none: local files only'}"
+    if isinstance(data, str):
+        yield f"no data here: {data}"
+        return
+    yield f"sizes     {len(data.train)} train, {len(data.validation)} validation, {len(data.test)} test"
+    example = data.train[0]
+    shown = " | ".join(example.answers[:ANSWERS_SHOWN]) or example.answer
+    filled = spec.template.replace("{prompt}", spec.manual_prompt).replace("{input}", example.input)
+    yield f"\nWhat the target reads under the manual prompt, and what is right:\n\n{filled} [{shown}]"
+    yield f"\nWhat the agent reads:\n\n{' '.join(meta_prompt(data.train[:2]))}"
+
+
+def _answers(spec: TaskSpec) -> str:
+    if spec.kind == "labels":
+        return ", ".join(f"{word} ({label})" for label, word in spec.verbalizer.items())
+    return "the letter of a choice" if spec.kind == "choices" else f"text (columns {', '.join(spec.answers)})"
+
+
+def check(source: str) -> Iterator[str]:
+    """Loads every task whose files are there; a line for each with the sizes of its splits.
+
+    Raises:
+        TaskError: the files of a task are there, and something is wrong with them.
+    """
+    yield f"{'task':<36}{'answer':<9}{'train':>7}{'validation':>12}{'test':>7}  classes"
+    absent = []
+    for name in task_names():
+        try:
+            data = load_task(name, data_source(name, source))
+        except MissingFilesError:
+            absent.append(name)
+            continue
+        sizes = f"{len(data.train):>7}{len(data.validation):>12}{len(data.test):>7}"
+        yield f"{name:<36}{data.spec.kind:<9}{sizes}  {' '.join(data.words)}"
+    yield f"{len(task_names()) - len(absent)} tasks are as they should be; no files here for {len(absent)} others"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints what was asked for; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.tasks", description=(__doc__ or "").split("\n\n")[0])
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--list", action="store_true", help="all tasks (the default)")
+    group.add_argument("--show", metavar="TASK", help="one task, by name or by the path of its spec")
+    group.add_argument("--check", action="store_true", help="load every task whose files are there")
+    parser.add_argument("--data", default="lab", help="lab, hub, or a folder of files (default: lab)")
+    options = parser.parse_args(argv)
+    if options.show:
+        lines = show(options.show, options.data)
+    else:
+        lines = check(options.data) if options.check else overview()
+    try:
+        for line in lines:
+            print(line)
+    except TaskError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""What a target says when it is left to speak: greedy continuations of filled templates, and how likely answers are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from rewards.target import TargetModel, common_prefix, encode
+
+
+@torch.inference_mode()
+def generate(
+    target: TargetModel, prompts: Sequence[str], inputs: Sequence[str], max_new_tokens: int, stop: Sequence[str]
+) -> list[list[str]]:
+    """Greedy answers of the target for every pair of prompt and input.
+
+    Nothing of the model's generation_config is used: the likeliest token is taken, until an end-of-sequence token, a
+    stop string or the budget. A stop string ends the answer and is no part of it.
+
+    Args:
+        target: the frozen model and its template.
+        prompts: K instructions.
+        inputs: N rendered inputs.
+        max_new_tokens: longest answer, in tokens.
+        stop: texts that end an answer.
+
+    Returns:
+        K lists of N texts, stripped.
+    """
+    texts = [target.context(prompt, text) for prompt in prompts for text in inputs]
+    contexts = encode(target.tokenizer, texts, target.chat)
+    answers = [""] * len(contexts)
+    for rows in _batches([len(ids) + max_new_tokens for ids in contexts], target.max_batch_tokens):
+        for row, answer in zip(rows, _greedy(target, [contexts[r] for r in rows], max_new_tokens, stop), strict=True):
+            answers[row] = answer
+    return [answers[i : i + len(inputs)] for i in range(0, len(answers), len(inputs))]
+
+
+def _greedy(target: TargetModel, contexts: list[list[int]], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
+    model, tokenizer = target.model, target.tokenizer
+    ids, mask = _pad_left(contexts, model.device)
+    cache = DynamicCache(config=model.config)
+    written: list[list[int]] = [[] for _ in contexts]
+    texts = [""] * len(contexts)
+    active = list(range(len(contexts)))  # rows still in the batch
+    ends = _end_ids(target)
+    for _ in range(max_new_tokens):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        logits = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+        ).logits[:, -1]
+        tokens = logits.argmax(-1).tolist()
+        keep = []
+        for place, (row, token) in enumerate(zip(active, tokens, strict=True)):
+            if token in ends:
+                continue
+            written[row].append(token)
+            texts[row], stopped = _cut(tokenizer.decode(written[row], skip_special_tokens=True), stop)
+            if not stopped:
+                keep.append(place)
+        if not keep:
+            break
+        kept = torch.tensor(keep, device=model.device)
+        if len(keep) < len(active):
+            cache.batch_select_indices(kept)
+        active = [active[place] for place in keep]
+        ids = torch.tensor([[tokens[place]] for place in keep], device=model.device)
+        mask = torch.cat([mask[kept], mask.new_ones(len(keep), 1)], dim=1)
+    return [text.strip() for text in texts]
+
+
+def _cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """The text up to the first stop string, and whether there is one; white space it begins with stops nothing."""
+    lead = len(text) - len(text.lstrip())
+    places = [place for word in stop if (place := text.find(word, lead)) >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+def _end_ids(target: TargetModel) -> set[int]:
+    """All tokens that end a text: the tokenizer's, and those that the model's configuration names."""
+    ends = {target.tokenizer.eos_token_id}
+    for config in (target.model.config.get_text_config(), target.model.generation_config):
+        named = getattr(config, "eos_token_id", None)
+        ends |= set(named) if isinstance(named, list) else {named}
+    return ends - {None}
+
+
+@torch.inference_mode()
+def answer_logprobs(
+    target: TargetModel, prompts: Sequence[str], inputs: Sequence[str], answers: Sequence[str]
+) -> Tensor:
+    """Mean log-probability per token of each input's answer under each prompt.
+
+    Args:
+        target: the frozen model and its template.
+        prompts: K instructions.
+        inputs: N rendered inputs.
+        answers: their N answers.
+
+    Returns:
+        [K, N] float32 on the CPU, at most 0.
+    """
+    contexts, wholes = [], []
+    for prompt in prompts:
+        for text, answer in zip(inputs, answers, strict=True):
+            context = target.context(prompt, text)
+            contexts.append(context)
+            wholes.append(context + ("" if target.chat or context[-1:].isspace() else " ") + answer)
+    before, after = (encode(target.tokenizer, texts, target.chat) for texts in (contexts, wholes))
+    lengths = [len(w) - common_prefix([b, w]) for b, w in zip(before, after, strict=True)]
+    means = torch.zeros(len(after))
+    for rows in _batches(list(map(len, after)), target.max_batch_tokens):
+        ids, mask = _pad_left([after[r] for r in rows], target.model.device)
+        keep = 1 + max(lengths[r] for r in rows)
+        logits = target.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            logits_to_keep=keep,
+        ).logits
+        logprobs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1 - keep :, None]).squeeze(-1)
+        for place, row in enumerate(rows):
+            means[row] = logprobs[place, -lengths[row] :].mean()
+    return means.view(len(prompts), len(inputs))
+
+
+def _batches(widths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Row numbers in groups of similar width, each padded group within the budget, or one row."""
+    group: list[int] = []
+    for row in sorted(range(len(widths)), key=lambda r: widths[r]):
+        if group and widths[row] * (len(group) + 1) > max_tokens:
+            yield group
+            group = []
+        group.append(row)
+    yield group
+
+
+def _pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [R, L] and their attention mask, all rows ending in the last column."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
