@@ -24,11 +24,11 @@ ANSWERS_SHOWN = 6
 
 def overview() -> Iterator[str]:
     """A line for every task: what is answered, the metric, where it can be had, and what it is about."""
-    yield f"{'task':<36}{'answer':<9}{'metric':<14}{'lab':<5}{'hub':<5}about"
+    yield f"{'task':<45}{'answer':<9}{'metric':<14}{'lab':<5}{'hub':<5}about"
     for name in task_names():
         spec = load_spec(name)
         lab = "yes" if (LAB_DIR / "data" / name).is_dir() else ""
-        yield f"{name:<36}{spec.kind:<9}{spec.metric:<14}{lab:<5}{'yes' if spec.hub else '':<5}{spec.description}"
+        yield f"{name:<45}{spec.kind:<9}{spec.metric:<14}{lab:<5}{'yes' if spec.hub else '':<5}{spec.description}"
 
 
 def show(name: str, source: str) -> Iterator[str]:
@@ -71,7 +71,7 @@ def check(source: str) -> Iterator[str]:
     Raises:
         TaskError: the files of a task are there, and something is wrong with them.
     """
-    yield f"{'task':<36}{'answer':<9}{'train':>7}{'validation':>12}{'test':>7}  classes"
+    yield f"{'task':<45}{'answer':<9}{'train':>7}{'validation':>12}{'test':>7}  classes"
     absent = []
     for name in task_names():
         try:
@@ -80,7 +80,7 @@ def check(source: str) -> Iterator[str]:
             absent.append(name)
             continue
         sizes = f"{len(data.train):>7}{len(data.validation):>12}{len(data.test):>7}"
-        yield f"{name:<36}{data.spec.kind:<9}{sizes}  {' '.join(data.words)}"
+        yield f"{name:<45}{data.spec.kind:<9}{sizes}  {' '.join(data.words)}"
     yield f"{len(task_names()) - len(absent)} tasks are as they should be; no files here for {len(absent)} others"
 
 
@@ -93,13 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     group.add_argument("--check", action="store_true", help="load every task whose files are there")
     parser.add_argument("--data", default="lab", help="lab, hub, or a folder of files (default: lab)")
     options = parser.parse_args(argv)
-    if options.show:
-        lines = show(options.show, options.data)
-    else:
-        lines = check(options.data) if options.check else overview()
     try:
-        for line in lines:
-            print(line)
+        if options.show:
+            print(*show(options.show, options.data), sep="\n")
+        else:
+            for line in check(options.data) if options.check else overview():
+                print(line, flush=True)
     except TaskError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -71,7 +71,7 @@ def exact_set(prediction: str, answer: str) -> float:
 
 def contains(prediction: str, answer: str) -> float:
     """1 where the answer occurs in the prediction, as whole words, after `normalise`."""
-    return float(bool(re.search(rf"\b{re.escape(normalise(answer))}\b", normalise(prediction))))
+    return float(bool(re.search(rf"(?<!\w){re.escape(normalise(answer))}(?!\w)", normalise(prediction))))
 
 
 def f1(prediction: str, answer: str) -> float:
