@@ -4,10 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# make train TASK=mnli [AGENT=.. TARGET=.. DATA=lab|hub|DIR STEPS=.. SEED=.. RUN=dir ARGS="key=value ..."]
+# make train TASK=mnli [MODE=fixed|tte AGENT=.. TARGET=.. DATA=lab|hub|DIR STEPS=.. SEED=.. RUN=dir ARGS="key=value ..."]
 TASK ?= mnli
 OPTIONS = --task "$(TASK)" $(if $(AGENT),--agent "$(AGENT)") $(if $(TARGET),--target "$(TARGET)") \
-	$(if $(DATA),--data "$(DATA)") $(if $(STEPS),--steps "$(STEPS)") $(if $(SEED),--seed "$(SEED)") \
+	$(if $(DATA),--data "$(DATA)") $(if $(MODE),--mode "$(MODE)") $(if $(STEPS),--steps "$(STEPS)") $(if $(SEED),--seed "$(SEED)") \
 	$(if $(RUN),--run "$(RUN)")
 SEEDS ?= 0 1 2 3 4
 
@@ -17,7 +17,7 @@ SEEDS ?= 0 1 2 3 4
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo '  make train TASK=mnli [AGENT=folder|hub-id TARGET=folder|hub-id DATA=lab|hub|folder STEPS=n SEED=n RUN=folder]'
+	@echo '  make train TASK=mnli [MODE=fixed|tte AGENT=folder|hub-id TARGET=folder|hub-id DATA=lab|hub|folder STEPS=n SEED=n RUN=folder]'
 	@echo '                       [ARGS="appo.kl_coef=0.1 prompts=8 ..."]'
 
 setup: $(READY) ## make .venv with the pinned dependencies

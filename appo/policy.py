@@ -94,8 +94,12 @@ class Policy(nn.Module):
         return [clean(self.tokenizer.decode(r.tokens, skip_special_tokens=True)) for r in rollout.responses()]
 
     @torch.no_grad()
-    def sample(self, queries: Sequence[Query], generator: torch.Generator | None = None) -> Rollout:
+    def sample(
+        self, queries: Sequence[Query], generator: torch.Generator | None = None, greedy: bool = False
+    ) -> Rollout:
         """Samples one response to each query, from the softmax of logits / temperature and nothing else.
+
+        Greedy, it takes the likeliest token instead: for use, not for training.
 
         Repeat a query to get several responses to it. A response ends with the end-of-sequence token, which
         belongs to it, or at `max_new_tokens`.
@@ -107,7 +111,12 @@ class Policy(nn.Module):
         for _ in range(self.sampling.max_new_tokens):
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
             logits, values = self._forward(inputs, mask, position.unsqueeze(1), prefix.cache, positions=1)
-            tokens = torch.multinomial(logits[:, 0].softmax(-1), 1, generator=generator)  # [alive, 1]
+            probabilities = logits[:, 0].softmax(-1)
+            tokens = (  # [alive, 1]
+                probabilities.argmax(-1, keepdim=True)
+                if greedy
+                else torch.multinomial(probabilities, 1, generator=generator)
+            )
             logprobs = logprobs_from_logits(logits, tokens)
             steps.append((alive, tokens[:, 0], logprobs[:, 0], values[:, 0]))
             going = tokens[:, 0] != self.tokenizer.eos_token_id

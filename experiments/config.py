@@ -62,11 +62,13 @@ class RunConfig:
     agent: str = LAB  # writes the prompts: a folder or hub id of a causal LM, or lab
     target: str = LAB  # answers under them: likewise
     data: str = LAB  # where examples come from: lab, hub, or a folder
+    mode: Literal["fixed", "tte"] = "fixed"  # one prompt for the task, or (test-time editing) one for each input
+    edit_manual: bool = False  # in mode tte: show the agent the manual prompt, for it to edit
     run: str | None = None  # the run's folder; null: runs/TASK-DATE-TIME
     seed: int = 0  # of splits, batches, sampling and minibatch order
     epochs: int = 100  # passes over the training examples [P, A.5]
     steps: int | None = None  # iterations; null: as many as the epochs take
-    prompts: int = 4  # K, sampled per iteration [P, Table 6]
+    prompts: int = 4  # K, sampled per iteration, in mode tte per input [P, Table 6; the published code has 2 in TTE]
     pool: int = 5  # best prompts by training reward that are re-scored on validation at the end [P, 4.1]
     frozen: bool = False  # True: never update the agent, that is, best-of-N sampling; the control arm
     device: str = "auto"  # auto: cuda where there is one, else cpu
@@ -104,7 +106,7 @@ def build_config(
         options: top-level keys, as from --task and --seed; None values are left out.
         file: a YAML file of keys.
         assignments: "dotted.key=value" strings; `preset=NAME` takes experiments/configs/NAME.yaml. Without one the
-            preset is `lab` for the lab's agent, and none (the paper's values) for any other.
+            preset is `lab` (`lab_tte` in mode tte) for the lab's agent, and none (the paper's values) for any other.
 
     Raises:
         ConfigError: unknown key or preset, wrong type, value out of range, file not readable.
@@ -124,11 +126,12 @@ def build_config(
     origins.append(("", {k: v for k, v in (options or {}).items() if v is not None}))
     origins.append(("", assigned))
     preset = None
-    agent = LAB
+    agent, mode = LAB, "fixed"
     for _, source in origins:
         preset = source.pop("preset", preset)
-        agent = source.get("agent", agent)
-    preset = preset or (LAB if agent == LAB else None)
+        agent, mode = source.get("agent", agent), source.get("mode", mode)
+    if agent == LAB:
+        preset = preset or (f"{LAB}_tte" if mode == "tte" else LAB)
     merged: dict[str, Any] = {}
     if preset:
         path = CONFIG_DIR / f"{preset}.yaml"

@@ -34,7 +34,7 @@ class Progress:
     def show(self, iteration: int, stats: Mapping[str, float], pool: PromptPool) -> None:
         """Moves on to `iteration`."""
         best = pool.best(1)
-        prompt = f"best {best[0].reward:.2f}  {best[0].prompt}" if best else "no prompt yet"
+        prompt = f"best {best[0].reward:.2f}  {best[0].prompt}" if best else ""
         numbers = {"reward": stats["reward_mean"], self._metric: stats[f"{self._metric}_mean"], "kl": stats["kl"]}
         if self._live:
             self._bar.update()
@@ -60,15 +60,21 @@ def summary(result: Mapping[str, Any], folder: Path) -> str:
     """The table a run ends with: the manual prompt against the best one found, and where everything is."""
     rows = [
         ("manual prompt", result["manual_validation_score"], result["manual_test_score"]),
-        ("best prompt found", result["validation_score"], result["test_score"]),
+        (
+            "a prompt per input" if result["mode"] == "tte" else "best prompt found",
+            result["validation_score"],
+            result["test_score"],
+        ),
     ]
     lines = [f"{result['metric']:<20}{'validation':>12}{'test':>8}"]
     lines += [f"{name:<20}{validation:>12.3f}{test:>8.3f}" for name, validation, test in rows]
-    protocol = result["paper_protocol"]
-    lines += [
-        "",
-        f"paper's protocol ({protocol['name']}): {protocol['test_score']:.3f}",
-        f"best prompt: {result['prompt']}",
-        f"report:      {folder / 'report.html'}",
-    ]
+    lines.append("")
+    if result["mode"] == "tte":
+        lines += [f"for {edit['input']!r}:\n    {edit['prompt']}" for edit in result["edits"][:2]]
+        lines.append(f"agent:       {folder / 'agent'}")
+    else:
+        protocol = result["paper_protocol"]
+        lines.append(f"paper's protocol ({protocol['name']}): {protocol['test_score']:.3f}")
+        lines.append(f"best prompt: {result['prompt']}")
+    lines.append(f"report:      {folder / 'report.html'}")
     return "\n".join(lines)

@@ -8,11 +8,14 @@ from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from appo.policy import Policy
 from experiments.config import LAB, RunConfig
 
+VALUE_HEAD = "value_head.safetensors"
 LAB_DIR = Path(__file__).parent / "lab"
 
 
@@ -55,6 +58,13 @@ def load_model(config: RunConfig, role: Literal["agent", "target"]) -> LoadedMod
         names = ", ".join(sorted(info["missing_keys"])[:5])
         raise ModelError(f"{role}: cannot load {name!r}: the weights lack {names}")
     return LoadedModel(model.to(device).eval(), tokenizer)
+
+
+def save_agent(policy: Policy, folder: Path) -> None:
+    """The agent as a plain model folder, that `AutoModelForCausalLM` loads, and its value head in a file beside."""
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    save_file(policy.value_head.state_dict(), folder / VALUE_HEAD)
 
 
 def _check_folder(role: str, folder: Path) -> None:

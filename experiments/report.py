@@ -93,15 +93,27 @@ def render_report(folder: Path) -> str:
 
 
 def _result(result: Mapping[str, Any]) -> str:
-    protocol = result["paper_protocol"]
+    rows: list[tuple[str, float | None, float]]
+    if result["mode"] == "tte":
+        best = "a prompt for each input, the likeliest"
+        quotes = [
+            f"<p>{escape(edit['input'])}</p><blockquote>{escape(edit['prompt'])}</blockquote>"
+            for edit in result["edits"]
+        ]
+        rows = []
+    else:
+        best = "best prompt, chosen on validation"
+        quotes = [f"<blockquote>{escape(result['prompt'])}</blockquote>"]
+        protocol = result["paper_protocol"]
+        rows = [(f"the paper's protocol: {protocol['name']}", None, protocol["test_score"])]
     rows = [
-        ("best prompt, chosen on validation", result["validation_score"], result["test_score"]),
+        (best, result["validation_score"], result["test_score"]),
         ("manual prompt", result["manual_validation_score"], result["manual_test_score"]),
-        (f"the paper's protocol: {protocol['name']}", None, protocol["test_score"]),
+        *rows,
     ]
     cells = [(name, _number(validation), _number(test)) for name, validation, test in rows]
     return (
-        f"<blockquote>{escape(result['prompt'])}</blockquote>"
+        "".join(quotes)
         + _table((result["metric"], "validation", "test"), cells)
         + f'<p class="muted">Manual prompt: {escape(result["manual_prompt"])}</p>'
     )

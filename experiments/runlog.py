@@ -20,13 +20,14 @@ class RunLog:
 
     Args:
         folder: where; must not exist, or be an empty folder.
+        new: False: the folder is that of a run that is done.
 
     Raises:
         RunExistsError: the folder holds something.
     """
 
-    def __init__(self, folder: Path) -> None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    def __init__(self, folder: Path, new: bool = True) -> None:
+        if new and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunExistsError(f"{str(folder)!r} exists and is not empty; name another run folder")
         self.folder = folder
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from appo.policy import Policy
 from appo.rollout import Query
@@ -31,14 +32,16 @@ from appo.selfcheck import SelfCheckError, self_check
 from appo.trainer import AnchorReview, APPOTrainer, RewardFn
 from experiments.config import LAB, ConfigError, RunConfig, build_config, to_dict
 from experiments.console import Progress, summary
-from experiments.models import LAB_DIR, ModelError, load_model
+from experiments.editing import Editor
+from experiments.models import LAB_DIR, ModelError, load_model, save_agent
 from experiments.report import render_report
 from experiments.runlog import PromptPool, RunExistsError, RunLog
-from rewards.reward import ClassificationReward, GenerationReward, RewardResult
+from rewards.reward import ClassificationReward, GenerationReward
 from rewards.target import ContextTooLongError, TargetModel
 from tasks.sources import load_task
-from tasks.task import Example, TaskData, TaskError, meta_prompt
+from tasks.task import SPLITS, Example, TaskData, TaskError, meta_prompt, rewrite_prompt
 
+EDITS_SHOWN = 5  # instructions for single inputs that the result quotes
 PAPER_POOL = 5  # prompts that the paper runs on test, to report the best of them [P, 4.1]
 USER_ERRORS = (ConfigError, TaskError, ModelError, RunExistsError, ContextTooLongError)
 
@@ -61,13 +64,37 @@ class Run:
     def steps(self) -> int:
         return self.config.steps or self.config.epochs * self.steps_per_epoch
 
+    @property
+    def editor(self) -> Editor:
+        """The agent as a writer of instructions for single inputs."""
+        instruction = self.data.spec.manual_prompt if self.config.edit_manual else ""
+        return Editor(self.policy, self.data.train, self.config.examples.pairs, instruction)
+
+
+def open_run(folder: Path) -> Run:
+    """A run that is done, with the agent that it left behind, to be used.
+
+    Raises:
+        ConfigError: the folder holds no finished run.
+    """
+    for name in ("config.yaml", "best_prompt.json", "agent"):
+        if not (folder / name).exists():
+            raise ConfigError(f"{str(folder)!r} holds no {name}; expected the folder of a finished run")
+    options = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    options.pop("environment", None)
+    config = build_config(options | {"agent": str(folder / "agent")})
+    return _assemble(config, RunLog(folder, new=False))
+
 
 def prepare(config: RunConfig) -> Run:
     """Loads data and models, and refuses what cannot work, before anything is written."""
+    folder = Path(config.run or f"runs/{Path(config.task).stem}-{datetime.now():%Y%m%d-%H%M%S}")
+    return _assemble(config, RunLog(folder))
+
+
+def _assemble(config: RunConfig, log: RunLog) -> Run:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    folder = Path(config.run or f"runs/{Path(config.task).stem}-{datetime.now():%Y%m%d-%H%M%S}")
-    log = RunLog(folder)
     options = config.examples
     data = load_task(config.task, data_source(config.task, config.data), options.shots, config.seed, options.test_limit)
     agent, target = (load_model(config, role) for role in ("agent", "target"))
@@ -97,12 +124,15 @@ def _reward(config: RunConfig, data: TaskData, target: TargetModel) -> Classific
 def _check_context(run: Run) -> None:
     """Refuses meta-prompts that do not fit the agent, and inputs that leave the target no room for a prompt."""
     longest = sorted(run.data.train, key=lambda e: -len(e.input))[: run.config.examples.pairs]
-    try:
-        run.policy.check_fits(run.policy.query(*meta_prompt(longest)))
-    except ValueError as error:
-        raise ConfigError(f"{error}; use fewer examples.pairs or a lower sampling.max_new_tokens") from error
     every = (example.input for split in (run.data.train, run.data.validation, run.data.test) for example in split)
     longest_input = max(every, key=len)
+    asked = meta_prompt(longest)
+    if run.config.mode == "tte":
+        asked = rewrite_prompt(longest, longest_input, run.editor.instruction)
+    try:
+        run.policy.check_fits(run.policy.query(*asked))
+    except ValueError as error:
+        raise ConfigError(f"{error}; use fewer examples.pairs or a lower sampling.max_new_tokens") from error
     answer = run.config.reward.answer_tokens if run.data.spec.kind == "text" else 0
     run.reward.target.check_fits(run.config.sampling.max_new_tokens + answer, longest_input)
     run.reward.target.check_fits(run.data.spec.manual_prompt, longest_input)
@@ -124,12 +154,7 @@ def train(run: Run, quiet: bool = False) -> dict[str, Any]:
     progress = Progress(run.steps, run.reward.metric, quiet)
     for iteration in range(1, run.steps + 1):
         started = time.perf_counter()
-        batch = next(batches)
-        queries = [_query(run, batch, rng)] * config.prompts
-
-        def reward_fn(prompts: list[str], batch: Sequence[Example] = batch) -> RewardResult:
-            return run.reward(prompts, batch)
-
+        queries, reward_fn = _ask(run, next(batches), rng)
         if iteration == 1:
             self_check(run.policy, trainer.anchor, run.policy.sample(queries, torch.Generator(device).manual_seed(0)))
         stats = _explore(trainer, queries, reward_fn) if config.frozen else trainer.step(queries, reward_fn)
@@ -138,7 +163,11 @@ def train(run: Run, quiet: bool = False) -> dict[str, Any]:
         _record(run, pool, trainer, iteration, stats, review, seconds)
         progress.show(iteration, stats, pool)
     progress.close()
-    return finish(run, pool)
+    save_agent(run.policy, run.log.folder / "agent")
+    result = finish_editing(run) if config.mode == "tte" else finish(run, pool)
+    run.log.write_json("best_prompt.json", result)
+    run.log.write_text("report.html", render_report(run.log.folder))
+    return result
 
 
 def _explore(trainer: APPOTrainer, queries: Sequence[Query], reward_fn: RewardFn) -> dict[str, float]:
@@ -153,6 +182,16 @@ def _batches(examples: Sequence[Example], size: int, rng: random.Random) -> Iter
     while True:
         order = rng.sample(examples, len(examples))
         yield from (order[i : i + size] for i in range(0, len(order), size))
+
+
+def _ask(run: Run, batch: Sequence[Example], rng: random.Random) -> tuple[list[Query], RewardFn]:
+    """What the agent is asked in one iteration, and what its answers are worth."""
+    count = run.config.prompts
+    if run.config.mode == "fixed":
+        return [_query(run, batch, rng)] * count, lambda prompts: run.reward(prompts, batch)
+    queries = [query for example in batch for query in [run.editor.query(example.input, rng)] * count]
+    asked = [example for example in batch for _ in range(count)]
+    return queries, lambda prompts: run.reward.each(prompts, asked)
 
 
 def _query(run: Run, batch: Sequence[Example], rng: random.Random) -> Query:
@@ -170,7 +209,12 @@ def _review_due(run: Run, iteration: int) -> bool:
 
 
 def _review(run: Run, trainer: APPOTrainer, rng: random.Random) -> AnchorReview:
-    """Agent against anchor on the validation split; the queries come from the training split as always."""
+    """Agent against anchor on the validation split; the pairs come from the training split as always."""
+    if run.config.mode == "tte":
+        queries = [run.editor.query(example.input, rng) for example in run.data.validation]
+        return trainer.review_anchor(
+            queries, lambda prompts: run.reward.each(prompts, run.data.validation).metrics[run.reward.metric].tolist()
+        )
     queries = [_query(run, (), rng) for _ in range(run.config.anchor.prompts)]
     return trainer.review_anchor(
         queries, lambda prompts: run.reward(prompts, run.data.validation).metrics[run.reward.metric].tolist()
@@ -189,7 +233,8 @@ def _record(
     assert trainer.collected is not None
     prompts, rewarded = trainer.collected.prompts, trainer.collected.rewarded
     rewards = rewarded.scores.tolist()
-    pool.add(prompts, rewards)
+    if run.config.mode == "fixed":
+        pool.add(prompts, rewards)
     row: dict[str, Any] = {"iteration": iteration, **stats, "seconds": seconds, "anchor": None}
     if review:
         row |= {"anchor": review.decision.value, "review": vars(review) | {"decision": review.decision.value}}
@@ -206,7 +251,7 @@ def _record(
 
 
 def finish(run: Run, pool: PromptPool) -> dict[str, Any]:
-    """Chooses the winner on validation, runs it on test, and writes result and report.
+    """Chooses the winner on validation and runs it on test; returns the result.
 
     The winner alone is the result. The paper's own number, the best of the top five *on test*, is selection on
     the test split; it stands beside the result under its name, to compare with published tables.
@@ -217,13 +262,9 @@ def finish(run: Run, pool: PromptPool) -> dict[str, Any]:
     best = int(validation.scores[: len(candidates)].argmax())
     published = candidates[:PAPER_POOL]
     tested = run.reward([*published, candidates[best], spec.manual_prompt], test).metrics[run.reward.metric].tolist()
-    result = {
+    return {
         "prompt": candidates[best],
-        "task": spec.name,
-        "template": spec.template,
-        "verbalizer": spec.verbalizer,
-        "metric": run.reward.metric,
-        "target": run.config.target,
+        **_described(run),
         "validation_score": validation.metrics[run.reward.metric][best].item(),
         "test_score": tested[-2],
         "manual_prompt": spec.manual_prompt,
@@ -233,11 +274,43 @@ def finish(run: Run, pool: PromptPool) -> dict[str, Any]:
             "name": f"best of the top {len(published)} by training reward, chosen on test",
             "test_score": max(tested[:-2]),
         },
+    }
+
+
+def finish_editing(run: Run) -> dict[str, Any]:
+    """Lets the agent write its likeliest instruction for every input of validation and test; returns the result."""
+    written = {split: run.editor.write([e.input for e in getattr(run.data, split)]) for split in SPLITS[1:]}
+    metric, manual = run.reward.metric, run.data.spec.manual_prompt
+    scores = {}
+    for split, prompts in written.items():
+        examples = getattr(run.data, split)
+        scores[split] = run.reward.each(prompts, examples).metrics[metric].mean().item()
+        scores[f"manual {split}"] = run.reward([manual], examples).metrics[metric].item()
+    shown = zip(run.data.test[:EDITS_SHOWN], written["test"], strict=False)
+    return {
+        "prompt": None,
+        "edits": [{"input": example.input, "prompt": prompt} for example, prompt in shown],
+        **_described(run),
+        "validation_score": scores["validation"],
+        "test_score": scores["test"],
+        "manual_prompt": manual,
+        "manual_validation_score": scores["manual validation"],
+        "manual_test_score": scores["manual test"],
+    }
+
+
+def _described(run: Run) -> dict[str, Any]:
+    """What else is needed to use a result."""
+    spec = run.data.spec
+    return {
+        "task": spec.name,
+        "mode": run.config.mode,
+        "template": spec.template,
+        "verbalizer": spec.verbalizer,
+        "metric": run.reward.metric,
+        "target": run.config.target,
         "seed": run.config.seed,
     }
-    run.log.write_json("best_prompt.json", result)
-    run.log.write_text("report.html", render_report(run.log.folder))
-    return result
 
 
 def environment(run: Run) -> dict[str, Any]:
@@ -268,6 +341,7 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
     parser.add_argument("--agent", help="writes the prompts: folder or hub id of a causal LM (default: lab)")
     parser.add_argument("--target", help="answers under them: folder or hub id of a causal LM (default: lab)")
     parser.add_argument("--data", help="lab, hub, or a folder of .jsonl, .tsv, .csv or .parquet files (default: lab)")
+    parser.add_argument("--mode", choices=["fixed", "tte"], help="one prompt, or one for each input (default: fixed)")
     parser.add_argument("--steps", type=int, help="iterations (default: 100 in the lab, else 100 epochs)")
     parser.add_argument("--seed", type=int, help="of everything random (default: 0)")
     parser.add_argument("--run", help="the run's folder, which must not exist yet (default: runs/TASK-DATE-TIME)")

@@ -14,29 +14,29 @@ from rewards.target import TargetModel, common_prefix, encode
 @torch.inference_mode()
 def generate(
     target: TargetModel, prompts: Sequence[str], inputs: Sequence[str], max_new_tokens: int, stop: Sequence[str]
-) -> list[list[str]]:
-    """Greedy answers of the target for every pair of prompt and input.
+) -> list[str]:
+    """Greedy answers of the target, to each input under its own prompt.
 
     Nothing of the model's generation_config is used: the likeliest token is taken, until an end-of-sequence token, a
     stop string or the budget. A stop string ends the answer and is no part of it.
 
     Args:
         target: the frozen model and its template.
-        prompts: K instructions.
-        inputs: N rendered inputs.
+        prompts: B instructions.
+        inputs: B rendered inputs.
         max_new_tokens: longest answer, in tokens.
         stop: texts that end an answer.
 
     Returns:
-        K lists of N texts, stripped.
+        B texts, stripped.
     """
-    texts = [target.context(prompt, text) for prompt in prompts for text in inputs]
+    texts = [target.context(prompt, text) for prompt, text in zip(prompts, inputs, strict=True)]
     contexts = encode(target.tokenizer, texts, target.chat)
     answers = [""] * len(contexts)
     for rows in _batches([len(ids) + max_new_tokens for ids in contexts], target.max_batch_tokens):
         for row, answer in zip(rows, _greedy(target, [contexts[r] for r in rows], max_new_tokens, stop), strict=True):
             answers[row] = answer
-    return [answers[i : i + len(inputs)] for i in range(0, len(answers), len(inputs))]
+    return answers
 
 
 def _greedy(target: TargetModel, contexts: list[list[int]], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
@@ -92,23 +92,22 @@ def _end_ids(target: TargetModel) -> set[int]:
 def answer_logprobs(
     target: TargetModel, prompts: Sequence[str], inputs: Sequence[str], answers: Sequence[str]
 ) -> Tensor:
-    """Mean log-probability per token of each input's answer under each prompt.
+    """Mean log-probability per token of each answer to its own input under its own prompt.
 
     Args:
         target: the frozen model and its template.
-        prompts: K instructions.
-        inputs: N rendered inputs.
-        answers: their N answers.
+        prompts: B instructions.
+        inputs: B rendered inputs.
+        answers: their B answers.
 
     Returns:
-        [K, N] float32 on the CPU, at most 0.
+        [B] float32 on the CPU, at most 0.
     """
-    contexts, wholes = [], []
-    for prompt in prompts:
-        for text, answer in zip(inputs, answers, strict=True):
-            context = target.context(prompt, text)
-            contexts.append(context)
-            wholes.append(context + ("" if target.chat or context[-1:].isspace() else " ") + answer)
+    contexts = [target.context(prompt, text) for prompt, text in zip(prompts, inputs, strict=True)]
+    wholes = [
+        context + ("" if target.chat or context[-1:].isspace() else " ") + answer
+        for context, answer in zip(contexts, answers, strict=True)
+    ]
     before, after = (encode(target.tokenizer, texts, target.chat) for texts in (contexts, wholes))
     lengths = [len(w) - common_prefix([b, w]) for b, w in zip(before, after, strict=True)]
     means = torch.zeros(len(after))
@@ -124,7 +123,7 @@ def answer_logprobs(
         logprobs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1 - keep :, None]).squeeze(-1)
         for place, row in enumerate(rows):
             means[row] = logprobs[place, -lengths[row] :].mean()
-    return means.view(len(prompts), len(inputs))
+    return means
 
 
 def _batches(widths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

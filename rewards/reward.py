@@ -21,6 +21,10 @@ class RewardResult:
     scores: Tensor
     metrics: dict[str, Tensor]
 
+    def pick(self, rows: list[int]) -> RewardResult:
+        """The result with these rows, in this order; a row may come several times."""
+        return RewardResult(self.scores[rows], {name: values[rows] for name, values in self.metrics.items()})
+
 
 TEXT_METRICS = {metric.__name__: metric for metric in (exact_match, exact_string, exact_set, contains, f1)}
 STOPS = ("\n", "Input :")  # an answer is one line, and the template's next example is none of it
@@ -44,15 +48,22 @@ class ClassificationReward:
     def __call__(self, prompts: Sequence[str], examples: Sequence[Example]) -> RewardResult:
         """Scores K prompts on the same examples; a prompt that occurs twice is run once."""
         distinct = list(dict.fromkeys(prompts))
-        logits = self.target.class_logits(distinct, [example.input for example in examples]).cpu()  # [K', N, C]
+        logits = self.target.class_logits(distinct, [example.input for example in examples])  # [K', N, C]
+        result = self._result(logits.cpu(), examples, mean=True)
+        return result.pick([distinct.index(prompt) for prompt in prompts])
+
+    def each(self, prompts: Sequence[str], examples: Sequence[Example]) -> RewardResult:
+        """Scores B prompts, each on its own example."""
+        logits = self.target.pair_logits(prompts, [example.input for example in examples])  # [B, C]
+        return self._result(logits.cpu().unsqueeze(0), examples, mean=False)
+
+    def _result(self, logits: Tensor, examples: Sequence[Example], mean: bool) -> RewardResult:
+        """Of [K, N, C] logits: means over examples, [K], or of one prompt's row the single values, [N]."""
         logits, labels = _settle(logits, examples)
-        means = {
-            "accuracy": accuracy(logits, labels).mean(1),
-            "margin": softmax_margin(logits, labels).mean(1),
-        }
-        scores = self.accuracy_weight * means["accuracy"] + self.margin_weight * means["margin"]
-        rows = [distinct.index(prompt) for prompt in prompts]
-        return RewardResult(scores[rows], {name: mean[rows] for name, mean in means.items()})
+        values = {"accuracy": accuracy(logits, labels), "margin": softmax_margin(logits, labels)}
+        metrics = {name: value.mean(1) if mean else value[0] for name, value in values.items()}
+        scores = self.accuracy_weight * metrics["accuracy"] + self.margin_weight * metrics["margin"]
+        return RewardResult(scores, metrics)
 
 
 def _settle(logits: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
@@ -105,17 +116,23 @@ class GenerationReward:
     def __call__(self, prompts: Sequence[str], examples: Sequence[Example]) -> RewardResult:
         """Scores K prompts on the same examples; a prompt that occurs twice is run once."""
         distinct = list(dict.fromkeys(prompts))
-        inputs = [example.input for example in examples]
-        said = generate(self.target, distinct, inputs, self.answer_tokens, STOPS)
-        metric = TEXT_METRICS[self.metric]
-        values = torch.tensor(
-            [[best(metric, text, e.answers) for text, e in zip(row, examples, strict=True)] for row in said]
+        single = self.each(
+            [prompt for prompt in distinct for _ in examples], [example for _ in distinct for example in examples]
         )
-        means = {self.metric: values.mean(1)}
-        scores = self.metric_weight * means[self.metric]
+        shape = (len(distinct), len(examples))
+        metrics = {name: values.view(shape).mean(1) for name, values in single.metrics.items()}
+        result = RewardResult(single.scores.view(shape).mean(1), metrics)
+        return result.pick([distinct.index(prompt) for prompt in prompts])
+
+    def each(self, prompts: Sequence[str], examples: Sequence[Example]) -> RewardResult:
+        """Scores B prompts, each on its own example."""
+        inputs = [example.input for example in examples]
+        said = generate(self.target, prompts, inputs, self.answer_tokens, STOPS)
+        metric = TEXT_METRICS[self.metric]
+        values = torch.tensor([best(metric, text, e.answers) for text, e in zip(said, examples, strict=True)])
+        metrics, scores = {self.metric: values}, self.metric_weight * values
         if self.likelihood_weight:
-            likely = answer_logprobs(self.target, distinct, inputs, [example.answer for example in examples]).exp()
-            means["likelihood"] = likely.mean(1)
-            scores = scores + self.likelihood_weight * likely.masked_fill(values > 0, 1.0).mean(1)
-        rows = [distinct.index(prompt) for prompt in prompts]
-        return RewardResult(scores[rows], {name: mean[rows] for name, mean in means.items()})
+            likely = answer_logprobs(self.target, prompts, inputs, [example.answer for example in examples]).exp()
+            metrics["likelihood"] = likely
+            scores = scores + self.likelihood_weight * likely.masked_fill(values > 0, 1.0)
+        return RewardResult(scores, metrics)

@@ -115,17 +115,28 @@ class TargetModel:
         Raises:
             ContextTooLongError: a filled template is longer than the target's context.
         """
-        texts = [self.context(prompt, text) for prompt in prompts for text in inputs]
-        contexts = [ids[: len(ids) - self.verbalizer.overlap] for ids in encode(self.tokenizer, texts, self.chat)]
-        width = max(map(len, contexts)) + max(map(len, self._stems))
-        self._check_width(width)
-        rows = max(1, self.max_batch_tokens // (width * len(self._stems)))
+        contexts, rows = self._contexts([(prompt, text) for prompt in prompts for text in inputs])
         by_prompt = [contexts[i : i + len(inputs)] for i in range(0, len(contexts), len(inputs))]
         if rows < len(inputs):
             parts = [[self._score([c[i : i + rows]]) for i in range(0, len(inputs), rows)] for c in by_prompt]
             return torch.cat([torch.cat(part, dim=1) for part in parts])
         group = rows // len(inputs)
         return torch.cat([self._score(by_prompt[i : i + group]) for i in range(0, len(by_prompt), group)])
+
+    @torch.inference_mode()
+    def pair_logits(self, prompts: Sequence[str], inputs: Sequence[str]) -> Tensor:
+        """As `class_logits`, but of each of B prompts with its own input only: [B, C]."""
+        contexts, rows = self._contexts(list(zip(prompts, inputs, strict=True)))
+        alone = [[ids] for ids in contexts]
+        return torch.cat([self._score(alone[i : i + rows])[:, 0] for i in range(0, len(alone), rows)])
+
+    def _contexts(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[list[int]], int]:
+        """The filled templates of (prompt, input) pairs as token ids, and how many of them fit into one batch."""
+        texts = [self.context(prompt, text) for prompt, text in pairs]
+        contexts = [ids[: len(ids) - self.verbalizer.overlap] for ids in encode(self.tokenizer, texts, self.chat)]
+        width = max(map(len, contexts)) + max(map(len, self._stems))
+        self._check_width(width)
+        return contexts, max(1, self.max_batch_tokens // (width * len(self._stems)))
 
     def check_fits(self, prompt: str | int, text: str) -> None:
         """Raises ContextTooLongError if the input leaves no room for the prompt, or for one of so many tokens."""

@@ -19,6 +19,7 @@ from tests.conftest import sharpen
 TEMPLATE = "{prompt} Input : {input} Output :"
 PROMPTS = ("Say it .", "", "Write the plural of the word , and nothing else .")  # ragged
 INPUTS = ("cup", "a much longer input than the others", "é")
+PAIRS = [(prompt, text) for prompt in PROMPTS for text in INPUTS]
 BUDGET = 6
 
 
@@ -40,10 +41,9 @@ def test_generation_equals_the_plain_loop(
     tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_batch_tokens: int
 ) -> None:
     target = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, (), max_batch_tokens=max_batch_tokens)
-    found = generate(target, PROMPTS, INPUTS, BUDGET, stop=())
-    plain = [[plain_greedy(tiny_lm, tokenizer, target.context(p, x), BUDGET).strip() for x in INPUTS] for p in PROMPTS]
-    assert found == plain
-    assert len({text for row in plain for text in row}) > 1  # the comparison compares something
+    plain = [plain_greedy(tiny_lm, tokenizer, target.context(p, x), BUDGET).strip() for p, x in PAIRS]
+    assert generate(target, *zip(*PAIRS, strict=True), BUDGET, stop=()) == plain
+    assert len(set(plain)) > 1  # the comparison compares something
 
 
 def always(model: PreTrainedModel, token: int) -> PreTrainedModel:
@@ -60,12 +60,12 @@ def test_the_budget_and_stop_strings_end_an_answer(
     tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], expected: str
 ) -> None:
     target = TargetModel(always(tiny_llama, tokenizer.convert_tokens_to_ids("a")), tokenizer, TEMPLATE, ())
-    assert generate(target, ["p"], ["x"], BUDGET, stop) == [[expected]]
+    assert generate(target, ["p"], ["x"], BUDGET, stop) == [expected]
 
 
 def test_an_end_of_sequence_ends_an_answer(tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     target = TargetModel(always(tiny_llama, tokenizer.eos_token_id), tokenizer, TEMPLATE, ())
-    assert generate(target, ["p"], ["x", "y"], BUDGET, ()) == [["", ""]]
+    assert generate(target, ["p", "p"], ["x", "y"], BUDGET, ()) == ["", ""]
 
 
 def test_the_models_generation_config_changes_nothing(
@@ -83,16 +83,15 @@ def test_answer_logprobs_equal_the_plain_loop(
 ) -> None:
     answers = ("cups", "no", "a long answer")
     target = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, (), max_batch_tokens=max_batch_tokens)
-    plain = torch.zeros(len(PROMPTS), len(INPUTS))
-    for k, prompt in enumerate(PROMPTS):
-        for n, (text, answer) in enumerate(zip(INPUTS, answers, strict=True)):
-            context = tokenizer(target.context(prompt, text))["input_ids"]
-            ids = tokenizer(f" {answer}")["input_ids"]
-            with torch.no_grad():
-                logits = tiny_lm(input_ids=torch.tensor([context + ids]), use_cache=False).logits[0]
-            steps = logits.log_softmax(-1)[len(context) - 1 : -1].gather(-1, torch.tensor(ids).unsqueeze(-1))
-            plain[k, n] = steps.mean()
-    assert_close(answer_logprobs(target, PROMPTS, INPUTS, answers), plain, rtol=1e-4, atol=1e-4)
+    plain = []
+    for prompt, text, answer in zip(PROMPTS, INPUTS, answers, strict=True):
+        context = tokenizer(target.context(prompt, text))["input_ids"]
+        ids = tokenizer(f" {answer}")["input_ids"]
+        with torch.no_grad():
+            logits = tiny_lm(input_ids=torch.tensor([context + ids]), use_cache=False).logits[0]
+        steps = logits.log_softmax(-1)[len(context) - 1 : -1].gather(-1, torch.tensor(ids).unsqueeze(-1))
+        plain.append(steps.mean())
+    assert_close(answer_logprobs(target, PROMPTS, INPUTS, answers), torch.stack(plain), rtol=1e-4, atol=1e-4)
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ RESULT: dict[str, Any] = {
     "manual_validation_score": 0.5,
     "manual_test_score": 0.25,
     "metric": "accuracy",
+    "mode": "fixed",
     "paper_protocol": {"name": "best of the top 5 by training reward, chosen on test", "test_score": 0.875},
     "seed": 7,
 }

@@ -39,7 +39,7 @@ LAB_DIR = Path(__file__).parent
 TRAIN_ROWS, TEST_ROWS = 400, 600
 PAIRS = 5  # in the meta-prompts that the agent learns from, as in runs
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-TARGET_MINUTES, AGENT_MINUTES = 25.0, 8.0
+TARGET_MINUTES, AGENT_MINUTES = 34.0, 8.0
 SPECS = {task: load_spec(task) for task in (*grammar.TASKS, *wordplay.TASKS)}
 
 
@@ -280,7 +280,7 @@ def _clauses(rng: random.Random, task: str, stage: Stage) -> list[grammar.Clause
 class _TargetBatches:
     """Draws batches for the target, harder tasks more often, and moves on to the next stage when one is mastered."""
 
-    ROWS, INPUTS = 12, 8
+    ROWS, INPUTS, SHORT_INPUTS = 12, 8, 24  # inputs of the generated-text tasks are short: more of them fill a row
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         self.tokenizer, self.rng, self.stage = tokenizer, random.Random(seed), 0
@@ -290,20 +290,19 @@ class _TargetBatches:
     def __call__(self) -> Packed:
         weights = [1.08 - success for success in self.success.values()]
         self.tasks = self.rng.choices(list(SPECS), weights, k=self.ROWS)
-        prefixes, seen, answers = [], [], []
+        prefixes, continuations, answers = [], [], []
         for task in self.tasks:
             prefix, pairs = self._wordplay(task) if task in wordplay.TASKS else self._grammar(task)
             prefixes.append(prefix)
-            seen += [target_text(SPECS[task], text) for text, _ in pairs]
-            answers += [f" {answer}" for _, answer in pairs]
-        seen_ids, answer_ids = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (seen, answers))
-        whole = [a + b for a, b in zip(seen_ids, answer_ids, strict=True)]
-        groups = range(0, len(whole), self.INPUTS)
-        return pack(
-            self.tokenizer(prefixes)["input_ids"],
-            [whole[i : i + self.INPUTS] for i in groups],
-            [list(map(len, answer_ids[i : i + self.INPUTS])) for i in groups],
-        )
+            seen, said = (
+                self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+                for texts in zip(
+                    *((target_text(SPECS[task], text), f" {answer}") for text, answer in pairs), strict=True
+                )
+            )
+            continuations.append([before + after for before, after in zip(seen, said, strict=True)])
+            answers.append(list(map(len, said)))
+        return pack(self.tokenizer(prefixes)["input_ids"], continuations, answers)
 
     def _grammar(self, task: str) -> tuple[str, list[tuple[str, str]]]:
         """An instruction, and inputs with what it makes of them."""
@@ -314,8 +313,9 @@ class _TargetBatches:
     def _wordplay(self, task: str) -> tuple[str, list[tuple[str, str]]]:
         told = self.stage == 0
         text = self.rng.choice(wordplay.wordings(task)) if told else wordplay.sample_instruction(self.rng, task)
-        rows = [wordplay.sample_row(self.rng, task) for _ in range(self.INPUTS)]
-        end = SPECIAL["eos_token"] if SPECS[task].kind == "text" else ""
+        short = SPECS[task].kind == "text"
+        rows = [wordplay.sample_row(self.rng, task) for _ in range(self.SHORT_INPUTS if short else self.INPUTS)]
+        end = SPECIAL["eos_token"] if short else ""
         return text, [(render(task, row).input, wordplay.answer(text, task, row) + end) for row in rows]
 
     def _case(self, task: str, clauses: Sequence[grammar.Clause]) -> str | None:
@@ -343,9 +343,10 @@ class _TargetBatches:
             wrong: [ROWS, L], 1 where a token of an answer would have been another.
             part: [ROWS, L], of `Packed`.
         """
-        failed = torch.zeros(self.ROWS, self.INPUTS + 1).scatter_add(1, part.clamp(min=0), wrong.float())[:, 1:] > 0
-        for task, share in zip(self.tasks, 1 - failed.float().mean(1), strict=True):
-            self.success[task] += 0.02 * (share.item() - self.success[task])
+        faults = torch.zeros(self.ROWS, self.SHORT_INPUTS + 1).scatter_add(1, part.clamp(min=0), wrong.float())
+        failed = (faults[:, 1:] > 0).sum(1) / part.amax(1)
+        for task, share in zip(self.tasks, failed.tolist(), strict=True):
+            self.success[task] += 0.02 * (1 - share - self.success[task])
         if min(self.success[task] for task in grammar.LABS) > STAGES[self.stage].mastered:
             self.stage += 1
             self.success = dict.fromkeys(SPECS, 0.5)

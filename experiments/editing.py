@@ -1,0 +1,53 @@
+"""Test-time editing: an agent that writes an instruction for each input (TTE-StablePrompt)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from appo.policy import Policy
+from appo.rollout import Query
+from tasks.task import Example, rewrite_prompt
+
+WRITTEN_AT_ONCE = 256  # instructions in one batch of the agent, when many are wanted
+
+
+@dataclass(frozen=True)
+class Editor:
+    """The agent behind the rewriting meta-prompt; training and use see the same form of it.
+
+    Attributes:
+        policy: the agent.
+        examples: the training examples, of which pairs are shown.
+        pairs: how many of them.
+        instruction: a manual prompt that the agent is to edit; "": it writes from nothing.
+    """
+
+    policy: Policy
+    examples: Sequence[Example]
+    pairs: int
+    instruction: str = ""
+
+    def query(self, text: str, rng: random.Random) -> Query:
+        """The meta-prompt for one input, with pairs drawn from the training examples other than the input itself."""
+        others = [example for example in self.examples if example.input != text]
+        pairs = rng.sample(others, min(self.pairs, len(others)))
+        return self.policy.query(*rewrite_prompt(pairs, text, self.instruction))
+
+    def write(self, inputs: Sequence[str], seed: int = 0, generator: torch.Generator | None = None) -> list[str]:
+        """An instruction for each input: the likeliest, or with a generator a sampled one.
+
+        Args:
+            inputs: rendered inputs.
+            seed: of the draw of pairs, which is the same for every input, whoever else is asked for.
+            generator: of the sampling, on the agent's device; None: greedy.
+        """
+        queries = [self.query(text, random.Random(seed)) for text in inputs]
+        written = []
+        for start in range(0, len(queries), WRITTEN_AT_ONCE):
+            part = queries[start : start + WRITTEN_AT_ONCE]
+            written += self.policy.decode(self.policy.sample(part, generator, greedy=generator is None))
+        return written

@@ -1,0 +1,94 @@
+"""Uses a finished run: the instruction for an input, and what the target makes of it.
+
+    python -m experiments.prompt --run runs/mixed-... --input "focus : place ..." --answer
+    python -m experiments.prompt --run runs/mixed-... --file inputs.txt --answer > answers.jsonl
+
+A run in mode fixed has one instruction for all inputs, one in mode tte writes one for each. Inputs are texts as the
+target reads them; `\\n` stands for a line break. A file has one input per line, or is a .jsonl with "input" in each row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.train import USER_ERRORS, Run, open_run
+from rewards.generation import generate
+from rewards.reward import STOPS, GenerationReward
+from tasks.sources import read_rows
+from tasks.task import TaskError
+
+
+def instructions(run: Run, inputs: Sequence[str]) -> list[str]:
+    """The run's instruction for each input."""
+    if run.config.mode == "tte":
+        return run.editor.write(inputs)
+    prompt = json.loads((run.log.folder / "best_prompt.json").read_text(encoding="utf-8"))["prompt"]
+    return [prompt] * len(inputs)
+
+
+def answers(run: Run, prompts: Sequence[str], inputs: Sequence[str]) -> list[dict[str, Any]]:
+    """The target's answer to each input under its prompt; with label words or letters also their probabilities."""
+    target = run.reward.target
+    if isinstance(run.reward, GenerationReward):
+        said = generate(target, prompts, inputs, run.reward.answer_tokens, STOPS)
+        return [{"answer": text} for text in said]
+    rows = target.pair_logits(prompts, inputs).softmax(-1).tolist()
+    found = [dict(zip(run.data.words, row, strict=True)) for row in rows]
+    return [{"answer": max(row, key=lambda word: row[word]), "probabilities": row} for row in found]
+
+
+def read_inputs(path: Path) -> list[str]:
+    """The inputs of a file.
+
+    Raises:
+        TaskError: no such file, no inputs in it, or a row without one.
+    """
+    if not path.is_file():
+        raise TaskError(f"no file {str(path)!r}")
+    if path.suffix == ".jsonl":
+        rows = list(read_rows(path))
+        bad = next((where for where, row in rows if not isinstance(row.get("input"), str)), None)
+        if bad:
+            raise TaskError(f"{bad}: no text under 'input'")
+        return [row["input"] for _, row in rows]
+    lines = [line.replace("\\n", "\n") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise TaskError(f"{path}: the file has no inputs")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the instruction for one input, or a JSON line for each of a file; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.prompt", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--input", help="one input")
+    group.add_argument("--file", type=Path, help="one input per line, or .jsonl")
+    parser.add_argument("--answer", action="store_true", help="the target's answer as well")
+    options = parser.parse_args(argv)
+    try:
+        inputs = [options.input.replace("\\n", "\n")] if options.input is not None else read_inputs(options.file)
+        run = open_run(options.run)
+        prompts = instructions(run, inputs)
+        replies = answers(run, prompts, inputs) if options.answer else [{} for _ in inputs]
+    except (*USER_ERRORS, UnicodeDecodeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.input is None:
+        for text, prompt, reply in zip(inputs, prompts, replies, strict=True):
+            print(json.dumps({"input": text, "prompt": prompt, **reply}, ensure_ascii=False))
+        return 0
+    print(prompts[0])
+    if options.answer:
+        shown = ", ".join(f"{word} {p:.3f}" for word, p in replies[0].get("probabilities", {}).items())
+        print(f"answer: {replies[0]['answer']}" + (f"  ({shown})" if shown else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
