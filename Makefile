@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 TASK ?= mnli
 OPTIONS = --task "$(TASK)" $(if $(AGENT),--agent "$(AGENT)") $(if $(TARGET),--target "$(TARGET)") \
 	$(if $(DATA),--data "$(DATA)") $(if $(MODE),--mode "$(MODE)") $(if $(STEPS),--steps "$(STEPS)") $(if $(SEED),--seed "$(SEED)") \
-	$(if $(RUN),--run "$(RUN)")
+	$(if $(RUN),--run "$(RUN)") $(if $(RESUME),--resume)
 SEEDS ?= 0 1 2 3 4
 
 .DEFAULT_GOAL := help

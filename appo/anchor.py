@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,17 @@ class Anchor:
         for name, parameter in _trainable(policy):
             parameter.copy_(self._parameters[name])
         optimizer.load_state_dict(copy.deepcopy(self._optimizer_state))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The snapshot, to be saved."""
+        return {"parameters": self._parameters, "optimizer": self._optimizer_state}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over a saved snapshot; its values are copied."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(state["parameters"][name])
+        self._optimizer_state = copy.deepcopy(state["optimizer"])
 
     @contextmanager
     def in_place_of(self, policy: nn.Module) -> Iterator[None]:

@@ -57,6 +57,9 @@ class APPOConfig:
     minibatch_size: int = 0  # responses per optimizer step; 0: the whole rollout, ours: K = 4 is small enough
     micro_batch_size: int = 0  # responses per backward pass (gradient accumulation); 0: the whole minibatch
     max_grad_norm: float | None = 1.0  # gradient clipping, null: off; ours, usual for language models
+    max_ratio: float | None = 10.0  # mean probability ratio above which a step is skipped; null: off [TRL]
+    target_kl: float | None = None  # mean approx_kl of an epoch (nats per token) after which no other is begun; ours
+    max_bad_steps: int = 3  # iterations in a row without a sound step: back to the anchor; twice as many: the end; ours
     whiten_advantages: bool = True  # over all tokens of the rollout [TRL]
     reference: Reference = "anchor"  # KL against: anchor (APPO), initial (RLHF), previous (plain PPO), none
     kl_coef: float = 0.2  # the paper prints no coefficient; 0.2 is [TRL]
@@ -85,6 +88,9 @@ class APPOConfig:
             self.max_grad_norm is None or self.max_grad_norm > 0,
             "max_grad_norm", self.max_grad_norm, "above 0, or null",
         )  # fmt: skip
+        _require(self.max_ratio is None or self.max_ratio > 1, "max_ratio", self.max_ratio, "above 1, or null")
+        _require(self.target_kl is None or self.target_kl > 0, "target_kl", self.target_kl, "above 0, or null")
+        _require(self.max_bad_steps >= 1, "max_bad_steps", self.max_bad_steps, "at least 1")
         _require(
             self.reference in ("anchor", "initial", "previous", "none"),
             "reference", self.reference, "one of anchor, initial, previous, none",

@@ -11,6 +11,8 @@ Where queries and rewards come from, what is logged and when to stop is the call
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,6 +25,12 @@ from appo.config import AnchorConfig, APPOConfig
 from appo.functional import kl_estimate, masked_mean, policy_loss, value_loss
 from appo.policy import Policy
 from appo.rollout import Batch, Query, Rollout, RolloutBuffer, minibatches
+
+FAULTS = ("nonfinite_reward", "nonfinite_loss", "nonfinite_gradient", "exploded_ratio")  # counted in the statistics
+
+
+class DivergedError(ArithmeticError):
+    """Training has come to a state that it cannot leave."""
 
 
 class Rewarded(Protocol):
@@ -103,13 +111,54 @@ class APPOTrainer:
         self.kl_controller = KLController(self.config.kl_coef, self.config.kl_target, self.config.kl_horizon)
         self.buffer = RolloutBuffer()
         self.collected: Collected | None = None
+        self.bad_steps = 0  # in a row
 
     def step(self, queries: Sequence[Query], reward_fn: RewardFn) -> dict[str, float]:
-        """One iteration: collect on the queries, then update. Returns flat statistics of both."""
+        """One iteration: collect on the queries, then update. Returns flat statistics of both.
+
+        Raises:
+            DivergedError: too many iterations in a row had nothing to learn from.
+        """
         collected = self.collect(queries, reward_fn)
-        stats = self.update()
-        self.kl_controller.update(collected.kl, len(queries))
+        if len(self.buffer):
+            stats = self.update()
+            self.kl_controller.update(collected.kl, len(queries))
+        else:
+            stats = {"skipped_steps": 1.0, "nonfinite_reward": 1.0}
+        self._guard(stats)
         return {**collected.stats(), **stats}
+
+    def _guard(self, stats: Mapping[str, float]) -> None:
+        """Counts iterations without a single sound optimizer step: after some back to the anchor, after more an end."""
+        self.bad_steps = self.bad_steps + 1 if stats["skipped_steps"] == 1.0 else 0
+        if self.bad_steps == self.config.max_bad_steps:
+            self.anchor.rollback(self.policy, self.optimizer)
+        if self.bad_steps >= 2 * self.config.max_bad_steps:
+            reasons = ", ".join(name for name in FAULTS if stats.get(name))
+            raise DivergedError(
+                f"{self.bad_steps} iterations in a row without a sound step ({reasons}); see metrics.jsonl"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on, randomness included, to be saved; tensors and plain values only."""
+        return {
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "anchor": self.anchor.state_dict(),
+            "kl_coef": self.kl_controller.coef,
+            "generator": None if self.generator is None else self.generator.get_state(),
+            "bad_steps": self.bad_steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a saved state, bit for bit on the same machine."""
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # or both would share their moments
+        self.anchor.load_state_dict(state["anchor"])
+        self.kl_controller.coef = state["kl_coef"]
+        if self.generator is not None:
+            self.generator.set_state(state["generator"])
+        self.bad_steps = state["bad_steps"]
 
     def collect(self, queries: Sequence[Query], reward_fn: RewardFn) -> Collected:
         """Samples a response to each query, scores them, and adds them to the buffer; may be called repeatedly.
@@ -122,26 +171,37 @@ class APPOTrainer:
         rewarded = reward_fn(prompts)
         anchor_logprobs = self.anchor.logprobs(self.policy, rollout)
         ref_logprobs = anchor_logprobs if self.config.reference in ("anchor", "initial") else rollout.logprobs
-        self.buffer.add(rollout, rewarded.scores.to(self.policy.device), ref_logprobs)
+        if rewarded.scores.isfinite().all():  # else there is nothing to learn from; `step` counts it
+            self.buffer.add(rollout, rewarded.scores.to(self.policy.device), ref_logprobs)
         kl = kl_estimate(rollout.logprobs, anchor_logprobs).sum(1).mean().item()
         self.collected = Collected(rollout, prompts, rewarded, kl)
         return self.collected
 
     def update(self) -> dict[str, float]:
-        """PPO epochs on everything collected; empties the buffer. Returns means over the optimizer steps."""
+        """PPO epochs on everything collected; empties the buffer. Returns means over the optimizer steps.
+
+        With a `target_kl` no further epoch is begun once the policy has moved that far.
+        """
         config = self.config
         penalty = 0.0 if self.kl_in_loss else self.kl_controller.coef
         batch = self.buffer.finish(penalty, config.gamma, config.lam, config.whiten_advantages)
         self.buffer.clear()
-        steps = [
-            self.optimizer_step(minibatch)
-            for _ in range(config.ppo_epochs)
-            for minibatch in minibatches(batch, config.minibatch_size, self.generator)
-        ]
-        return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        steps: list[dict[str, float]] = []
+        for _ in range(config.ppo_epochs):
+            epoch = [self.optimizer_step(part) for part in minibatches(batch, config.minibatch_size, self.generator)]
+            steps += epoch
+            if config.target_kl is not None and _mean([s.get("approx_kl", 0.0) for s in epoch]) > config.target_kl:
+                break
+        names = dict.fromkeys(name for step in steps for name in step if name not in FAULTS)
+        faults = {name: sum(step.get(name, 0.0) for step in steps) for name in FAULTS}
+        return {name: _mean([step[name] for step in steps if name in step]) for name in names} | faults
 
     def optimizer_step(self, minibatch: Batch) -> dict[str, float]:
-        """One gradient step; micro-batches add up to exactly the gradient of the whole minibatch."""
+        """One gradient step; micro-batches add up to exactly the gradient of the whole minibatch.
+
+        A loss or gradient that is not finite, or a mean probability ratio above `max_ratio`, ends the step before it
+        touches the weights: it counts as skipped, and the fault is named.
+        """
         self.optimizer.zero_grad()
         tokens = minibatch.mask.sum()
         totals: dict[str, float] = {}
@@ -152,9 +212,23 @@ class APPOTrainer:
             for name, value in stats.items():
                 totals[name] = totals.get(name, 0.0) + (share * value).item()
         limit = float("inf") if self.config.max_grad_norm is None else self.config.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit, error_if_nonfinite=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit).item()
+        fault = self._fault(totals, norm)
+        if fault:
+            self.optimizer.zero_grad()
+            return {"skipped_steps": 1.0, fault: 1.0}
         self.optimizer.step()
-        return {**totals, "grad_norm": norm.item()}
+        return {**totals, "grad_norm": norm, "skipped_steps": 0.0}
+
+    def _fault(self, stats: Mapping[str, float], grad_norm: float) -> str | None:
+        """What makes a step unsound, if anything does; one of FAULTS."""
+        if not all(math.isfinite(stats[name]) for name in ("policy_loss", "value_loss")):
+            return "nonfinite_loss"
+        if not math.isfinite(grad_norm):
+            return "nonfinite_gradient"
+        if self.config.max_ratio is not None and stats["ratio"] > self.config.max_ratio:
+            return "exploded_ratio"
+        return None
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """L = policy loss + value_coef * value loss (StablePrompt, Eq. 12) on a batch, and its statistics.
@@ -173,6 +247,7 @@ class APPOTrainer:
             "policy_loss": policy.loss,
             "value_loss": value.loss,
             "entropy": masked_mean(now.entropy, batch.mask),
+            "ratio": masked_mean((now.logprobs - batch.logprobs).exp(), batch.mask),
             "clip_fraction": policy.clip_fraction,
             "approx_kl": policy.approx_kl,
         }

@@ -19,7 +19,8 @@ from typing import Any
 
 from experiments.config import build_config
 from experiments.runlog import read_jsonl
-from experiments.train import USER_ERRORS, prepare, train
+from experiments.session import prepare
+from experiments.train import USER_ERRORS, train
 
 ARMS = {
     "anchor": ["appo.reference=anchor"],

@@ -21,6 +21,7 @@ from appo.config import AnchorConfig, APPOConfig, SamplingConfig
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 LAB = "lab"
+RESUMABLE = ("steps", "epochs", "run", "checkpoint_every")  # what may differ when a run goes on
 
 
 class ConfigError(ValueError):
@@ -71,6 +72,7 @@ class RunConfig:
     prompts: int = 4  # K, sampled per iteration, in mode tte per input [P, Table 6; the published code has 2 in TTE]
     pool: int = 5  # best prompts by training reward that are re-scored on validation at the end [P, 4.1]
     frozen: bool = False  # True: never update the agent, that is, best-of-N sampling; the control arm
+    checkpoint_every: int = 10  # iterations between two checkpoints; a stop by signal and the end make one too
     device: str = "auto"  # auto: cuda where there is one, else cpu
     dtype: Literal["float32", "bfloat16"] = "float32"  # of agent and target
     threads: int = 2  # CPU threads of torch; results repeat bit for bit only under the same number
@@ -84,7 +86,7 @@ class RunConfig:
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
 
     def __post_init__(self) -> None:
-        _at_least(self, seed=0, epochs=1, steps=1, prompts=1, pool=1, threads=1)
+        _at_least(self, seed=0, epochs=1, steps=1, prompts=1, pool=1, checkpoint_every=1, threads=1)
 
 
 def _at_least(config: Any, **bounds: float) -> None:
@@ -144,6 +146,32 @@ def build_config(
     for origin, source in origins:
         _merge(merged, source, RunConfig, origin)
     return _construct(RunConfig, merged, "")
+
+
+def resumed_config(
+    stored: Mapping[str, Any], options: Mapping[str, Any], file: str | None, assignments: Sequence[str]
+) -> RunConfig:
+    """The configuration of a run that goes on: what was stored, and of what is asked for now only more steps.
+
+    Raises:
+        ConfigError: something else would change; all such keys are named.
+    """
+    before = build_config(stored)
+    after = build_config({**to_dict(before), **options}, None, assignments) if not file else None
+    if after is None:
+        raise ConfigError("--resume takes no --config; the run's own configuration holds")
+    old, new = (_flat(to_dict(config)) for config in (before, after))
+    changed = [f"{key} ({old[key]} -> {new[key]})" for key in old if old[key] != new[key] and key not in RESUMABLE]
+    if changed:
+        raise ConfigError(f"--resume cannot change {', '.join(changed)}; only {', '.join(RESUMABLE)} may differ")
+    return after
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

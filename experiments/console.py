@@ -22,13 +22,14 @@ class Progress:
         steps: iterations in all.
         metric: the name of what prompts are judged by.
         quiet: show nothing.
+        done: iterations that were made before, of a run that goes on.
     """
 
-    def __init__(self, steps: int, metric: str = "accuracy", quiet: bool = False) -> None:
+    def __init__(self, steps: int, metric: str = "accuracy", quiet: bool = False, done: int = 0) -> None:
         self._steps, self._metric, self._quiet = steps, metric, quiet
         self._live = not quiet and sys.stderr.isatty()
         if self._live:
-            self._bar = tqdm(total=steps, desc="tuning", unit="it", dynamic_ncols=True, position=0)
+            self._bar = tqdm(total=steps, initial=done, desc="tuning", unit="it", dynamic_ncols=True, position=0)
             self._best = tqdm(total=0, bar_format="{desc}", position=1)
 
     def show(self, iteration: int, stats: Mapping[str, float], pool: PromptPool) -> None:

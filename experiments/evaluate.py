@@ -22,7 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from experiments.train import USER_ERRORS, Run, open_run
+from experiments.session import Run, open_run
+from experiments.train import USER_ERRORS
 from rewards.functional import best, normalise
 from rewards.generation import generate
 from rewards.reward import STOPS, TEXT_METRICS, GenerationReward

@@ -4,7 +4,7 @@
     python -m experiments.prompt --run runs/mixed-... --file inputs.txt --answer > answers.jsonl
 
 A run in mode fixed has one instruction for all inputs, one in mode tte writes one for each. Inputs are texts as the
-target reads them; `\\n` stands for a line break. A file has one input per line, or is a .jsonl with "input" in each row.
+target reads them; `\\n` stands for a line break. A file has one input per line, or "input" in each .jsonl row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.train import USER_ERRORS, Run, open_run
+from experiments.session import Run, open_run
+from experiments.train import USER_ERRORS
 from rewards.generation import generate
 from rewards.reward import STOPS, GenerationReward
 from tasks.sources import read_rows

@@ -10,7 +10,6 @@ Prompts are a model's words: all text is escaped, and the page forbids scripts a
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from math import isfinite
@@ -54,26 +53,28 @@ class Curve(NamedTuple):
     colour: str
 
 
-def render_report(folder: Path) -> str:
-    """The page of a run, from what is in its folder."""
+def render_report(folder: Path, metric: str) -> str:
+    """The page of a run, from what is in its folder; `metric` is what prompts are judged by."""
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     metrics = read_jsonl(folder / "metrics.jsonl")
     prompts = read_jsonl(folder / "prompts.jsonl")
-    result = json.loads((folder / "best_prompt.json").read_text(encoding="utf-8"))
-    title = f"{result['task']}: a prompt tuned with APPO"
+    ended = (folder / "best_prompt.json").is_file()
+    result = json.loads((folder / "best_prompt.json").read_text(encoding="utf-8")) if ended else None
+    described = result or config
+    title = f"{described['task']}: a prompt tuned with APPO"
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="muted">{len(metrics)} iterations, {len(prompts)} prompts scored, seed {result["seed"]}, '
+        f'<p class="muted">{len(metrics)} iterations, {len(prompts)} prompts scored, seed {described["seed"]}, '
         f"agent {escape(str(config['agent']))}, target {escape(str(config['target']))}, "
         f"data {escape(str(config['data']))}</p>",
-        _result(result),
+        _result(result) if result else "<p>The run was stopped before its end; this is how far it came.</p>",
         "<h2>How it went</h2>",
         '<p class="muted">Faint: single iterations; strong: their mean over the last ten. Upright lines: the anchor '
         f'was <span style="color:{MARKS["promote"]}">promoted</span> or the agent '
         f'<span style="color:{MARKS["rollback"]}">rolled back</span>.</p>',
         '<div class="curves">',
         *(
-            _figure(title, caption, [column.format(metric=result["metric"]) for column in columns], metrics)
+            _figure(title, caption, [column.format(metric=metric) for column in columns], metrics)
             for title, caption, columns in CURVES
         ),
         "</div>",
@@ -219,9 +220,3 @@ def _number(value: float | None) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-if __name__ == "__main__":
-    run_folder = Path(sys.argv[1])
-    (run_folder / "report.html").write_text(render_report(run_folder), encoding="utf-8")
-    print(run_folder / "report.html")

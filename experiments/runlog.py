@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,17 +46,36 @@ class RunLog:
         self._write(name, text)
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Adds rows to a .jsonl file, all or (but for a crash of the machine) none."""
-        lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        """Adds rows to a .jsonl file, all or (but for a crash of the machine) none; NaN and infinity become null."""
+        lines = "".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(lines)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each .jsonl file, all of them on the disk."""
+        sizes = {}
+        for path in sorted(self.folder.glob("*.jsonl")):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            sizes[path.name] = path.stat().st_size
+        return sizes
+
+    def truncate(self, sizes: Mapping[str, int]) -> None:
+        """Cuts the .jsonl files back to these sizes."""
+        for name, size in sizes.items():
+            os.truncate(self.folder / name, size)
 
     def _write(self, name: str, text: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / f"{name}.part"  # moved into place when whole, so that no reader sees half a file
         part.write_text(text, encoding="utf-8")
         part.replace(self.folder / name)
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row as JSON can hold it, which knows no NaN."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -90,6 +111,14 @@ class PromptPool:
             old = self._entries.get(prompt, PoolEntry(prompt, 0.0, 0))
             mean = (old.reward * old.count + reward) / (old.count + 1)
             self._entries[prompt] = PoolEntry(prompt, mean, old.count + 1)
+
+    def state_dict(self) -> list[tuple[str, float, int]]:
+        """The entries, oldest first."""
+        return [(entry.prompt, entry.reward, entry.count) for entry in self._entries.values()]
+
+    def load_state_dict(self, state: Sequence[tuple[str, float, int]]) -> None:
+        """Takes over saved entries."""
+        self._entries = {prompt: PoolEntry(prompt, reward, count) for prompt, reward, count in state}
 
     def best(self, size: int) -> list[PoolEntry]:
         """The `size` best distinct prompts, best first; of equal ones the more often scored, then the older."""

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from experiments.models import LAB_DIR
-from experiments.train import data_source
+from experiments.session import data_source
 from tasks.catalogue import load_spec, task_names
 from tasks.sources import MissingFilesError, load_task
 from tasks.task import TaskData, TaskError, TaskSpec, meta_prompt

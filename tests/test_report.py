@@ -55,7 +55,7 @@ def render(
     for name, rows in (("metrics", metrics), ("prompts", prompts)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     (folder / "best_prompt.json").write_text(json.dumps(RESULT | result), encoding="utf-8")
-    return render_report(folder)
+    return render_report(folder, "accuracy")
 
 
 def elements(page: str) -> list[tuple[str, dict[str, str | None]]]:
@@ -311,3 +311,12 @@ def test_the_strong_line_is_the_mean_over_the_last_ten(tmp_path: Path) -> None:
 
 def test_curves_are_named_by_their_columns(tmp_path: Path) -> None:
     assert set(re.findall(r"<title>([a-z_]+)</title>", render(tmp_path))) == set(COLUMNS)
+
+
+def test_a_run_without_result_is_shown_as_far_as_it_came(tmp_path: Path) -> None:
+    render(tmp_path)
+    (tmp_path / "best_prompt.json").unlink()
+    config = yaml.safe_dump(CONFIG | {"seed": 3})
+    (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
+    page = render_report(tmp_path, "accuracy")
+    assert "stopped before its end" in page and "<svg" in page and "seed 3" in page

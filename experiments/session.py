@@ -1,0 +1,212 @@
+"""A run as objects: the parts that it is put together from, and the state that has to be saved to go on with it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from appo.policy import Policy
+from appo.trainer import APPOTrainer
+from experiments import checkpoint
+from experiments.config import LAB, ConfigError, RunConfig, build_config
+from experiments.editing import Editor
+from experiments.models import LAB_DIR, load_model
+from experiments.runlog import PromptPool, RunLog
+from rewards.reward import ClassificationReward, GenerationReward
+from rewards.target import TargetModel
+from tasks.sources import load_task
+from tasks.task import Example, TaskData, meta_prompt, rewrite_prompt
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run, wired together; built by `prepare`, consumed by `train`."""
+
+    config: RunConfig
+    data: TaskData
+    policy: Policy
+    reward: ClassificationReward | GenerationReward
+    log: RunLog
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.data.train) / self.config.examples.batch_size)
+
+    @property
+    def steps(self) -> int:
+        return self.config.steps or self.config.epochs * self.steps_per_epoch
+
+    @property
+    def editor(self) -> Editor:
+        """The agent as a writer of instructions for single inputs."""
+        instruction = self.data.spec.manual_prompt if self.config.edit_manual else ""
+        return Editor(self.policy, self.data.train, self.config.examples.pairs, instruction)
+
+
+def open_run(folder: Path) -> Run:
+    """A run that is done, with the agent that it left behind, to be used.
+
+    Raises:
+        ConfigError: the folder holds no finished run.
+    """
+    options = stored_config(folder, "best_prompt.json", "agent")
+    return _assemble(build_config(options | {"agent": str(folder / "agent")}), RunLog(folder, new=False))
+
+
+def stored_config(folder: Path, *needed: str) -> dict[str, Any]:
+    for name in ("config.yaml", *needed):
+        if not (folder / name).exists():
+            raise ConfigError(f"{str(folder)!r} holds no {name}; expected the folder of a run that left one")
+    options: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    options.pop("environment", None)
+    return options
+
+
+def prepare(config: RunConfig, resume: bool = False) -> Run:
+    """Loads data and models, and refuses what cannot work, before anything is written."""
+    folder = Path(config.run or f"runs/{Path(config.task).stem}-{datetime.now():%Y%m%d-%H%M%S}")
+    return _assemble(config, RunLog(folder, new=not resume))
+
+
+def _assemble(config: RunConfig, log: RunLog) -> Run:
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    options = config.examples
+    data = load_task(config.task, data_source(config.task, config.data), options.shots, config.seed, options.test_limit)
+    agent, target = (load_model(config, role) for role in ("agent", "target"))
+    policy = Policy(agent.model, agent.tokenizer, config.sampling, chat=config.agent_chat)
+    scorer = TargetModel(target.model, target.tokenizer, data.spec.template, data.words, config.target_chat)
+    run = Run(config, data, policy, _reward(config, data, scorer), log)
+    _check_context(run)
+    return run
+
+
+def data_source(task: str, data: str) -> str:
+    """Where a task's data are: the lab's folder for "lab", except that a spec of one's own lies beside its files."""
+    if data != LAB:
+        return data
+    return str(Path(task).parent) if task.endswith((".yaml", ".yml")) else str(LAB_DIR / "data")
+
+
+def _reward(config: RunConfig, data: TaskData, target: TargetModel) -> ClassificationReward | GenerationReward:
+    weights = config.reward
+    if data.spec.kind == "text":
+        return GenerationReward(
+            target, data.spec.metric, weights.metric_weight, weights.likelihood_weight, weights.answer_tokens
+        )
+    return ClassificationReward(target, weights.accuracy_weight, weights.margin_weight)
+
+
+def _check_context(run: Run) -> None:
+    """Refuses meta-prompts that do not fit the agent, and inputs that leave the target no room for a prompt."""
+    longest = sorted(run.data.train, key=lambda e: -len(e.input))[: run.config.examples.pairs]
+    every = (example.input for split in (run.data.train, run.data.validation, run.data.test) for example in split)
+    longest_input = max(every, key=len)
+    asked = meta_prompt(longest)
+    if run.config.mode == "tte":
+        asked = rewrite_prompt(longest, longest_input, run.editor.instruction)
+    try:
+        run.policy.check_fits(run.policy.query(*asked))
+    except ValueError as error:
+        raise ConfigError(f"{error}; use fewer examples.pairs or a lower sampling.max_new_tokens") from error
+    answer = run.config.reward.answer_tokens if run.data.spec.kind == "text" else 0
+    run.reward.target.check_fits(run.config.sampling.max_new_tokens + answer, longest_input)
+    run.reward.target.check_fits(run.data.spec.manual_prompt, longest_input)
+
+
+class Batches:
+    """Endless epochs of shuffled batches; the last of an epoch may be smaller."""
+
+    def __init__(self, examples: Sequence[Example], size: int, rng: random.Random) -> None:
+        self.examples, self.size, self.rng = examples, size, rng
+        self.order: list[int] = []
+
+    def next(self) -> list[Example]:
+        """The next batch."""
+        if not self.order:
+            self.order = self.rng.sample(range(len(self.examples)), len(self.examples))
+        taken, self.order = self.order[: self.size], self.order[self.size :]
+        return [self.examples[i] for i in taken]
+
+
+class Session:
+    """Everything about a run that changes from iteration to iteration, and so has to be saved."""
+
+    def __init__(self, run: Run) -> None:
+        config = run.config
+        self.run, self.pool, self.iteration = run, PromptPool(), 0
+        self.rng = random.Random(config.seed)
+        self.batches = Batches(run.data.train, config.examples.batch_size, self.rng)
+        generator = torch.Generator(run.policy.device).manual_seed(config.seed)
+        self.trainer = APPOTrainer(run.policy, config.appo, config.anchor, generator)
+
+    def save(self) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            OSError: it cannot be written; the one before is as it was.
+        """
+        state = {
+            "iteration": self.iteration,
+            "trainer": self.trainer.state_dict(),
+            "pool": self.pool.state_dict(),
+            "rng": self.rng.getstate(),
+            "order": self.batches.order,
+            "data": fingerprint(self.run.data),
+            "environment": environment(self.run),
+            "log": self.run.log.sizes(),
+        }
+        checkpoint.save(self.run.log.folder / "checkpoint", self.iteration, state)
+
+    def restore(self) -> list[str]:
+        """Goes back to the last checkpoint that is whole; rows that were logged after it are dropped.
+
+        Returns:
+            What a person should know: damaged checkpoints that were passed over, a changed environment.
+
+        Raises:
+            CheckpointError: there is no whole one, or the data are not those that it was made with.
+        """
+        state, notes = checkpoint.load(self.run.log.folder / "checkpoint")
+        if state["data"] != fingerprint(self.run.data):
+            raise checkpoint.CheckpointError("the data are not those that the run was begun with")
+        now = environment(self.run)
+        before = state["environment"]
+        changed = [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]
+        if changed:
+            notes = [*notes, f"not bit for bit the same run: {'; '.join(changed)}"]
+        self.iteration = state["iteration"]
+        self.trainer.load_state_dict(state["trainer"])
+        self.pool.load_state_dict(state["pool"])
+        self.rng.setstate(state["rng"])
+        self.batches.order = state["order"]
+        self.run.log.truncate(state["log"])
+        return notes
+
+
+def fingerprint(data: TaskData) -> str:
+    """A hash of all examples; that of another seed or of changed files is another."""
+    return hashlib.sha256(repr((data.train, data.validation, data.test)).encode()).hexdigest()
+
+
+def environment(run: Run) -> dict[str, Any]:
+    """What else the results depend on: versions, device, threads, and whether chat templates were used."""
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "transformers", "datasets", "numpy")},
+        "device": str(run.policy.device),
+        "threads": torch.get_num_threads(),
+        "agent_chat": run.policy.chat,
+        "target_chat": run.reward.target.chat,
+    }
