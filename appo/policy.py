@@ -7,6 +7,7 @@ cache among the responses to them, so the K responses to one meta-prompt cost on
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -74,10 +75,16 @@ class Policy(nn.Module):
         speak after it had ended its turn.
         """
         if not self.chat:
-            return Query(tuple(self.tokenizer(f"{request}\n{opening}")["input_ids"]))
-        turns = [{"role": "user", "content": request}, {"role": "assistant", "content": opening}]
+            # What a data row spells out ("</s>") is no special token.
+            return Query(tuple(self.tokenizer(f"{request}\n{opening}", split_special_tokens=True)["input_ids"]))
+        turns = [{"role": "user", "content": self._spelt_out(request)}, {"role": "assistant", "content": opening}]
         text = self.tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True)
         return Query(tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+    def _spelt_out(self, text: str) -> str:
+        """The text with a space in every special token that it spells out: in a chat only the template's own count."""
+        special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return re.sub("|".join(map(re.escape, special)) or r"(?!)", lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
     def check_fits(self, query: Query) -> None:
         """Raises ValueError if the query and the longest response to it do not fit into the model's context."""

@@ -52,6 +52,7 @@ class Collected:
     rollout: Rollout
     prompts: list[str]
     rewarded: Rewarded
+    truncated_rate: float  # share of responses that were cut off at max_new_tokens
     kl: float  # KL(policy || anchor), k1 summed over tokens, mean over responses, nats; whatever the reference is
 
     def stats(self) -> dict[str, float]:
@@ -63,6 +64,9 @@ class Collected:
             **{f"{name}_mean": values.float().mean().item() for name, values in self.rewarded.metrics.items()},
             "kl": self.kl,
             "length_mean": self.rollout.mask.sum(1).float().mean().item(),
+            "truncated_rate": self.truncated_rate,
+            "empty_rate": self.prompts.count("") / len(self.prompts),
+            "duplicate_rate": 1 - len(set(self.prompts)) / len(self.prompts),
         }
 
 
@@ -174,7 +178,9 @@ class APPOTrainer:
         if rewarded.scores.isfinite().all():  # else there is nothing to learn from; `step` counts it
             self.buffer.add(rollout, rewarded.scores.to(self.policy.device), ref_logprobs)
         kl = kl_estimate(rollout.logprobs, anchor_logprobs).sum(1).mean().item()
-        self.collected = Collected(rollout, prompts, rewarded, kl)
+        ended = (rollout.tokens == self.policy.tokenizer.eos_token_id) & rollout.mask
+        truncated = 1 - ended.any(1).float().mean().item()
+        self.collected = Collected(rollout, prompts, rewarded, truncated, kl)
         return self.collected
 
     def update(self) -> dict[str, float]:

@@ -12,6 +12,13 @@ from tqdm import tqdm
 
 from experiments.runlog import PromptPool
 
+WARNINGS = (  # statistic, from where on it is worth a word, the word
+    ("empty_rate", 0.9, "nearly all prompts are empty; the agent has collapsed: lower appo.learning_rate"),
+    ("duplicate_rate", 0.9, "nearly all prompts are the same; the agent no longer explores: lower appo.learning_rate"),
+    ("truncated_rate", 0.9, "nearly all prompts are cut off: raise sampling.max_new_tokens"),
+    ("skipped_steps", 1.0, "an iteration taught nothing: loss, gradient or reward was not finite; see metrics.jsonl"),
+)
+
 
 class Progress:
     """A progress bar with reward, accuracy and KL, and the best prompt so far below it.
@@ -27,6 +34,7 @@ class Progress:
 
     def __init__(self, steps: int, metric: str = "accuracy", quiet: bool = False, done: int = 0) -> None:
         self._steps, self._metric, self._quiet = steps, metric, quiet
+        self._warned: set[str] = set()
         self._live = not quiet and sys.stderr.isatty()
         if self._live:
             self._bar = tqdm(total=steps, initial=done, desc="tuning", unit="it", dynamic_ncols=True, position=0)
@@ -34,6 +42,8 @@ class Progress:
 
     def show(self, iteration: int, stats: Mapping[str, float], pool: PromptPool) -> None:
         """Moves on to `iteration`."""
+        if not self._quiet:
+            self._warn(iteration, stats)
         best = pool.best(1)
         prompt = f"best {best[0].reward:.2f}  {best[0].prompt}" if best else ""
         numbers = {"reward": stats["reward_mean"], self._metric: stats[f"{self._metric}_mean"], "kl": stats["kl"]}
@@ -44,6 +54,13 @@ class Progress:
         elif not self._quiet and (iteration % max(1, self._steps // 20) == 0 or iteration == 1):
             line = "  ".join(f"{name} {value:.2f}" for name, value in numbers.items())
             print(f"{iteration:4d}/{self._steps}  {line}  {clip(prompt, 100)}", file=sys.stderr, flush=True)
+
+    def _warn(self, iteration: int, stats: Mapping[str, float]) -> None:
+        """Says once, in plain words, that something is going wrong."""
+        for name, bound, words in WARNINGS:
+            if stats.get(name, 0.0) >= bound and name not in self._warned:
+                self._warned.add(name)
+                tqdm.write(f"warning: iteration {iteration}: {words}", file=sys.stderr)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""

@@ -98,7 +98,7 @@ class TargetModel:
         filled = "".join(values.get(part, part) for part in parts)
         if not self.chat:
             return filled
-        turn = [{"role": "user", "content": filled}]
+        turn = [{"role": "user", "content": spell_out(self.tokenizer, filled)}]
         return str(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 
     @torch.inference_mode()
@@ -197,8 +197,18 @@ class TargetModel:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], chat: bool = False) -> list[list[int]]:
-    """Token ids of texts; a chat template has written its special tokens already, plain text gets them here."""
-    return list(tokenizer(list(texts), add_special_tokens=not chat)["input_ids"])
+    """Token ids of texts; a chat template has written its special tokens already, plain text gets them here.
+
+    In plain text a special token that is spelt out ("</s>") is a few characters like any others: prompts come from
+    a model and inputs from a file, and neither may end the text or open a turn.
+    """
+    return list(tokenizer(list(texts), add_special_tokens=not chat, split_special_tokens=not chat)["input_ids"])
+
+
+def spell_out(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text with a space in every special token that it spells out, for a chat template, whose own must stay."""
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.sub("|".join(map(re.escape, special)) or r"(?!)", lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

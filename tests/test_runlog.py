@@ -128,16 +128,16 @@ def test_any_rows_read_back_as_they_were_appended(tmp_path: Path, rows: list[dic
 
 
 @pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
-def test_numbers_that_json_does_not_know_are_refused(value: float, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        RunLog(tmp_path).append("metrics.jsonl", [{"kl": value}])
+def test_numbers_that_json_does_not_know_become_null(value: float, tmp_path: Path) -> None:
+    RunLog(tmp_path).append("metrics.jsonl", [{"kl": value, "reward_mean": 1.0}])
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"kl": None, "reward_mean": 1.0}]
 
 
 def test_a_refused_row_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
     log.append("metrics.jsonl", [{"kl": 1.0}])
     with pytest.raises(ValueError, match="JSON"):
-        log.append("metrics.jsonl", [{"kl": 2.0}, {"kl": NAN}])
+        log.append("metrics.jsonl", [{"kl": 2.0}, {"review": {"scores": [NAN]}}])
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"kl": 1.0}]
 
 

@@ -21,7 +21,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rewards.target import ContextTooLongError, TargetModel, Verbalizer, common_prefix
+from rewards.target import ContextTooLongError, TargetModel, Verbalizer, common_prefix, encode
 from tests.conftest import SPECIAL, byte_tokenizer, gpt2, llama, sharpen
 
 TEMPLATE = "{prompt} Input : {input} Output :"
@@ -501,3 +501,30 @@ def test_class_logits_carry_no_gradient(tiny_llama: PreTrainedModel, tokenizer: 
 )
 def test_common_prefix_ends_where_any_sequence_differs_or_ends(sequences: list[str], expected: int) -> None:
     assert common_prefix([list(map(ord, sequence)) for sequence in sequences]) == expected
+
+
+SPECIALS = ("</s>", "<s>", "a </s> b <pad>")
+
+
+@pytest.mark.parametrize("text", SPECIALS)
+@pytest.mark.parametrize("place", ["prompt", "input"])
+def test_a_special_token_that_is_spelt_out_is_none(
+    place: str, text: str, tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    target = TargetModel(tiny_llama, tokenizer, TEMPLATE, WORDS)
+    (ids,) = encode(tokenizer, [target.context(*((text, "x") if place == "prompt" else ("p", text)))])
+    assert not set(ids) & set(tokenizer.all_special_ids)
+    assert text in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("text", SPECIALS)
+def test_in_a_chat_only_the_templates_own_special_tokens_count(
+    text: str, tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}<s>"
+    target = TargetModel(tiny_llama, tokenizer, TEMPLATE, WORDS, chat=True)
+    counts = []
+    for prompt in ("plain", text):
+        (ids,) = encode(tokenizer, [target.context(prompt, "x")], chat=True)
+        counts.append(sum(token in tokenizer.all_special_ids for token in ids))
+    assert counts == [3, 3]
