@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from experiments.tasks import main
+from experiments.train import main as train_main
 from tasks.catalogue import load_spec, task_names
 from tasks.sources import load_task
 from tasks.task import Example, TaskError, build_data
@@ -283,6 +285,26 @@ def test_inputs_of_train_that_are_in_test_as_well_are_counted_and_left_out(caplo
 def test_max_shots_bounds_the_examples_per_label() -> None:
     rows = {"train": [Example(f"{i}", i % 3, "x") for i in range(60)], "test": [Example("t", 0, "x")]}
     assert len(build_data(load_spec("cb"), rows, shots=16).train) == 3 * 8
+
+
+# -- a task of one's own ------------------------------------------------------------------------------------------
+
+
+def test_the_readmes_task_of_ones_own_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (spec,) = re.findall(r"```yaml\n(# reviews\.yaml\n.*?)```", readme, re.DOTALL)
+    (row,) = re.findall(r"a row such as `(.*?)`", readme)
+    write(tmp_path / "reviews.yaml", spec)
+    rows = [
+        json.loads(row) | {"body": f"They were {word} {i}.", "label": label}
+        for word, label in (("kind", "good"), ("rude", "bad"))
+        for i in range(8)
+    ]
+    write(tmp_path / "reviews.jsonl", "\n".join(map(json.dumps, rows)))
+    small = ["steps=1", "prompts=2", "examples.shots=2", "threads=1", "sampling.max_new_tokens=8"]
+    assert train_main(["--task", str(tmp_path / "reviews.yaml"), "--run", str(tmp_path / "run"), *small]) == 0
+    assert "best prompt" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "best_prompt.json").read_text())["task"] == "reviews"
 
 
 # -- the command line --------------------------------------------------------------------------------------------

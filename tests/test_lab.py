@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from experiments.lab import grammar, landscape, recipe
+from experiments.lab import grammar, landscape, recipe, wordplay
 from experiments.lab.grammar import Item, Judge, Treat
 from experiments.models import LAB_DIR
 
@@ -44,27 +44,75 @@ def test_no_instruction_is_never_right(task: str) -> None:
 
 
 def test_obey_follows_the_first_clause_on_a_matter() -> None:
-    item = Item("mnli", {}, None, {"action": "fails", "person": "holds"})
+    item = Item("mnli", {}, None, {"action": "fails", "person": "holds"}, "action")
     assert grammar.obey([Judge("action"), Judge("person")], item) == "no"
 
 
 def test_obey_passes_over_a_criterion_that_the_input_does_not_have() -> None:
-    item = Item("mnli", {}, None, {"action": "fails", "person": "is unclear"})
+    item = Item("mnli", {}, None, {"action": "fails", "person": "is unclear"}, "action")
     assert grammar.obey([Judge("mood"), Judge("person")], item) == "maybe"
 
 
 def test_obey_judges_a_marked_input_like_any_other_without_a_clause_on_its_marker() -> None:
-    item = Item("mnli", {}, "dream", {"action": "holds"})
+    item = Item("mnli", {}, "dream", {"action": "holds"}, "action")
     assert grammar.obey([Judge("action"), Treat("letter", "no")], item) == "yes"
 
 
 def test_treating_a_marker_needs_no_other_clause() -> None:
-    assert grammar.obey([Treat("dream", "maybe")], Item("mnli", {}, "dream", {"action": "holds"})) == "maybe"
+    assert grammar.obey([Treat("dream", "maybe")], Item("mnli", {}, "dream", {"action": "holds"}, "action")) == "maybe"
 
 
 def test_no_two_treatments_share_a_verb() -> None:
     verbs = [verb for by_answer in grammar.TREATMENTS.values() for verb in by_answer.values()]
     assert len(set(verbs)) == len(verbs) == 3 * len(grammar.MARKERS)
+
+
+def test_in_the_mixed_task_the_input_says_what_decides() -> None:
+    for item in items("mixed"):
+        assert grammar.obey([Judge(item.fields["focus"])], item) == item.answer
+
+
+def test_no_one_instruction_wins_the_mixed_task() -> None:
+    # One of four criteria is right for a quarter of the inputs, and right by chance for a third of the others.
+    for criterion in grammar.PAIR_SLOTS:
+        assert accuracy([Judge(criterion)], "mixed") < 0.65
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_corrupted_instruction_says_no_more_than_is_left_of_it(task: str) -> None:
+    rng = random.Random(task)
+    for _ in range(300):
+        whole = grammar.write(rng, grammar.sample_clauses(rng, task))
+        broken = grammar.corrupted(rng, whole)
+        assert abs(len(broken.split()) - len(whole.split())) <= 1 or whole.startswith(broken)
+        assert set(grammar.parse(broken)) <= set(grammar.parse(whole))
+    assert grammar.corrupted(rng, "") == ""
+
+
+@pytest.mark.parametrize("task", wordplay.TASKS)
+def test_wordplay_is_right_where_it_is_told_and_wrong_where_not(task: str) -> None:
+    rng = random.Random(task)
+    rows = [wordplay.sample_row(rng, task) for _ in range(100)]
+    for row in rows:
+        rendered = recipe.render(task, row)
+        assert {wordplay.answer(w, task, row) for w in wordplay.right_wordings(task)} == {rendered.answer}
+        for untold in ("", "Do the task.", "Write the", "plural the Write ."):
+            assert wordplay.answer(untold, task, row) != rendered.answer
+
+
+@pytest.mark.parametrize(
+    ("instruction", "task", "text", "expected"),
+    [
+        ("Write the plural.", "sum", "2 3", "none"),  # cannot be done to numbers
+        ("Write the plural. Add the numbers.", "sum", "2 3", "5"),  # the first that can be done
+        ("Subtract the numbers.", "sum", "2 3", "none"),
+        ("Write it in words.", "num_to_verbal", "42", "forty two"),
+        ("Give the initial.", "antonyms", "hot", "h"),
+        ("Turn it around.", "first_word_letter", "cold", "hot"),
+    ],
+)
+def test_operations(instruction: str, task: str, text: str, expected: str) -> None:
+    assert wordplay.answer(instruction, task, {"input": text}) == expected
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -81,11 +129,11 @@ def test_junk_holds_no_full_instruction(task: str) -> None:
     assert not any(right <= set(grammar.parse(grammar.sample_junk(rng, task))) for _ in range(1000))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", grammar.TASKS)
 def test_labels_are_balanced(task: str) -> None:
     # 3,000 draws of a share of 1/2 or 1/3 have a standard deviation below 28; five of them are allowed.
     drawn = [item.answer for item in items(task, 3000)]
-    labels = grammar.LABS[task].answers
+    labels = grammar.TASKS[task].answers
     assert all(abs(drawn.count(answer) - 3000 / len(labels)) < 140 for answer in labels)
 
 
@@ -120,9 +168,10 @@ def test_packed_continuations_do_not_see_each_other(
     assert_close(found, torch.cat(plain), rtol=1e-5, atol=1e-5)
 
 
-def test_packed_ends_mark_the_last_token_of_every_continuation() -> None:
-    batch = recipe.pack([[1, 2, 3]], [[[4, 5], [6]]])
-    assert batch.targets[batch.ends].tolist() == [5, 6]
+def test_packed_answers_are_marked() -> None:
+    batch = recipe.pack([[1, 2, 3]], [[[4, 5], [6, 7, 8]]], answers=[[1, 2]])
+    assert batch.targets[batch.answers].tolist() == [5, 7, 8]
+    assert batch.part.tolist() == [[0, 0, 1, 1, 2, 2, 2]]
 
 
 @pytest.mark.parametrize("build", [recipe.build_target, recipe.build_agent])

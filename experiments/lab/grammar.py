@@ -289,6 +289,25 @@ def shuffled(rng: random.Random, text: str) -> str:
     return " ".join(words)
 
 
+def corrupted(rng: random.Random, text: str) -> str:
+    """The text with a small fault: cut off somewhere, or a word left out, replaced, doubled, or in another place."""
+    words = text.split()
+    if not words:
+        return text
+    place = rng.randrange(len(words))
+    kind = rng.randrange(6)
+    if kind < 2:
+        return " ".join(words[:place])
+    word = words.pop(place)
+    if kind == 3:
+        words.insert(place, gibberish(rng, 1))
+    if kind == 4:
+        words[place:place] = [word, word]
+    if kind == 5:
+        words.insert(rng.randint(0, len(words)), word)
+    return " ".join(words)
+
+
 def gibberish(rng: random.Random, length: int) -> str:
     """Random words of the language, those of clauses among them."""
     clauses = " ".join(rng.sample(list(_CLAUSES), 8)).replace(".", " ").replace(",", " ").split()

@@ -7,8 +7,10 @@ Both models are small Llamas trained from scratch on `grammar` and `wordplay`. I
 share one prefix (inputs after an instruction, instructions after a meta-prompt): a block mask lets each of them see
 the prefix and itself only, which halves the work and gives every instruction several answers to learn from.
 
-The target is taught in two stages: first every input is one that its instruction speaks of; when that is mastered,
-inputs without a clause of their own and instructions that are junk are mixed in, which call for the wrong answer.
+The target is taught in three stages: first every input is one that its instruction speaks of; when that is mastered,
+inputs without a clause of their own and instructions that are junk are mixed in, which call for the wrong answer; in
+the end instructions with small faults. A sentence with a fault is no clause: without this stage "Look for the same"
+was completed from the next words of the input, and so won where no single instruction should.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ LAB_DIR = Path(__file__).parent
 TRAIN_ROWS, TEST_ROWS = 400, 600
 PAIRS = 5  # in the meta-prompts that the agent learns from, as in runs
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-TARGET_MINUTES, AGENT_MINUTES = 34.0, 8.0
+TARGET_MINUTES, AGENT_MINUTES = 42.0, 8.0
 SPECS = {task: load_spec(task) for task in (*grammar.TASKS, *wordplay.TASKS)}
 
 
@@ -244,12 +246,14 @@ class Stage(NamedTuple):
     prior: float
     treated: tuple[float, ...]  # probabilities, one drawn for each instruction, of a clause on a marker of the task
     told: float  # share of inputs whose case the instruction speaks of
+    corrupted: float  # share of instructions with a small fault
     mastered: float  # share of right answers, in the worst task, at which the next stage begins
 
 
 STAGES = (
-    Stage(junk=0.0, prior=0.0, treated=(0.2,), told=1.0, mastered=0.92),
-    Stage(junk=0.1, prior=0.2, treated=(0.2, 0.5, 1.0), told=0.5, mastered=math.inf),
+    Stage(junk=0.0, prior=0.0, treated=(0.2,), told=1.0, corrupted=0.0, mastered=0.92),
+    Stage(junk=0.1, prior=0.2, treated=(0.2, 0.5, 1.0), told=0.5, corrupted=0.0, mastered=0.97),
+    Stage(junk=0.1, prior=0.2, treated=(0.2, 0.5, 1.0), told=0.5, corrupted=0.3, mastered=math.inf),
 )
 
 
@@ -259,7 +263,11 @@ def sample_instruction(rng: random.Random, task: str, stage: Stage) -> tuple[lis
     if kind < stage.junk:
         return [], grammar.sample_junk(rng, task)
     clauses = grammar.sample_clauses(rng, task) if kind < stage.junk + stage.prior else _clauses(rng, task, stage)
-    return clauses, grammar.write(rng, clauses)
+    text = grammar.write(rng, clauses)
+    if rng.random() < stage.corrupted:
+        text = grammar.corrupted(rng, text)
+        clauses = grammar.parse(text)
+    return clauses, text
 
 
 def _clauses(rng: random.Random, task: str, stage: Stage) -> list[grammar.Clause]:
@@ -313,6 +321,8 @@ class _TargetBatches:
     def _wordplay(self, task: str) -> tuple[str, list[tuple[str, str]]]:
         told = self.stage == 0
         text = self.rng.choice(wordplay.wordings(task)) if told else wordplay.sample_instruction(self.rng, task)
+        if self.rng.random() < STAGES[self.stage].corrupted:
+            text = grammar.corrupted(self.rng, text)
         short = SPECS[task].kind == "text"
         rows = [wordplay.sample_row(self.rng, task) for _ in range(self.SHORT_INPUTS if short else self.INPUTS)]
         end = SPECIAL["eos_token"] if short else ""
