@@ -55,9 +55,8 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
         shutil.rmtree(final, ignore_errors=True)  # of the same iteration, so of the same state
         part.replace(final)
         _sync_folder(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # there only if something went wrong
     for old in _found(folder)[KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
     return final

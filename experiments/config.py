@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from appo.config import AnchorConfig, APPOConfig, SamplingConfig
+from tasks.catalogue import parse_yaml
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 LAB = "lab"
@@ -181,7 +182,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path.absolute()}: cannot be read: {error}") from error
     except yaml.YAMLError as error:

@@ -38,6 +38,7 @@ class Run:
     policy: Policy
     reward: ClassificationReward | GenerationReward
     log: RunLog
+    fingerprint: str  # of the data
 
     @property
     def steps_per_epoch(self) -> int:
@@ -65,6 +66,11 @@ def open_run(folder: Path) -> Run:
 
 
 def stored_config(folder: Path, *needed: str) -> dict[str, Any]:
+    """What the config.yaml of a run's folder holds, if the folder has the other files that are needed as well.
+
+    Raises:
+        ConfigError: one of them is missing.
+    """
     for name in ("config.yaml", *needed):
         if not (folder / name).exists():
             raise ConfigError(f"{str(folder)!r} holds no {name}; expected the folder of a run that left one")
@@ -87,7 +93,7 @@ def _assemble(config: RunConfig, log: RunLog) -> Run:
     agent, target = (load_model(config, role) for role in ("agent", "target"))
     policy = Policy(agent.model, agent.tokenizer, config.sampling, chat=config.agent_chat)
     scorer = TargetModel(target.model, target.tokenizer, data.spec.template, data.words, config.target_chat)
-    run = Run(config, data, policy, _reward(config, data, scorer), log)
+    run = Run(config, data, policy, _reward(config, data, scorer), log, fingerprint(data))
     _check_context(run)
     return run
 
@@ -163,7 +169,7 @@ class Session:
             "pool": self.pool.state_dict(),
             "rng": self.rng.getstate(),
             "order": self.batches.order,
-            "data": fingerprint(self.run.data),
+            "data": self.run.fingerprint,
             "environment": environment(self.run),
             "log": self.run.log.sizes(),
         }
@@ -179,7 +185,7 @@ class Session:
             CheckpointError: there is no whole one, or the data are not those that it was made with.
         """
         state, notes = checkpoint.load(self.run.log.folder / "checkpoint")
-        if state["data"] != fingerprint(self.run.data):
+        if state["data"] != self.run.fingerprint:
             raise checkpoint.CheckpointError("the data are not those that the run was begun with")
         now = environment(self.run)
         before = state["environment"]

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from rewards.target import TargetModel, common_prefix, encode
 
@@ -42,17 +41,22 @@ def generate(
 def _greedy(target: TargetModel, contexts: list[list[int]], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
     model, tokenizer = target.model, target.tokenizer
     ids, mask = _pad_left(contexts, model.device)
-    cache = DynamicCache(config=model.config)
+    cache = None
     written: list[list[int]] = [[] for _ in contexts]
     texts = [""] * len(contexts)
     active = list(range(len(contexts)))  # rows still in the batch
     ends = _end_ids(target)
     for _ in range(max_new_tokens):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-        ).logits[:, -1]
-        tokens = logits.argmax(-1).tolist()
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache, tokens = output.past_key_values, output.logits[:, -1].argmax(-1).tolist()
         keep = []
         for place, (row, token) in enumerate(zip(active, tokens, strict=True)):
             if token in ends:

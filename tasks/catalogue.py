@@ -7,7 +7,7 @@ them, {member} standing for the last part of its name and {subject} for the same
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import cache
@@ -21,6 +21,34 @@ from tasks.task import TaskError, TaskSpec
 SPEC_DIR = Path(__file__).parent / "specs"
 METRICS = ("exact_match", "exact_string", "exact_set", "contains", "f1")  # of text
 ANSWERS = ("verbalizer", "choices", "answers")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Plain values only, as the safe loader, and no key twice: YAML would let the last one win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if isinstance(key, Hashable) and key in lines:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands in line {lines[key]} and again in line {line}", None
+                )
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is none, holds anything but plain values, or a key twice.
+    """
+    loader = _StrictLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def task_names() -> list[str]:
@@ -59,7 +87,7 @@ def load_spec(name: str) -> TaskSpec:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise TaskError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):

@@ -73,6 +73,10 @@ PAPER = {
     "appo.gamma": 1.0,
     "appo.lam": 0.95,
     "appo.ppo_epochs": 4,  # TRL
+    "appo.max_ratio": 10.0,  # TRL
+    "appo.target_kl": None,
+    "appo.max_bad_steps": 3,
+    "checkpoint_every": 10,
     "appo.whiten_advantages": True,  # TRL
     "appo.reference": "anchor",
     "appo.kl_coef": 0.2,  # TRL
@@ -360,6 +364,10 @@ BOUNDS = [
     ("prompts", 0, 1),
     ("pool", 0, 1),
     ("threads", 0, 1),
+    ("checkpoint_every", 0, 1),
+    ("appo.max_ratio", 1.0, 1.000001),
+    ("appo.target_kl", 0, 1e-9),
+    ("appo.max_bad_steps", 0, 1),
     ("examples.shots", 0, 1),
     ("examples.pairs", 0, 1),
     ("examples.batch_size", 0, 1),

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from experiments.lab import grammar, landscape, recipe, wordplay
+from experiments.lab import grammar, landscape, packing, recipe, wordplay
 from experiments.lab.grammar import Item, Judge, Treat
 from experiments.models import LAB_DIR
 
@@ -156,7 +156,7 @@ def test_packed_continuations_do_not_see_each_other(
     texts = ["the prefix", "a", "other, longer"], [["one", "two two"], ["three"], ["4", "5555", "6"]]
     prefixes = tokenizer(texts[0])["input_ids"]
     parts = [tokenizer(group)["input_ids"] for group in texts[1]]
-    batch = recipe.pack(prefixes, parts)
+    batch = packing.pack(prefixes, parts)
     with torch.no_grad():
         packed = tiny_llama(batch.ids, attention_mask=batch.mask, position_ids=batch.positions).logits
         found = packed[batch.targets >= 0]
@@ -169,7 +169,7 @@ def test_packed_continuations_do_not_see_each_other(
 
 
 def test_packed_answers_are_marked() -> None:
-    batch = recipe.pack([[1, 2, 3]], [[[4, 5], [6, 7, 8]]], answers=[[1, 2]])
+    batch = packing.pack([[1, 2, 3]], [[[4, 5], [6, 7, 8]]], answers=[[1, 2]])
     assert batch.targets[batch.answers].tolist() == [5, 7, 8]
     assert batch.part.tolist() == [[0, 0, 1, 1, 2, 2, 2]]
 

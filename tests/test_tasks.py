@@ -532,3 +532,13 @@ def test_the_meta_prompt_shows_the_pairs_in_the_order_given() -> None:
     pairs = pool(3, labels=1)
     shown = meta_prompt(pairs).request.splitlines()[3:]
     assert shown == [f"Input : {pair.input} Output : {pair.answer}" for pair in pairs]
+
+
+def test_a_key_that_stands_twice_is_named_with_both_lines(tmp_path: Path) -> None:
+    path = write_text(tmp_path, "name: mood\nfields:\n  a: []\n  b: []\n  a: []\n")
+    assert refusal(path) == f"{path}: not readable as YAML: the key 'a' stands in line 3 and again in line 5"
+
+
+def test_a_spec_that_asks_for_a_python_object_is_refused(tmp_path: Path) -> None:
+    path = write_text(tmp_path, "name: !!python/object/apply:os.system [echo hacked]\n")
+    assert "could not determine a constructor" in refusal(path)

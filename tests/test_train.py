@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from appo.policy import Policy
 from experiments import train as train_module
 from experiments.config import build_config
 from experiments.runlog import read_jsonl
@@ -46,7 +47,8 @@ def test_command_line_ends_with_a_table(finished: tuple[Path, subprocess.Complet
 
 
 def test_run_leaves_its_files(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    expected = {"config.yaml", "metrics.jsonl", "prompts.jsonl", "best_prompt.json", "report.html"}
+    files = {"config.yaml", "metrics.jsonl", "prompts.jsonl", "best_prompt.json", "report.html"}
+    expected = {*files, "agent", "checkpoint"}
     assert {path.name for path in finished[0].iterdir()} == expected
 
 
@@ -91,10 +93,10 @@ def test_result_has_what_is_needed_to_use_the_prompt(
 def test_a_second_run_over_the_first_is_refused(
     finished: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path.name: path.read_bytes() for path in finished[0].iterdir()}
+    before = {path: path.read_bytes() for path in finished[0].rglob("*") if path.is_file()}
     assert main(["--task", "sst2", "--steps", "1", "--run", str(finished[0])]) == 2
     assert "exists" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in finished[0].iterdir()} == before
+    assert {path: path.read_bytes() for path in finished[0].rglob("*") if path.is_file()} == before
 
 
 def test_same_seed_same_run(tmp_path: Path) -> None:
@@ -137,15 +139,15 @@ def test_self_check_stops_a_run_that_does_not_add_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A sampler at another temperature than the loss: exit code 3, the cause named, no metrics written."""
-    original = train_module.Policy.sample
+    original = Policy.sample
 
-    def hot(policy, queries, generator=None):
+    def hot(policy, queries, generator=None, greedy=False):
         policy.sampling, kept = replace(policy.sampling, temperature=2.0), policy.sampling
         rollout = original(policy, queries, generator)
         policy.sampling = kept
         return rollout
 
-    monkeypatch.setattr(train_module.Policy, "sample", hot)
+    monkeypatch.setattr(Policy, "sample", hot)
     assert main(["--task", "sst2", "--run", str(tmp_path / "run"), *SMALL]) == 3
     assert "temperature" in capsys.readouterr().err
 
@@ -158,7 +160,7 @@ def test_interrupted_run_keeps_its_rows_and_shows_no_traceback(
 
     monkeypatch.setattr(train_module.Progress, "show", interrupt)
     assert main(["--task", "sst2", "--steps", "3", "--run", str(tmp_path / "run"), *SMALL]) == 130
-    assert "interrupted" in capsys.readouterr().err
+    assert "stopped" in capsys.readouterr().err
     assert len(read_jsonl(tmp_path / "run/metrics.jsonl")) == 1
 
 
