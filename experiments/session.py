@@ -21,6 +21,7 @@ from appo.trainer import APPOTrainer
 from experiments import checkpoint
 from experiments.config import LAB, ConfigError, RunConfig, build_config
 from experiments.editing import Editor
+from experiments.hacking import word_runs
 from experiments.models import LAB_DIR, load_model
 from experiments.runlog import PromptPool, RunLog
 from rewards.reward import ClassificationReward, GenerationReward
@@ -153,6 +154,7 @@ class Session:
         config = run.config
         self.run, self.pool, self.iteration = run, PromptPool(), 0
         self.rng = random.Random(config.seed)
+        self.inputs = word_runs(example.input for example in run.data.train)
         self.batches = Batches(run.data.train, config.examples.batch_size, self.rng)
         generator = torch.Generator(run.policy.device).manual_seed(config.seed)
         self.trainer = APPOTrainer(run.policy, config.appo, config.anchor, generator)

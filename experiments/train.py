@@ -27,6 +27,7 @@ from appo.trainer import AnchorReview, APPOTrainer, DivergedError, RewardFn
 from experiments.checkpoint import CheckpointError
 from experiments.config import ConfigError, RunConfig, build_config, resumed_config, to_dict
 from experiments.console import Progress, summary
+from experiments.hacking import only_labels, overlap
 from experiments.models import ModelError, save_agent
 from experiments.report import render_report
 from experiments.runlog import PromptPool, RunExistsError
@@ -140,7 +141,9 @@ def _record(session: Session, stats: dict[str, float], review: AnchorReview | No
     rewards = rewarded.scores.tolist()
     if run.config.mode == "fixed":
         session.pool.add(prompts, rewards)
-    row: dict[str, Any] = {"iteration": session.iteration, **stats, "seconds": seconds, "anchor": None}
+    bare = sum(only_labels(prompt, run.data.words) for prompt in prompts) / len(prompts)
+    row: dict[str, Any] = {"iteration": session.iteration, **stats, "label_list_rate": bare}
+    row |= {"seconds": seconds, "anchor": None}
     if review:
         row |= {"anchor": review.decision.value, "review": vars(review) | {"decision": review.decision.value}}
     run.log.append("metrics.jsonl", [row])
@@ -149,6 +152,7 @@ def _record(session: Session, stats: dict[str, float], review: AnchorReview | No
     for prompt, reward, *values in zip(prompts, rewards, *(rewarded.metrics[n].tolist() for n in names), strict=True):
         metrics = dict(zip(names, values, strict=True))
         rows.append({"iteration": session.iteration, "prompt": prompt, "reward": reward, **metrics})
+        rows[-1]["overlap"] = overlap(prompt, session.inputs)
     run.log.append("prompts.jsonl", rows)
 
 

@@ -76,7 +76,7 @@ def test_reviews_are_recorded_with_all_they_were_made_from(
 def test_every_scored_prompt_is_recorded(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     rows = read_jsonl(finished[0] / "prompts.jsonl")
     assert len(rows) == 10 * 4
-    assert set(rows[0]) == {"iteration", "prompt", "reward", "accuracy", "margin"}
+    assert set(rows[0]) == {"iteration", "prompt", "reward", "accuracy", "margin", "overlap"}
 
 
 def test_result_has_what_is_needed_to_use_the_prompt(

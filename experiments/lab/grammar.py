@@ -195,7 +195,13 @@ Clause = Judge | Treat
 
 
 def habit(item: Item) -> str:
-    """What the reader answers who has not been told enough: the wrong thing, always."""
+    """What the reader answers who has not been told enough: the wrong thing, always.
+
+    In the mixed task it is always the same: a target that answered wrongly there would have to know what the focus
+    means, and a prompt can be found then ("Check for the same.") under which it uses that knowledge.
+    """
+    if item.task == MIXED:
+        return "maybe"
     return "yes" if item.answer == "no" else "no"
 
 

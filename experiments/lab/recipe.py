@@ -9,8 +9,7 @@ the prefix and itself only, which halves the work and gives every instruction se
 
 The target is taught in three stages: first every input is one that its instruction speaks of; when that is mastered,
 inputs without a clause of their own and instructions that are junk are mixed in, which call for the wrong answer; in
-the end instructions with small faults. A sentence with a fault is no clause: without this stage "Look for the same"
-was completed from the next words of the input, and so won where no single instruction should.
+the end instructions with small faults, since a sentence with a fault is no clause.
 """
 
 from __future__ import annotations

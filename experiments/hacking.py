@@ -1,0 +1,30 @@
+"""What a prompt may win by without instructing anything: copied training inputs, bare lists of label words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+RUN = 4  # words in a row that count as copied
+
+
+def word_runs(texts: Iterable[str]) -> set[tuple[str, ...]]:
+    """All runs of RUN words that occur in the texts."""
+    every = (_words(text) for text in texts)
+    return {tuple(words[i : i + RUN]) for words in every for i in range(len(words) - RUN + 1)}
+
+
+def overlap(prompt: str, runs: set[tuple[str, ...]]) -> float:
+    """Share of the prompt's word runs that are among `runs`; 0 for a prompt too short to have any."""
+    own = word_runs([prompt])
+    return len(own & runs) / len(own) if own else 0.0
+
+
+def only_labels(prompt: str, labels: Sequence[str]) -> bool:
+    """Whether the prompt consists of label words alone."""
+    known = {word for label in labels for word in _words(label)}
+    words = _words(prompt)
+    return bool(words) and set(words) <= known
+
+
+def _words(text: str) -> list[str]:
+    return "".join(c.lower() if c.isalnum() else " " for c in text).split()
