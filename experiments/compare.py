@@ -4,12 +4,14 @@
     python -m experiments.compare --task mnli --arms anchor initial previous none best-of-n
 
 The arms are the four references of the KL penalty (anchor is APPO, initial is RLHF-style PPO, previous is plain
-PPO, none has no penalty) and best-of-n, which never updates the agent. Prints a table in Markdown.
+PPO, none has no penalty), best-of-n, which never updates the agent, and test-time editing, with the trained (tte) and
+the untrained agent. Prints a table in Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +30,8 @@ ARMS = {
     "previous": ["appo.reference=previous"],
     "none": ["appo.reference=none"],
     "best-of-n": ["frozen=true"],
+    "tte": ["mode=tte"],
+    "tte-untrained": ["mode=tte", "frozen=true", "steps=1"],
 }
 EDGE = 20  # iterations at either end whose mean accuracies are compared
 
@@ -66,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             results = []
             for seed in options.seeds:
                 result = run_arm(arm, options.task, seed, folder, options.assignments)
-                row = [result[column] for column in columns] + [result["paper_protocol"]["test_score"]]
+                protocol = result.get("paper_protocol", {}).get("test_score", math.nan)  # there is none in mode tte
+                row = [result[column] for column in columns] + [protocol]
                 results.append(row)
                 cells = " | ".join(f"{value:.3f}" for value in row)
                 print(f"| {arm} | {seed} | {result['prompts']} | {cells} | {result['seconds']:.0f} |", flush=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         inputs = [options.input.replace("\\n", "\n")] if options.input is not None else read_inputs(options.file)
         run = open_run(options.run)
+        started = time.perf_counter()
         prompts = instructions(run, inputs)
         replies = answers(run, prompts, inputs) if options.answer else [{} for _ in inputs]
     except (*USER_ERRORS, UnicodeDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    seconds = time.perf_counter() - started
+    print(f"{1000 * seconds / len(inputs):.1f} ms per input, {len(inputs)} in all, after loading", file=sys.stderr)
     if options.input is None:
         for text, prompt, reply in zip(inputs, prompts, replies, strict=True):
             print(json.dumps({"input": text, "prompt": prompt, **reply}, ensure_ascii=False))

@@ -71,7 +71,8 @@ def accuracies(task: str, folder: Path = LAB_DIR, seed: int = 0) -> dict[str, fl
 def prior(task: str, samples: int, folder: Path = LAB_DIR, seed: int = 0, batch: int = 256) -> tuple[int, float]:
     """How many of `samples` prompts of the untrained agent come within two points of the best, and the best accuracy.
 
-    Prompts are screened on the validation rows first; those within ten points of the best go on to the test rows.
+    Prompts are screened on eight validation rows first (two may go wrong), then on all of them; those within ten
+    points of the best go on to the test rows.
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     data, reward = load_reward(task, folder)
@@ -82,8 +83,10 @@ def prior(task: str, samples: int, folder: Path = LAB_DIR, seed: int = 0, batch:
     for _ in tqdm(range(0, samples, batch), desc=f"prior {task}", disable=None):
         query = policy.query(*meta_prompt(rng.sample(data.train, 5)))
         prompts = policy.decode(policy.sample([query] * batch, generator))
-        screened = reward(prompts, data.validation).metrics["accuracy"].tolist()
-        near = [prompt for prompt, score in zip(prompts, screened, strict=True) if score >= best - 0.1]
+        near = prompts
+        for rows, slack in ((data.validation[:8], 0.25), (data.validation, 0.1)):
+            scores = reward(near, rows).metrics["accuracy"].tolist() if near else []
+            near = [prompt for prompt, score in zip(near, scores, strict=True) if score >= best - slack]
         if near:
             hits += int((reward(near, data.test).metrics["accuracy"] >= best - 0.02).sum())
     return hits, best
