@@ -48,7 +48,7 @@ def run_arm(arm: str, task: str, seed: int, folder: Path, assignments: Sequence[
         "first": sum(scores[:EDGE]) / len(scores[:EDGE]),
         "last": sum(scores[-EDGE:]) / len(scores[-EDGE:]),
         "seconds": time.perf_counter() - started,
-        "prompts": len(rows) * run.config.prompts,
+        "prompts": len(read_jsonl(run.log.folder / "prompts.jsonl")),
     }
 
 

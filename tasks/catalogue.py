@@ -30,7 +30,9 @@ class _StrictLoader(yaml.SafeLoader):
         lines: dict[Any, int] = {}
         for key_node, _ in node.value:
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-            if isinstance(key, Hashable) and key in lines:
+            if not isinstance(key, Hashable):
+                continue  # the safe loader has an error for it
+            if key in lines:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands in line {lines[key]} and again in line {line}", None
                 )
