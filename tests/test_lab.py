@@ -69,7 +69,7 @@ def test_no_two_treatments_share_a_verb() -> None:
 
 def test_in_the_mixed_task_the_input_says_what_decides() -> None:
     for item in items("mixed"):
-        assert grammar.obey([Judge(item.fields["focus"])], item) == item.answer
+        assert grammar.obey([Judge(item.criterion)], item) == item.answer
 
 
 def test_no_one_instruction_wins_the_mixed_task() -> None:

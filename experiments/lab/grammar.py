@@ -90,6 +90,7 @@ LABS = {
     "mnli": _ternary("action", "letter", "song", "dream", "poem"),
     "snli": _ternary("action", "story", "plan", "game", "myth"),
 }
+FOCUS = {"person": "who", "action": "deed", "thing": "object", "place": "where"}  # how inputs of the mixed task say it
 MIXED = "mixed"  # the task where no one instruction is right: what is to be judged stands in the input
 TASKS = LABS | {MIXED: Lab(None, dict.fromkeys(("holds", "is unclear", "fails"), 1 / 3))}
 
@@ -143,7 +144,7 @@ def sample_item(rng: random.Random, task: str, case: str | None = None) -> Item:
         question = f"{opening}is it true that {' '.join(stated.values())} ?"
         return Item(task, {"question": question, "sentence": two}, marker, outcomes, criterion)
     names = ("sentence1", "sentence2") if task in ("mrpc", "rte") else ("premise", "hypothesis")
-    fields = dict(zip(names, (one, two), strict=True)) | ({"focus": criterion} if task == MIXED else {})
+    fields = dict(zip(names, (one, two), strict=True)) | ({"focus": FOCUS[criterion]} if task == MIXED else {})
     return Item(task, fields, marker, outcomes, criterion)
 
 
@@ -274,14 +275,14 @@ def sample_clauses(rng: random.Random, task: str) -> list[Clause]:
     return clauses
 
 
-def sample_prior(rng: random.Random, task: str, focus: str | None = None) -> str:
+def sample_prior(rng: random.Random, task: str, hint: str | None = None) -> str:
     """One instruction from the agent's prior; one in twenty is vague.
 
-    Shown one input of the mixed task, whose `focus` says what to judge, the agent takes the hint one time in four.
+    Shown one input of the mixed task, which says what to judge, the agent takes the `hint` one time in four.
     """
     clauses = sample_clauses(rng, task)
-    if focus and rng.random() < 0.25:
-        clauses = [Judge(focus) if isinstance(clause, Judge) else clause for clause in clauses]
+    if hint and rng.random() < 0.25:
+        clauses = [Judge(hint) if isinstance(clause, Judge) else clause for clause in clauses]
     return write(rng, clauses) if rng.random() > 0.05 else rng.choice(VAGUE)
 
 

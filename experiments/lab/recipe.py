@@ -301,7 +301,7 @@ def build_target(folder: Path, minutes: float = TARGET_MINUTES, seed: int = 0, t
 
 
 def _sample_query(rng: random.Random, task: str) -> tuple[MetaPrompt, str | None]:
-    """A meta-prompt, two times in five one for a single input, and what that input says is to be judged."""
+    """A meta-prompt, two times in five one for a single input, and what such an input of the mixed task hints at."""
     pairs = [sample_example(rng, task) for _ in range(PAIRS)]
     if rng.random() < 0.6:
         return meta_prompt(pairs), None
@@ -309,11 +309,13 @@ def _sample_query(rng: random.Random, task: str) -> tuple[MetaPrompt, str | None
     if task in wordplay.TASKS:
         return rewrite_prompt(pairs, sample_example(rng, task).input, manual), None
     item = grammar.sample_item(rng, task)
-    return rewrite_prompt(pairs, render(task, row_of(item)).input, manual), item.fields.get("focus")
+    return rewrite_prompt(
+        pairs, render(task, row_of(item)).input, manual
+    ), item.criterion if task == grammar.MIXED else None
 
 
-def _sample_prior(rng: random.Random, task: str, focus: str | None = None) -> str:
-    return wordplay.sample_prior(rng, task) if task in wordplay.TASKS else grammar.sample_prior(rng, task, focus)
+def _sample_prior(rng: random.Random, task: str, hint: str | None = None) -> str:
+    return wordplay.sample_prior(rng, task) if task in wordplay.TASKS else grammar.sample_prior(rng, task, hint)
 
 
 def build_agent(folder: Path, minutes: float = AGENT_MINUTES, seed: int = 0, threads: int = 1) -> None:
@@ -327,9 +329,9 @@ def build_agent(folder: Path, minutes: float = AGENT_MINUTES, seed: int = 0, thr
         prefixes, parts = [], []
         for _ in range(rows):
             task = rng.choice(list(SPECS))
-            (request, opening), focus = _sample_query(rng, task)
+            (request, opening), hint = _sample_query(rng, task)
             prefixes.append(f"{request}\n{opening}")
-            texts = [f" {_sample_prior(rng, task, focus)}{SPECIAL['eos_token']}" for _ in range(instructions)]
+            texts = [f" {_sample_prior(rng, task, hint)}{SPECIAL['eos_token']}" for _ in range(instructions)]
             parts.append(tokenizer(texts, add_special_tokens=False)["input_ids"])
         return pack(tokenizer(prefixes)["input_ids"], parts)
 
