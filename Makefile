@@ -40,7 +40,7 @@ compare: $(READY) ## APPO against best-of-N over SEEDS, with a table: make compa
 landscape: $(READY) ## measure the lab: accuracy under good and bad instructions, prior of a good one
 	$(BIN)/python -m experiments.lab.landscape
 
-lab: $(READY) ## rebuild the lab's data, tokenizers and models from nothing (about 20 minutes)
+lab: $(READY) ## rebuild the lab's data, tokenizers and models from nothing (about 45 minutes)
 	$(BIN)/python -m experiments.lab.recipe
 
 test: $(READY) ## run the tests with coverage

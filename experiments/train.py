@@ -141,7 +141,7 @@ def _record(session: Session, stats: dict[str, float], review: AnchorReview | No
     rewards = rewarded.scores.tolist()
     if run.config.mode == "fixed":
         session.pool.add(prompts, rewards)
-    bare = sum(only_labels(prompt, run.data.words) for prompt in prompts) / len(prompts)
+    bare = sum(only_labels(prompt, run.reward.target.verbalizer.words) for prompt in prompts) / len(prompts)
     row: dict[str, Any] = {"iteration": session.iteration, **stats, "label_list_rate": bare}
     row |= {"seconds": seconds, "anchor": None}
     if review:

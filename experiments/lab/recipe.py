@@ -1,6 +1,6 @@
 """Builds the lab from nothing: data, tokenizers, the target that obeys and the agent that writes.
 
-    python -m experiments.lab.recipe            everything, about 20 minutes on two cores
+    python -m experiments.lab.recipe            everything, about 45 minutes on two cores
     python -m experiments.lab.recipe data       only the rows (seconds)
 
 Both models are small Llamas trained from scratch on `grammar` and `wordplay`. In both trainings several continuations
