@@ -55,14 +55,14 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 
 def logprobs_from_logits(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log softmax(logits)[token] in float32, without keeping a second [B, T, V] tensor.
+    """log softmax(logits)[token] in float32, without keeping a second tensor over the vocabulary.
 
     Args:
-        logits: [B, T, V], any floating dtype.
-        tokens: [B, T] token ids.
+        logits: [*, V], any floating dtype.
+        tokens: [*] token ids.
 
     Returns:
-        [B, T] float32 (float64 for float64 logits).
+        [*] float32 (float64 for float64 logits).
     """
     logits = _at_least_float32(logits)
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -70,7 +70,7 @@ def logprobs_from_logits(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
-    """Entropy in nats of softmax(logits): [B, T, V] -> [B, T]. Tokens of probability 0 add nothing."""
+    """Entropy in nats of softmax(logits): [*, V] -> [*]. Tokens of probability 0 add nothing."""
     return torch.special.entr(_at_least_float32(logits).softmax(-1)).sum(-1)
 
 

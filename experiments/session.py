@@ -168,6 +168,7 @@ class Session:
         state = {
             "iteration": self.iteration,
             "trainer": self.trainer.state_dict(),
+            "target": self.run.reward.target.state_dict(),
             "pool": self.pool.state_dict(),
             "rng": self.rng.getstate(),
             "order": self.batches.order,
@@ -196,6 +197,7 @@ class Session:
             notes = [*notes, f"not bit for bit the same run: {'; '.join(changed)}"]
         self.iteration = state["iteration"]
         self.trainer.load_state_dict(state["trainer"])
+        self.run.reward.target.load_state_dict(state["target"])
         self.pool.load_state_dict(state["pool"])
         self.rng.setstate(state["rng"])
         self.batches.order = state["order"]

@@ -8,12 +8,18 @@ filled template. And where does the answer begin? At the template's last token, 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from appo import packed
+
+REMEMBERED = 100_000  # pairs; some 20 MB
 
 
 class ContextTooLongError(ValueError):
@@ -58,11 +64,19 @@ class Verbalizer:
         return cls(tuple(words), tokens, len(base) - shared)
 
 
-class TargetModel:
-    """Class log-likelihoods of a frozen causal LM under prompts.
+class _Job(NamedTuple):
+    """A filled template as tokens: what it shares with others, and the rest, which is not empty."""
 
-    The tokens that a prompt's examples share (the prompt itself, mostly) are run once; their key-value cache is
-    then read by all its examples.
+    prefix: tuple[int, ...]
+    rest: list[int]
+
+
+class TargetModel:
+    """Class logits of a frozen causal LM under prompts.
+
+    The tokens that a prompt's examples share (the prompt itself, mostly) are run once, no token is run for padding,
+    and of the vocabulary only the label words are looked at; see appo/packed.py for how. What was scored once in
+    a run is never scored again.
 
     Args:
         model: any Hugging Face causal LM. Put into eval mode, its parameters frozen.
@@ -70,7 +84,10 @@ class TargetModel:
         template: text with {prompt} and {input}, ending where the answer begins.
         words: the label words in class order; none where the answer is text (rewards/generation.py).
         chat: put the filled template into a user turn of the tokenizer's chat template.
-        max_batch_tokens: upper bound on rows x columns of one forward pass; lower it to save memory.
+        max_batch_tokens: upper bound on the tokens of one forward pass; halved whenever memory runs out.
+
+    Attributes:
+        scored: class logits [C] of the (prompt, input) pairs of this run.
     """
 
     def __init__(
@@ -80,13 +97,15 @@ class TargetModel:
         template: str,
         words: Sequence[str],
         chat: bool = False,
-        max_batch_tokens: int = 16_384,
+        max_batch_tokens: int = 8192,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
+        packed.install(model)
         self.tokenizer = tokenizer
         self.template = template
         self.chat = chat
         self.max_batch_tokens = max_batch_tokens
+        self.scored: dict[tuple[str, str], Tensor] = {}
         self.verbalizer = Verbalizer.build(tokenizer, self.context("", ""), words, chat)
         # A word of several tokens needs the log-probability of each, hence a row that holds all but its last.
         self._stems = list(dict.fromkeys(ids[:-1] for ids in self.verbalizer.tokens)) or [()]
@@ -103,40 +122,95 @@ class TargetModel:
 
     @torch.inference_mode()
     def class_logits(self, prompts: Sequence[str], inputs: Sequence[str]) -> Tensor:
-        """log p(word | template filled with prompt and input), for every pair.
+        """Logits over the classes, of every prompt with every input.
+
+        The logit of a class is the log-likelihood of its word behind the filled template, up to a constant that
+        the classes of a pair share: where words are single tokens, what normalises them all is never computed.
 
         Args:
             prompts: K instructions.
             inputs: N rendered inputs.
 
         Returns:
-            [K, N, C] float32: whole-word log-likelihoods, which are logits over the C classes.
+            [K, N, C] float32, on the CPU.
 
         Raises:
             ContextTooLongError: a filled template is longer than the target's context.
         """
-        contexts, rows = self._contexts([(prompt, text) for prompt in prompts for text in inputs])
-        by_prompt = [contexts[i : i + len(inputs)] for i in range(0, len(contexts), len(inputs))]
-        if rows < len(inputs):
-            parts = [[self._score([c[i : i + rows]]) for i in range(0, len(inputs), rows)] for c in by_prompt]
-            return torch.cat([torch.cat(part, dim=1) for part in parts])
-        group = rows // len(inputs)
-        return torch.cat([self._score(by_prompt[i : i + group]) for i in range(0, len(by_prompt), group)])
+        pairs = [(prompt, text) for prompt in prompts for text in inputs]
+        return self._logits(pairs).view(len(prompts), len(inputs), -1)
 
     @torch.inference_mode()
     def pair_logits(self, prompts: Sequence[str], inputs: Sequence[str]) -> Tensor:
         """As `class_logits`, but of each of B prompts with its own input only: [B, C]."""
-        contexts, rows = self._contexts(list(zip(prompts, inputs, strict=True)))
-        alone = [[ids] for ids in contexts]
-        return torch.cat([self._score(alone[i : i + rows])[:, 0] for i in range(0, len(alone), rows)])
+        return self._logits(list(zip(prompts, inputs, strict=True)))
 
-    def _contexts(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[list[int]], int]:
-        """The filled templates of (prompt, input) pairs as token ids, and how many of them fit into one batch."""
+    def state_dict(self) -> dict[str, Any]:
+        """What was scored, to be saved: computed again, in other company, logits differ in their last bits."""
+        return {"pairs": list(self.scored), "logits": torch.stack(list(self.scored.values())) if self.scored else None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what was scored before."""
+        self.scored = dict(zip(state["pairs"], state["logits"], strict=True)) if state["pairs"] else {}
+
+    def _logits(self, pairs: Sequence[tuple[str, str]]) -> Tensor:
+        """[B, C] of (prompt, input) pairs; none is run that has been run before."""
+        known = {pair: self.scored[pair] for pair in pairs if pair in self.scored}
+        if new := [pair for pair in dict.fromkeys(pairs) if pair not in known]:
+            new.sort(key=lambda pair: pair[0])  # stable: those of one prompt side by side
+            known |= zip(new, self._run(self._jobs(new)), strict=True)
+            self.scored |= {pair: known[pair] for pair in new}
+            for pair in list(self.scored)[: len(self.scored) - REMEMBERED]:
+                del self.scored[pair]
+        return torch.stack([known[pair] for pair in pairs])
+
+    def _jobs(self, pairs: Sequence[tuple[str, str]]) -> list[_Job]:
+        """The filled templates as tokens, each cut where what it shares with the others of its prompt ends."""
         texts = [self.context(prompt, text) for prompt, text in pairs]
         contexts = [ids[: len(ids) - self.verbalizer.overlap] for ids in encode(self.tokenizer, texts, self.chat)]
-        width = max(map(len, contexts)) + max(map(len, self._stems))
-        self._check_width(width)
-        return contexts, max(1, self.max_batch_tokens // (width * len(self._stems)))
+        self._check_width(max(map(len, contexts)) + max(map(len, self._stems)))
+        of_prompt: dict[str, list[list[int]]] = {}
+        for (prompt, _), ids in zip(pairs, contexts, strict=True):
+            of_prompt.setdefault(prompt, []).append(ids)
+        jobs = []
+        for many in of_prompt.values():
+            # What is not shared keeps at least the last token, the one that predicts the answer.
+            shared = common_prefix([ids[:-1] for ids in many]) if len(many) > 1 else 0
+            jobs += [_Job(tuple(ids[:shared]), ids[shared:]) for ids in many]
+        return jobs
+
+    def _run(self, jobs: Sequence[_Job]) -> Tensor:
+        """[n, C]: in one pass if that fits, else in halves."""
+        size = sum(map(len, {job.prefix for job in jobs}))
+        size += sum(len(job.rest) + len(stem) for job in jobs for stem in self._stems)
+        if size <= self.max_batch_tokens or len(jobs) == 1:
+            try:
+                return self._pass(jobs)
+            except RuntimeError as error:
+                if len(jobs) == 1 or not out_of_memory(error):
+                    raise
+            self.max_batch_tokens = size // 2
+        half = len(jobs) // 2
+        return torch.cat([self._run(jobs[:half]), self._run(jobs[half:])])
+
+    def _pass(self, jobs: Sequence[_Job]) -> Tensor:
+        """[n, C], from one forward pass."""
+        prefixes = {prefix: m for m, prefix in enumerate(dict.fromkeys(job.prefix for job in jobs))}
+        branches = [[*job.rest, *stem] for job in jobs for stem in self._stems]
+        owner = [prefixes[job.prefix] for job in jobs for _ in self._stems]
+        keep = [1 + len(stem) for stem in self._stems]
+        batch = packed.Branches(list(prefixes), branches, owner)
+        if self._stems == [()] and self.verbalizer.words:
+            with _only_rows(self.model, [word[0] for word in self.verbalizer.tokens]) as columns:
+                return packed.run(self.model, batch, keep * len(jobs)).logits[:, columns].float().cpu()
+        logits = packed.run(self.model, batch, keep * len(jobs)).logits.float().log_softmax(-1)
+        logits = logits.view(len(jobs), sum(keep), -1)
+        return torch.stack([self._word_logprob(logits, word) for word in self.verbalizer.tokens], dim=-1).cpu()
+
+    def _word_logprob(self, logprobs: Tensor, word: tuple[int, ...]) -> Tensor:
+        """[n]: the sum over the word's tokens, each at the position that predicts it, behind its own stem."""
+        first = sum(1 + len(stem) for stem in self._stems[: self._stems.index(word[:-1])])
+        return torch.stack([logprobs[:, first + i, token] for i, token in enumerate(word)]).sum(0)
 
     def check_fits(self, prompt: str | int, text: str) -> None:
         """Raises ContextTooLongError if the input leaves no room for the prompt, or for one of so many tokens."""
@@ -146,54 +220,39 @@ class TargetModel:
 
     def _check_width(self, width: int) -> None:
         config = self.model.config.get_text_config()
-        limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-        limit = min((n for n in limits if n), default=None)
+        limit = getattr(config, "max_position_embeddings", None)
         if limit is not None and width > limit:
             raise ContextTooLongError(
                 f"a filled template takes up to {width} tokens of the target, whose context holds {limit}; "
                 "use shorter inputs, a shorter prompt, or lower sampling.max_new_tokens"
             )
 
-    def _score(self, contexts: list[list[list[int]]]) -> Tensor:
-        """[G, N, C] for the contexts of G prompts with N inputs each, in one pass over prefixes and one over rests."""
-        device = self.model.device
-        # Each rest keeps its context's last token, the one that predicts the answer.
-        prefixes = [ids[0][: common_prefix([row[:-1] for row in ids])] for ids in contexts]
-        rests = [
-            [*ids[len(prefix) :], *stem]
-            for prefix, many in zip(prefixes, contexts, strict=True)
-            for ids in many
-            for stem in self._stems
-        ]
-        owner = torch.arange(len(prefixes), device=device).repeat_interleave(len(rests) // len(prefixes))
-        prefix_ids, prefix_mask = _pad_left(prefixes, device)
-        ids, mask = _pad_left(rests, device)
-        cache = DynamicCache(config=self.model.config)
-        if prefix_ids.shape[1]:
-            self._forward(prefix_ids, prefix_mask, _positions(prefix_mask), cache, keep=1)
-            cache.batch_select_indices(owner)
-        visible = torch.cat([prefix_mask[owner], mask], dim=1)
-        positions = _positions(visible)[:, prefix_mask.shape[1] :]
-        depth = 1 + max(map(len, self._stems))
-        logprobs = self._forward(ids, visible, positions, cache, keep=depth).float().log_softmax(-1)
-        logprobs = logprobs.view(len(contexts), len(contexts[0]), len(self._stems), depth, -1)
-        return torch.stack([self._word_logprob(logprobs, word) for word in self.verbalizer.tokens], dim=-1)
 
-    def _word_logprob(self, logprobs: Tensor, word: tuple[int, ...]) -> Tensor:
-        """[G, N]: the sum over the word's tokens, each at the position that predicts it."""
-        row = logprobs[:, :, self._stems.index(word[:-1]), -len(word) :]  # [G, N, len(word), V]
-        return sum((row[:, :, i, token] for i, token in enumerate(word)), torch.zeros_like(row[:, :, 0, 0]))
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether the error is one of memory, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, keep: int) -> Tensor:
-        output = self.model(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
-        return output.logits
+
+@contextmanager
+def _only_rows(model: PreTrainedModel, tokens: Sequence[int]) -> Iterator[list[int]]:
+    """Lets the model compute the logits of a few tokens only; yields the columns where they are then.
+
+    What a model does to its logits (soft-capping, scaling) it still does. A head that is no plain linear layer
+    stays as it is.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        yield list(tokens)
+        return
+    rows = nn.Linear(head.in_features, len(tokens), bias=head.bias is not None, device="meta")
+    rows.weight = nn.Parameter(head.weight[list(tokens)], requires_grad=False)
+    if head.bias is not None:
+        rows.bias = nn.Parameter(head.bias[list(tokens)], requires_grad=False)
+    model.set_output_embeddings(rows)
+    try:
+        yield list(range(len(tokens)))
+    finally:
+        model.set_output_embeddings(head)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], chat: bool = False) -> list[list[int]]:
@@ -215,15 +274,3 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the longest prefix that all sequences share."""
     columns = zip(*sequences, strict=False)
     return next((i for i, column in enumerate(columns) if len(set(column)) > 1), min(map(len, sequences)))
-
-
-def _pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [R, L] and their mask, all rows ending in the last column."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device).view(len(rows), width)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return ids.long(), torch.arange(width, device=device) >= width - lengths.unsqueeze(1)
-
-
-def _positions(mask: Tensor) -> Tensor:
-    return (mask.cumsum(1) - 1).clamp(min=0)

@@ -106,6 +106,7 @@ def test_pair_logits_are_the_diagonal_of_all_pairs(
     diagonal = torch.stack([grid[i, i] for i in range(len(inputs))])
     for max_batch_tokens in (16_384, 150, 1):
         target.max_batch_tokens = max_batch_tokens
+        target.scored.clear()
         assert_close(target.pair_logits(PROMPTS, inputs), diagonal, rtol=1e-4, atol=1e-4)
 
 

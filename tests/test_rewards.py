@@ -246,5 +246,6 @@ def test_duplicate_prompts_cost_no_further_pass_of_the_model(
     reward([PROMPTS[0]], EXAMPLES)
     once = list(sizes)
     sizes.clear()
+    reward.target.scored.clear()
     reward([PROMPTS[0]] * 4, EXAMPLES)
     assert once and sizes == once

@@ -94,15 +94,20 @@ def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def passes(model: PreTrainedModel) -> list[tuple[int, int]]:
-    """A list that fills up with (rows, columns that are attended to) of each forward pass of the model."""
-    seen: list[tuple[int, int]] = []
+def passes(model: PreTrainedModel) -> list[int]:
+    """A list that fills up with the tokens of each forward pass of the model."""
+    seen: list[int] = []
 
     def note(_module: object, _args: object, kwargs: dict[str, Tensor]) -> None:
-        seen.append((kwargs["attention_mask"].shape[0], kwargs["attention_mask"].shape[1]))
+        seen.append(kwargs["input_ids"].numel())
 
     model.register_forward_pre_hook(note, with_kwargs=True)
     return seen
+
+
+def among_classes(logits: Tensor) -> Tensor:
+    """Logits as log-probabilities among the classes: what does not depend on a constant that these share."""
+    return logits.log_softmax(-1)
 
 
 # -- against the plain loop --------------------------------------------------------------------------------------
@@ -119,7 +124,8 @@ def test_class_logits_of_one_token_words_equal_the_plain_loop(build: type) -> No
     tokenizer = bpe_tokenizer("Ġyes", "Ġmaybe", "Ġno")
     model = sharpen(build(len(tokenizer)))
     target = TargetModel(model, tokenizer, TEMPLATE, WORDS)
-    assert_close(target.class_logits(PROMPTS, INPUTS), loop(model, tokenizer, PROMPTS, INPUTS), rtol=0, atol=1e-5)
+    expected = among_classes(loop(model, tokenizer, PROMPTS, INPUTS))
+    assert_close(among_classes(target.class_logits(PROMPTS, INPUTS)), expected, rtol=0, atol=1e-5)
 
 
 def gemma2(vocabulary: int) -> PreTrainedModel:
@@ -176,8 +182,10 @@ def test_batch_mates_do_not_change_a_logit(
 ) -> None:
     tokenizer.padding_side = side
     target = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS)
+    together = target.class_logits(PROMPTS, INPUTS)
+    target.scored.clear()
     alone = torch.stack([torch.cat([target.class_logits([p], [x])[0] for x in INPUTS]) for p in PROMPTS])
-    assert_close(target.class_logits(PROMPTS, INPUTS), alone, rtol=0, atol=1e-5)
+    assert_close(together, alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 300, 700, 1500, 4000])
@@ -191,38 +199,89 @@ def test_a_small_batch_gives_the_same_logits(
 
 
 def test_no_pass_is_larger_than_max_batch_tokens(tiny_llama: PreTrainedModel) -> None:
-    # The longest row has 76 + 8 + 63 + 9 = 156 bytes and a stem of 5, ' maybe' has 6: 161 columns, 3 stems an input,
-    # so one input takes 483 and fits.
-    target = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS, max_batch_tokens=700)
+    # The longest row has 76 + 8 + 63 + 9 = 156 bytes, and stems of 3, 5 and 2: alone it takes at most 3 * 161 tokens.
+    target = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS, max_batch_tokens=483)
     seen = passes(tiny_llama)
     target.class_logits(PROMPTS, INPUTS)
-    assert max(rows * columns for rows, columns in seen) <= 700
+    assert len(seen) > 1 and max(seen) <= 483
 
 
-# max_batch_tokens, and the passes that come of it: prefixes and rests are one pass each, per part.
-# 3 prompts x 3 inputs x 3 stems of at most 161 columns (see above): 9 rows of one prompt take 1449, all 27 take 4347.
-@pytest.mark.parametrize(("max_batch_tokens", "parts"), [(4347, 1), (2898, 2), (1449, 3), (966, 6), (483, 9)])
-def test_work_is_cut_by_prompt_and_then_by_input(
-    max_batch_tokens: int, parts: int, tiny_llama: PreTrainedModel
-) -> None:
-    target = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS, max_batch_tokens=max_batch_tokens)
-    seen = passes(tiny_llama)
-    target.class_logits(PROMPTS, INPUTS)
-    assert len(seen) == 2 * parts
-
-
-def test_a_prompt_is_run_once_for_all_its_inputs(tiny_llama: PreTrainedModel) -> None:
+def test_a_prompt_is_run_once_for_all_its_inputs_and_no_padding_at_all() -> None:
     tokenizer = bpe_tokenizer("Ġyes", "Ġno")
     target = TargetModel(llama(len(tokenizer)), tokenizer, TEMPLATE, ("yes", "no"))
-    columns: list[int] = []
+    seen = passes(target.model)
+    target.class_logits(["p" * 100], ["a", "bcd"])
+    # Shared: 100 bytes of prompt and the 9 of ' Input : '; own, of two inputs: 1 and 3 bytes and the 9 of ' Output :'.
+    assert seen == [109 + 1 + 3 + 2 * 9]
 
-    def note(_module: object, _args: object, kwargs: dict[str, Tensor]) -> None:
-        columns.append(kwargs["input_ids"].numel())
 
-    target.model.register_forward_pre_hook(note, with_kwargs=True)
-    target.class_logits(["p" * 100], ["a", "b"])
-    # Shared: 100 bytes of prompt and the 9 of ' Input : '; own, of two inputs: 1 byte and the 9 of ' Output :'.
-    assert columns == [109, 20]
+def test_no_pair_is_scored_twice(tiny_llama: PreTrainedModel) -> None:
+    target = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS)
+    first = target.class_logits(PROMPTS[:2], INPUTS[:2])
+    seen = passes(tiny_llama)
+    assert torch.equal(target.class_logits(PROMPTS[1::-1], INPUTS[:2]), first.flip(0))
+    assert torch.equal(target.pair_logits(PROMPTS[:2], INPUTS[:2]), first.diagonal().T)
+    assert not seen
+    grown = target.class_logits(PROMPTS, INPUTS[:2])  # only the third prompt is new
+    assert torch.equal(grown[:2], first)
+    alone = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS)
+    counted = list(seen)
+    alone.class_logits(PROMPTS[2:], INPUTS[:2])
+    assert seen == counted * 2
+
+
+def test_only_so_many_pairs_are_remembered(tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rewards.target.REMEMBERED", 2)
+    target = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS)
+    whole = target.class_logits(["p"], ["a", "b", "c"])
+    assert list(target.scored) == [("p", "b"), ("p", "c")]
+    assert_close(target.class_logits(["p"], ["a", "b", "c"]), whole, rtol=0, atol=1e-5)
+
+
+def test_out_of_memory_halves_the_passes(
+    tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS).class_logits(PROMPTS, INPUTS)
+    target = TargetModel(tiny_lm, tokenizer, TEMPLATE, WORDS)
+    forward = target.model.forward
+
+    def small(**kwargs: Tensor) -> object:
+        if kwargs["input_ids"].numel() > 600:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(**kwargs)
+
+    monkeypatch.setattr(target.model, "forward", small)
+    assert_close(target.class_logits(PROMPTS, INPUTS), whole, rtol=0, atol=1e-5)
+    assert 300 <= target.max_batch_tokens <= 1200
+
+
+def test_memory_that_does_not_suffice_for_one_pair_is_an_error(
+    tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS)
+
+    def full(**_kwargs: Tensor) -> object:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(target.model, "forward", full)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        target.class_logits(PROMPTS, INPUTS)
+
+
+def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(
+    tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS)
+    calls: list[int] = []
+
+    def broken(**_kwargs: Tensor) -> object:
+        calls.append(1)
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(target.model, "forward", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        target.class_logits(PROMPTS, INPUTS)
+    assert len(calls) == 1
 
 
 def test_prompts_that_share_nothing_with_their_inputs_go_with_those_that_do(
@@ -232,6 +291,7 @@ def test_prompts_that_share_nothing_with_their_inputs_go_with_those_that_do(
     # prompt from the third: a prefix of nothing is padded beside a prefix of two.
     target = TargetModel(sharpen(tiny_lm), tokenizer, "{prompt}{input} Output :", WORDS)
     apart = torch.cat([target.class_logits([prompt], ["xa", "yb"]) for prompt in ("", "pq")])
+    target.scored.clear()
     assert_close(target.class_logits(["", "pq"], ["xa", "yb"]), apart, rtol=0, atol=1e-5)
 
 
@@ -302,8 +362,8 @@ def test_a_template_that_ends_in_a_space_scores_the_text_as_it_reads() -> None:
     tokenizer = bpe_tokenizer("Ġyes", "Ġno", "yes", "no")
     model = sharpen(llama(len(tokenizer)))
     target = TargetModel(model, tokenizer, TEMPLATE + " ", ("yes", "no"))
-    expected = loop(model, tokenizer, PROMPTS, INPUTS, ("yes", "no"))
-    assert_close(target.class_logits(PROMPTS, INPUTS), expected, rtol=0, atol=1e-5)
+    expected = among_classes(loop(model, tokenizer, PROMPTS, INPUTS, ("yes", "no")))
+    assert_close(among_classes(target.class_logits(PROMPTS, INPUTS)), expected, rtol=0, atol=1e-5)
 
 
 def test_words_of_several_pieces_keep_all_of_them() -> None:
@@ -444,13 +504,15 @@ def test_a_learned_position_table_is_never_overrun(tokenizer: PreTrainedTokenize
         TargetModel(gpt2(len(tokenizer)), tokenizer, TEMPLATE, WORDS).class_logits(["p" * 600], ["x"])
 
 
-def test_a_sliding_window_counts_as_the_context(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_prompt_may_be_longer_than_a_sliding_window(tokenizer: PreTrainedTokenizerBase) -> None:
     config = MistralConfig(
-        vocab_size=len(tokenizer), **SMALL, num_key_value_heads=2, sliding_window=64, max_position_embeddings=512
+        vocab_size=len(tokenizer), **SMALL, num_key_value_heads=2, sliding_window=16, max_position_embeddings=512
     )
-    target = TargetModel(MistralForCausalLM(config), tokenizer, TEMPLATE, WORDS)
-    with pytest.raises(ContextTooLongError, match="whose context holds 64"):
-        target.class_logits(["p" * 64], ["x"])
+    model = sharpen(MistralForCausalLM(config).eval())
+    expected = loop(model, tokenizer, PROMPTS, INPUTS)
+    assert_close(
+        TargetModel(model, tokenizer, TEMPLATE, WORDS).class_logits(PROMPTS, INPUTS), expected, rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("prompt", [CONTEXT - FIXED, "p" * (CONTEXT - FIXED)])

@@ -1,0 +1,228 @@
+"""Sequences that share prefixes, run through a causal LM as one: each prefix once, no padding.
+
+The K responses to a query share the query, the inputs under an instruction share the instruction. Run as padded rows,
+most of the work is repetition. Here all tokens stand in one row of S: the prefixes, then the branches that go on
+from them. Embeddings, MLPs and heads do not care who stands next to whom; attention does, and Hugging Face models
+take theirs from a table in which ours is entered: every branch sees its prefix and itself, and nothing else.
+
+Models that do not use that table get the padded rows after all, and give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "appo_packed"
+BLOCK_KEYS = 4096  # keys that are attended to at once; more only adds to the memory
+
+
+class Branches(NamedTuple):
+    """N token sequences that go on from M prefixes: `owner[n]` is the prefix of branch n; a prefix may be empty."""
+
+    prefixes: Sequence[Sequence[int]]
+    branches: Sequence[Sequence[int]]
+    owner: Sequence[int]
+
+
+class Output(NamedTuple):
+    """Of the kept tokens: logits [n, V] and the hidden states [n, H] that the head read."""
+
+    logits: Tensor
+    hidden: Tensor
+
+
+class _Block(NamedTuple):
+    """Some sequences of about the same length: places of their tokens and of what these may see, and the mask."""
+
+    queries: Tensor  # [n, R]
+    keys: Tensor  # [n, W]
+    age: Tensor  # [n, R, W]: how many positions the key is behind the query; negative where it must not be seen
+    mask: Tensor  # [n, 1, R, W], 0 or -inf
+
+
+class _Layout(NamedTuple):
+    blocks: list[_Block]
+    restore: Tensor  # [S]: where in the blocks' queries, one after another, each token is
+
+
+@torch.no_grad()
+def install(model: PreTrainedModel) -> bool:
+    """Makes the model's attention ours, which is SDPA for ordinary passes; False if the model does not fit it.
+
+    It does not where attention comes from elsewhere, or where other parts look at neighbours too (convolutions, state
+    spaces). Nothing says so reliably, hence a trial: packed and padded must give the same logits.
+    """
+    if packs(model) or not model._supports_attention_backend:
+        return packs(model)
+    before = model.config._attn_implementation
+    trial = Branches([[1, 2, 3, 4], [5]], [[6, 7, 8], [9], [3, 2]], [0, 0, 1])
+    plain = run(model, trial).logits
+    model.set_attn_implementation(NAME)
+    if packs(model) and (run(model, trial).logits - plain).abs().max() > 0.05 * plain.std():
+        model.set_attn_implementation(before)
+    return packs(model)
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether `run` packs for this model."""
+    return bool(model.config.get_text_config()._attn_implementation == NAME)
+
+
+def run(model: PreTrainedModel, batch: Branches, keep: Sequence[int] | None = None) -> Output:
+    """Logits and hidden states of the branches' tokens, in order.
+
+    Args:
+        model: in eval mode.
+        batch: what to run.
+        keep: how many of each branch's last tokens are wanted; default: all of them.
+    """
+    counts = [len(branch) for branch in batch.branches] if keep is None else list(keep)
+    if not packs(model):
+        return _run_padded(model, batch, counts)
+    device = model.device
+    rows = [*batch.prefixes, *batch.branches]
+    starts = [0]
+    for row in rows:
+        starts.append(starts[-1] + len(row))
+    ends = starts[len(batch.prefixes) + 1 :]
+    offsets = [0] * len(batch.prefixes) + [len(batch.prefixes[m]) for m in batch.owner]
+    ids = torch.tensor([[token for row in rows for token in row]], device=device)
+    positions = torch.cat([torch.arange(o, o + len(row)) for o, row in zip(offsets, rows, strict=True)]).to(device)
+    wanted = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, counts, strict=True)]).to(device)
+    layout = _layout(batch, starts, model.dtype, device)
+    unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # a mask in four dimensions is not made again
+    logits, hidden = call(
+        model,
+        input_ids=ids,
+        position_ids=positions.unsqueeze(0),
+        attention_mask=unmasked,
+        logits_to_keep=wanted,
+        use_cache=False,
+        layout=layout,
+    )
+    return Output(logits[0], hidden[0])
+
+
+def call(model: PreTrainedModel, **inputs: Any) -> Output:
+    """One forward pass of the model as it is: its logits, and the hidden states that its head made them from."""
+    seen: list[Tensor] = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _module, arguments: seen.append(arguments[0]))
+    try:
+        return Output(model(**inputs).logits, seen[0])
+    finally:
+        handle.remove()
+
+
+def _run_padded(model: PreTrainedModel, batch: Branches, counts: Sequence[int]) -> Output:
+    """The plain way, for models with an attention of their own: every sequence whole, in a padded row."""
+    rows = [[*batch.prefixes[m], *branch] for m, branch in zip(batch.owner, batch.branches, strict=True)]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
+    lengths = torch.tensor([len(row) for row in rows], device=model.device)
+    mask = torch.arange(width, device=model.device) >= width - lengths.unsqueeze(1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    most = max(counts)
+    output = call(
+        model, input_ids=ids, attention_mask=mask.long(), position_ids=positions, logits_to_keep=most, use_cache=False
+    )
+    wanted = torch.arange(most) >= most - torch.tensor(counts).unsqueeze(1)
+    return Output(output.logits[wanted], output.hidden[:, -most:][wanted])
+
+
+# -- attention ---------------------------------------------------------------------------------------------------
+
+
+def _layout(batch: Branches, starts: Sequence[int], dtype: torch.dtype, device: torch.device) -> _Layout:
+    """Blocks of sequences that see equally long prefixes, sorted by length, so that little of a block is padding."""
+    length = [len(row) for row in (*batch.prefixes, *batch.branches)]
+    parent = [-1] * len(batch.prefixes) + list(batch.owner)
+    seen = [length[m] if m >= 0 else 0 for m in parent]
+    blocks, groups = [], list[list[int]]()
+    for row in sorted((row for row in range(len(length)) if length[row]), key=lambda row: (seen[row], length[row])):
+        fits = groups and (len(groups[-1]) + 1) * (seen[row] + length[row]) <= BLOCK_KEYS
+        if not fits or seen[groups[-1][0]] != seen[row]:
+            groups.append([])
+        groups[-1].append(row)
+    restore, offset = torch.empty(starts[-1], dtype=torch.long), 0
+    for rows in groups:
+        first, size = torch.tensor([starts[r] for r in rows]), torch.tensor([length[r] for r in rows])
+        before, width = seen[rows[0]], length[rows[-1]]
+        steps = torch.arange(width)
+        queries = first[:, None] + steps.clamp(max=size[:, None] - 1)  # padded with the last token again
+        inherited = torch.tensor([starts[max(parent[r], 0)] for r in rows])[:, None] + torch.arange(before)
+        keys = torch.cat([inherited, queries], dim=1)
+        real = steps < size[:, None]
+        age = before + steps.clamp(max=size[:, None] - 1)[:, :, None] - torch.arange(before + width)
+        age[:, :, before:].masked_fill_(~real[:, None, :], -1)
+        mask = torch.zeros(age.shape, dtype=dtype).masked_fill(age < 0, -torch.inf).unsqueeze(1)
+        blocks.append(_Block(*(t.to(device) for t in (queries, keys, age, mask))))
+        restore[queries[real]] = offset + torch.arange(real.numel()).view_as(real)[real]
+        offset += real.numel()
+    return _Layout(blocks, restore.to(device))
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    layout: _Layout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of a model: [1, heads, S, D] by `layout`; without one, an ordinary batch as SDPA has it.
+
+    Returns:
+        [B, S, heads, D], as Hugging Face wants it, and no weights.
+    """
+    if layout is None:
+        if softcap is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return _attend(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, heads, D]
+    parts = []
+    for block in layout.blocks:
+        mask = block.mask
+        if sliding_window is not None and sliding_window < mask.shape[-1]:
+            mask = mask.masked_fill((block.age >= sliding_window).unsqueeze(1), -torch.inf)
+        q, k, v = (x[i].transpose(1, 2) for x, i in ((query, block.queries), (key, block.keys), (value, block.keys)))
+        parts.append(_attend(q, k, v, mask, scaling, softcap).transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts)[layout.restore].unsqueeze(0), None
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """softmax(q k' * scaling + mask) v for [n, heads, R or W, D]; fewer key heads than query heads are shared."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1) @ v
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """SDPA's mask for ordinary passes, always spelt out, since soft-capped scores know no is_causal."""
+    mask: Tensor | None = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
+    return mask
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)
