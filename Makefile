@@ -12,7 +12,7 @@ OPTIONS = --task "$(TASK)" $(if $(AGENT),--agent "$(AGENT)") $(if $(TARGET),--ta
 SEEDS ?= 0 1 2 3 4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train tasks compare landscape lab test lint mutate clean
+.PHONY: help setup train tasks compare landscape lab bench test lint mutate clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,8 +40,11 @@ compare: $(READY) ## APPO against best-of-N over SEEDS, with a table: make compa
 landscape: $(READY) ## measure the lab: accuracy under good and bad instructions, prior of a good one
 	$(BIN)/python -m experiments.lab.landscape
 
-lab: $(READY) ## rebuild the lab's data, tokenizers and models from nothing (about 45 minutes)
+lab: $(READY) ## rebuild the lab's data, tokenizers and models from nothing (about 50 minutes)
 	$(BIN)/python -m experiments.lab.recipe
+
+bench: $(READY) ## how fast scoring, sampling and updating are, against the plain way (about 8 minutes)
+	$(BIN)/python -m experiments.bench $(ARGS)
 
 test: $(READY) ## run the tests with coverage
 	$(BIN)/python -m pytest --cov --cov-report=term

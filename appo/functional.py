@@ -8,7 +8,7 @@ are 0. That is why padding is removed with `masked_fill` and never by multiplyin
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,14 +64,51 @@ def logprobs_from_logits(logits: Tensor, tokens: Tensor) -> Tensor:
     Returns:
         [*] float32 (float64 for float64 logits).
     """
-    logits = _at_least_float32(logits)
-    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return chosen - logits.logsumexp(-1)
+    chosen: Tensor = _TokenLogprobs.apply(logits.reshape(-1, logits.shape[-1]), tokens.flatten())
+    return chosen.view(tokens.shape)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(logits)[token] [n] of logits [n, V]; all that is kept for its gradient is a number per row.
+
+    Autograd's own way takes several times the memory of the logits, which are by far the largest tensor of PPO on
+    language models. The gradient is that of cross-entropy: one at the token, minus softmax(logits).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+        totals = torch.cat([_at_least_float32(rows).logsumexp(-1) for rows in _chunks(logits)])
+        ctx.save_for_backward(logits, tokens, totals)
+        return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - totals
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        logits, tokens, totals = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        columns = (x.unsqueeze(-1).split(_rows_at_once(logits)) for x in (tokens, totals, grad_outputs[0]))
+        for out, rows, token, total, grad in zip(_chunks(gradient), _chunks(logits), *columns, strict=True):
+            probabilities = (rows - total).exp_()
+            out.copy_(probabilities.mul_(-grad).scatter_add_(-1, token, grad))
+        return gradient, None
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    """How many rows of [n, V] to work on, so that what is computed on the way stays small."""
+    return max(1, 2**20 // logits.shape[-1])
+
+
+def _chunks(logits: Tensor) -> tuple[Tensor, ...]:
+    return logits.split(_rows_at_once(logits))
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """Entropy in nats of softmax(logits): [*, V] -> [*]. Tokens of probability 0 add nothing."""
-    return torch.special.entr(_at_least_float32(logits).softmax(-1)).sum(-1)
+    entropies = []
+    for rows in _chunks(logits.reshape(-1, logits.shape[-1])):
+        logprobs = _at_least_float32(rows).log_softmax(-1)
+        logprobs = logprobs.clamp(min=torch.finfo(logprobs.dtype).min)  # 0 * -inf is NaN
+        entropies.append(-(logprobs.exp() * logprobs).sum(-1))
+    return torch.cat(entropies).view(logits.shape[:-1])
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLKind = "k1") -> Tensor:

@@ -10,18 +10,21 @@ Models that do not use that table get the padded rows after all, and give the sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 NAME = "appo_packed"
-BLOCK_KEYS = 4096  # keys that are attended to at once; more only adds to the memory
+BLOCK_KEYS = 2048  # keys that are attended to at once; more only adds to the memory
 
 
 class Branches(NamedTuple):
@@ -99,15 +102,16 @@ def run(model: PreTrainedModel, batch: Branches, keep: Sequence[int] | None = No
     wanted = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, counts, strict=True)]).to(device)
     layout = _layout(batch, starts, model.dtype, device)
     unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # a mask in four dimensions is not made again
-    logits, hidden = call(
-        model,
-        input_ids=ids,
-        position_ids=positions.unsqueeze(0),
-        attention_mask=unmasked,
-        logits_to_keep=wanted,
-        use_cache=False,
-        layout=layout,
-    )
+    with _last_mlp_on(model, wanted, starts[-1]):
+        logits, hidden = call(
+            model,
+            input_ids=ids,
+            position_ids=positions.unsqueeze(0),
+            attention_mask=unmasked,
+            logits_to_keep=wanted,
+            use_cache=False,
+            layout=layout,
+        )
     return Output(logits[0], hidden[0])
 
 
@@ -120,6 +124,31 @@ def call(model: PreTrainedModel, **inputs: Any) -> Output:
         return Output(model(**inputs).logits, seen[0])
     finally:
         handle.remove()
+
+
+@contextmanager
+def _last_mlp_on(model: PreTrainedModel, wanted: Tensor, total: int) -> Iterator[None]:
+    """Spares the last layer's MLP all but the wanted ones of the `total` tokens: the others are attended to no more."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    mlp = getattr(layers[-1], "mlp", None) if layers else None
+    if mlp is None or layers[-1].training:  # checkpointing: the layer is run again when the hooks are gone
+        yield
+        return
+
+    def pick(_mlp: nn.Module, states: tuple[Tensor]) -> tuple[Tensor]:
+        return (states[0][:, wanted],)
+
+    def put_back(_mlp: nn.Module, _states: tuple[Tensor], output: Any) -> Any:
+        if isinstance(output, tuple):  # with the scores of a router
+            return put_back(_mlp, _states, output[0]), *output[1:]
+        return output.new_zeros(1, total, output.shape[-1]).index_copy(1, wanted, output)
+
+    handles = [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(put_back)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _run_padded(model: PreTrainedModel, batch: Branches, counts: Sequence[int]) -> Output:
@@ -136,6 +165,48 @@ def _run_padded(model: PreTrainedModel, batch: Branches, counts: Sequence[int]) 
     )
     wanted = torch.arange(most) >= most - torch.tensor(counts).unsqueeze(1)
     return Output(output.logits[wanted], output.hidden[:, -most:][wanted])
+
+
+# -- one token after another -------------------------------------------------------------------------------------
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of a layer, with room for more: new ones are written there, where DynamicLayer copies all."""
+
+    ROOM = 128  # tokens
+    keys: Tensor | None
+    values: Tensor | None
+    is_initialized: bool
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.room: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None:
+            self.keys, self.values, self.is_initialized = key_states, value_states, True
+            return self.keys, self.values
+        held, length = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if not self.room or self.room[0].shape[2] < length:
+            rows, heads, _, _ = self.keys.shape
+            self.room = [x.new_empty(rows, heads, length + self.ROOM, x.shape[3]) for x in (self.keys, self.values)]
+            for room, old in zip(self.room, (self.keys, self.values), strict=True):
+                room[:, :, :held] = old
+        for room, new in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, held:length] = new
+        self.keys, self.values = (room[:, :, :length] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.room = []  # of the rows that were
+
+
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache for the model; as transformers has it, but that a token more does not copy all those before."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 # -- attention ---------------------------------------------------------------------------------------------------
@@ -213,8 +284,10 @@ def _attend(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # padding sees nothing: -inf would make NaN
+    elif mask is not None:
+        scores = scores + mask
     return scores.softmax(-1) @ v
 
 

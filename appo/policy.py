@@ -62,6 +62,8 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.sampling = sampling or SamplingConfig()
         self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            model.activation_checkpointing_enable()
         self.chat = tokenizer.chat_template is not None if chat is None else chat
         self.value_head = nn.Linear(model.config.get_text_config().hidden_size, 1, device=model.device)
         nn.init.zeros_(self.value_head.weight)
@@ -125,7 +127,7 @@ class Policy(nn.Module):
         for _ in range(self.sampling.max_new_tokens):
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
             logits, values = self._forward(inputs, mask, position.unsqueeze(1), prefix.cache, positions=1)
-            probabilities = logits[:, 0].softmax(-1)
+            probabilities = logits[:, 0].float().softmax(-1)
             tokens = (  # [alive, 1]
                 probabilities.argmax(-1, keepdim=True)
                 if greedy
@@ -177,7 +179,7 @@ class Policy(nn.Module):
         # with learned positions (GPT-2) give other logits without them.
         mask = torch.arange(width, device=self.device) >= width - lengths.unsqueeze(1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
+        cache = packed.new_cache(self.model)
         if width > 1:
             self._forward(ids[:, :-1], mask[:, :-1], positions[:, :-1], cache, positions=1)
             if len(queries) > 1:
@@ -202,9 +204,9 @@ class Policy(nn.Module):
 
     def _read(self, output: packed.Output) -> tuple[Tensor, Tensor]:
         """Logits / temperature [*, V] and values [*]."""
-        logits = output.logits.float()
-        if self.sampling.temperature != 1:
-            logits = logits / self.sampling.temperature
+        logits, temperature = output.logits, self.sampling.temperature
+        if temperature != 1:
+            logits = logits.float() / temperature
         return logits, self.value_head(output.hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
 
 
@@ -225,11 +227,7 @@ def _unpack(values: Tensor, mask: Tensor) -> Tensor:
 @contextmanager
 def _checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
     """Gradient checkpointing, which Hugging Face ties to training mode, for a model in eval mode."""
-    if not wanted:
-        yield
-        return
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [module for module in model.modules() if wanted and isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
         layer.training = True  # the layer's own flag only, not that of its dropout
     try:

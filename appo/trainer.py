@@ -110,7 +110,7 @@ class APPOTrainer:
             {"params": list(policy.value_head.parameters())},
         ]
         groups[1]["lr"] = self.config.value_learning_rate or self.config.learning_rate
-        self.optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, weight_decay=0.0, fused=True)
         self.anchor = Anchor(policy, self.optimizer)
         self.kl_controller = KLController(self.config.kl_coef, self.config.kl_target, self.config.kl_horizon)
         self.buffer = RolloutBuffer()

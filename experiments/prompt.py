@@ -1,6 +1,6 @@
 """Uses a finished run: the instruction for an input, and what the target makes of it.
 
-    python -m experiments.prompt --run runs/mixed-... --input "focus : place ..." --answer
+    python -m experiments.prompt --run runs/mixed-... --input "premise : ... focus : place" --answer
     python -m experiments.prompt --run runs/mixed-... --file inputs.txt --answer > answers.jsonl
 
 A run in mode fixed has one instruction for all inputs, one in mode tte writes one for each. Inputs are texts as the

@@ -92,7 +92,7 @@ def _assemble(config: RunConfig, log: RunLog) -> Run:
     options = config.examples
     data = load_task(config.task, data_source(config.task, config.data), options.shots, config.seed, options.test_limit)
     agent, target = (load_model(config, role) for role in ("agent", "target"))
-    policy = Policy(agent.model, agent.tokenizer, config.sampling, chat=config.agent_chat)
+    policy = Policy(agent.model, agent.tokenizer, config.sampling, config.agent_chat, config.gradient_checkpointing)
     scorer = TargetModel(target.model, target.tokenizer, data.spec.template, data.words, config.target_chat)
     run = Run(config, data, policy, _reward(config, data, scorer), log, fingerprint(data))
     _check_context(run)

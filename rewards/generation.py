@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from appo import packed
 from rewards.target import TargetModel, common_prefix, encode
 
 
@@ -41,7 +42,7 @@ def generate(
 def _greedy(target: TargetModel, contexts: list[list[int]], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
     model, tokenizer = target.model, target.tokenizer
     ids, mask = _pad_left(contexts, model.device)
-    cache = None
+    cache = packed.new_cache(model)
     written: list[list[int]] = [[] for _ in contexts]
     texts = [""] * len(contexts)
     active = list(range(len(contexts)))  # rows still in the batch
@@ -56,7 +57,7 @@ def _greedy(target: TargetModel, contexts: list[list[int]], max_new_tokens: int,
             use_cache=True,
             logits_to_keep=1,
         )
-        cache, tokens = output.past_key_values, output.logits[:, -1].argmax(-1).tolist()
+        tokens = output.logits[:, -1].argmax(-1).tolist()
         keep = []
         for place, (row, token) in enumerate(zip(active, tokens, strict=True)):
             if token in ends:

@@ -84,7 +84,8 @@ class TargetModel:
         template: text with {prompt} and {input}, ending where the answer begins.
         words: the label words in class order; none where the answer is text (rewards/generation.py).
         chat: put the filled template into a user turn of the tokenizer's chat template.
-        max_batch_tokens: upper bound on the tokens of one forward pass; halved whenever memory runs out.
+        max_batch_tokens: upper bound on the tokens of one forward pass, halved whenever memory runs out; default: 2048
+            on the CPU, where more only leave its caches, 32768 elsewhere.
 
     Attributes:
         scored: class logits [C] of the (prompt, input) pairs of this run.
@@ -97,14 +98,14 @@ class TargetModel:
         template: str,
         words: Sequence[str],
         chat: bool = False,
-        max_batch_tokens: int = 8192,
+        max_batch_tokens: int | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         packed.install(model)
         self.tokenizer = tokenizer
         self.template = template
         self.chat = chat
-        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_tokens = max_batch_tokens or (2048 if model.device.type == "cpu" else 32_768)
         self.scored: dict[tuple[str, str], Tensor] = {}
         self.verbalizer = Verbalizer.build(tokenizer, self.context("", ""), words, chat)
         # A word of several tokens needs the log-probability of each, hence a row that holds all but its last.

@@ -278,10 +278,10 @@ def sample_clauses(rng: random.Random, task: str) -> list[Clause]:
 def sample_prior(rng: random.Random, task: str, hint: str | None = None) -> str:
     """One instruction from the agent's prior; one in twenty is vague.
 
-    Shown one input of the mixed task, which says what to judge, the agent takes the `hint` one time in four.
+    Shown one input of the mixed task, which says what to judge, the agent takes the `hint` three times in five.
     """
     clauses = sample_clauses(rng, task)
-    if hint and rng.random() < 0.25:
+    if hint and rng.random() < 0.6:
         clauses = [Judge(hint) if isinstance(clause, Judge) else clause for clause in clauses]
     return write(rng, clauses) if rng.random() > 0.05 else rng.choice(VAGUE)
 

@@ -72,10 +72,13 @@ def fit(
     peak: float,
     hold: float,
 ) -> None:
-    """Trains for so many minutes: warm-up, constant until the fraction `hold` of the time, then cosine to 2 %."""
+    """Trains for so many minutes of processor time, which a busy machine does not shorten.
+
+    The learning rate warms up, is constant until the fraction `hold` of the time, then falls to 2 % on a cosine.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.05, betas=(0.9, 0.98))
-    started, step, total = time.monotonic(), 0, 0.0
-    while (done := (time.monotonic() - started) / (60 * minutes)) < 1:
+    started, step, total = time.process_time(), 0, 0.0
+    while (done := (time.process_time() - started) / (60 * minutes)) < 1:
         decay = 1.0 if done < hold else max(0.02, 0.5 + 0.5 * math.cos(math.pi * (done - hold) / (1 - hold)))
         optimizer.param_groups[0]["lr"] = peak * decay * min(1.0, (step + 1) / 100)
         batch = batches()

@@ -1,0 +1,354 @@
+"""Benchmarks: how fast scoring, sampling and updating are, against the plain way of doing the same.
+
+    python -m experiments.bench                         everything: tables, and bench.json; about 8 minutes
+    python -m experiments.bench --only scoring          one part: scoring, sampling, update, iteration
+
+Models have random weights, since only shapes matter here. All ways of doing a piece of work run in turn, round after
+round; times are medians, ratios are medians of the ratios within a round, so that a slow moment of the machine hits
+all alike. Before anything is timed, the ways are checked to give the same numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from appo.config import APPOConfig, SamplingConfig
+from appo.policy import Policy
+from appo.rollout import Batch, Query, Rollout
+from appo.trainer import APPOTrainer
+from experiments.config import RunConfig
+from experiments.lab import grammar
+from experiments.models import load_model
+from experiments.plain import plain_attention, plain_loss, plain_sample, plain_scores, plain_update
+from rewards.target import TargetModel
+
+Work = Callable[[], Any]
+
+
+class Shape(NamedTuple):
+    """A Llama: vocabulary, width, layers."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+
+
+SHAPES = {
+    "tiny": Shape(4096, 192, 5),
+    "small": Shape(32_000, 512, 8),
+    "big head": Shape(256_000, 256, 2),
+    "1B": Shape(128_256, 2048, 16),
+    "8B": Shape(128_256, 4096, 32),
+}
+PROMPT, INPUT, QUERY, RESPONSE = 70, 80, 256, 64  # tokens
+UPDATES = (("tiny", 4), ("tiny", 8), ("small", 4), ("big head", 2))  # and K
+WORDS = ("yes", "maybe", "no")
+TEMPLATE = "{prompt} Input : {input} Output :"
+
+
+class Row(NamedTuple):
+    """One comparison; in seconds, or in bytes of memory."""
+
+    work: str
+    against: str
+    theirs: float
+    ours: float
+    ratio: float
+    unit: str = "s"
+
+    def __str__(self) -> str:
+        theirs, ours = (f"{x / 2**20:7.0f} MB" if self.unit == "B" else f"{x:8.3f} s" for x in (self.theirs, self.ours))
+        return f"{self.work:44} {self.against:34} {theirs} {ours} {self.ratio:6.2f}x"
+
+
+class Bench:
+    """The parts of the benchmark; each yields its rows as they are measured.
+
+    Args:
+        budget: seconds for the rounds of one piece of work; there are at least two.
+        device: where models are.
+        dtype: of agents, and of targets that are not compared in two.
+    """
+
+    def __init__(self, budget: float, device: str, dtype: torch.dtype) -> None:
+        self.budget, self.device, self.dtype = budget, device, dtype
+        self.rng = random.Random(0)
+        self.tokenizer = load_model(RunConfig(device="cpu"), "target").tokenizer
+
+    def timed(self, work: str, ways: Mapping[str, Work], pairs: Sequence[tuple[str, str]]) -> Iterator[Row]:
+        """Runs all ways in turn until the budget is spent, at least twice; rows for each (theirs, ours)."""
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        size: dict[str, int] = {}
+        until = time.perf_counter() + self.budget
+        while len(seconds[next(iter(ways))]) < 2 or time.perf_counter() < until:
+            for name, way in ways.items():
+                before = self._memory_in_use()
+                began = self._now()
+                way()
+                seconds[name].append(self._now() - began)
+                size[name] = self._peak() - before  # at last: what stays, as the optimizer's state, is there then
+        for theirs, ours in pairs:
+            ratio = statistics.median(a / b for a, b in zip(seconds[theirs], seconds[ours], strict=True))
+            label = theirs if ours == "ours" else f"{theirs} ({ours})"
+            yield Row(work, label, statistics.median(seconds[theirs]), statistics.median(seconds[ours]), ratio)
+        theirs, ours = pairs[0]
+        yield Row(work, theirs, size[theirs], size[ours], size[theirs] / max(1, size[ours]), "B")
+
+    def _memory_in_use(self) -> int:
+        """Bytes; what is used at most is counted from now on."""
+        if self.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again, unseen
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return _status("VmRSS")
+
+    def _peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.device != "cpu" else _status("VmHWM")
+
+    def _now(self) -> float:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    # -- scoring -------------------------------------------------------------------------------------------------
+
+    def scoring(self) -> Iterator[Row]:
+        """K prompts on B inputs: one prompt at a time in batches of four, or in whole batches, and ours."""
+        for name, prompts, inputs, long in (
+            ("tiny", 4, 16, 1),
+            ("tiny", 16, 16, 1),
+            ("tiny", 4, 64, 1),
+            ("tiny", 4, 16, 3),
+            ("small", 4, 8, 1),
+            ("big head", 4, 8, 1),
+        ):
+            yield from self._scoring(name, prompts, inputs, long * PROMPT, INPUT)
+        yield from self._scoring("tiny", 4, 16, PROMPT, 3 * INPUT)
+
+    def _scoring(self, name: str, count: int, size: int, prompt: int, length: int) -> Iterator[Row]:
+        prompts, inputs = self._texts(count, prompt), self._texts(size, length)
+        plain, exact, half = (self._target(name, d) for d in (torch.float32, torch.float32, torch.bfloat16))
+        plain_attention(plain.model)
+
+        def ours(target: TargetModel) -> Tensor:
+            target.scored.clear()
+            return target.class_logits(prompts, inputs)
+
+        same(plain_scores(plain, prompts, inputs, 4).log_softmax(-1), ours(exact).log_softmax(-1))
+        ways = {
+            "batches of 4": lambda: plain_scores(plain, prompts, inputs, 4),
+            "bare matrix products": self._products(exact, prompts, inputs),
+            "ours": lambda: ours(exact),
+            "ours in bfloat16": lambda: ours(half),
+        }
+        if name == "tiny":
+            ways["whole batches"] = lambda: plain_scores(plain, prompts, inputs, size)
+        pairs = [(theirs, "ours") for theirs in ways if "ours" not in theirs] + [("batches of 4", "ours in bfloat16")]
+        work = f"scoring {name}, K {count}, B {size}, {prompt} + {length} tokens"
+        yield from self.timed(work, ways, pairs)
+
+    def _target(self, name: str, dtype: torch.dtype) -> TargetModel:
+        return TargetModel(build(SHAPES[name], dtype, self.device), self.tokenizer, TEMPLATE, WORDS)
+
+    def _products(self, target: TargetModel, prompts: Sequence[str], inputs: Sequence[str]) -> Work:
+        """The products with the layers' weights, at their own shapes, for the tokens that have to be run: the floor.
+
+        The ratio to ours is the share of this machine's rate of matrix products that ours reaches.
+        """
+        around = len(self.tokenizer(TEMPLATE.format(prompt="", input=""))["input_ids"])
+        tokens = sum(len(ids) for ids in self.tokenizer([*prompts, *list(inputs) * len(prompts)])["input_ids"])
+        tokens += (around - 1) * len(prompts) * len(inputs) - len(prompts)
+        weights = [w for name, w in target.model.model.named_parameters() if w.dim() == 2 and "embed" not in name]
+        states = {width: torch.randn(tokens, width, device=self.device) for width in {w.shape[1] for w in weights}}
+
+        @torch.inference_mode()
+        def products() -> None:
+            for weight in weights:
+                F.linear(states[weight.shape[1]], weight)
+
+        return products
+
+    def _texts(self, count: int, length: int) -> list[str]:
+        """Texts of about so many tokens."""
+        texts = []
+        for _ in range(count):
+            words = grammar.gibberish(self.rng, 3 * length)
+            ids = self.tokenizer(words, add_special_tokens=False)["input_ids"]
+            texts.append(self.tokenizer.decode(ids[: self.rng.randint(3 * length // 4, 5 * length // 4)]))
+        return texts
+
+    # -- sampling and updating -----------------------------------------------------------------------------------
+
+    def sampling(self) -> Iterator[Row]:
+        """K responses to one query: `generate` and a pass for log-probabilities and values, and ours."""
+        for name, count in (("tiny", 4), ("tiny", 8), ("small", 4)):
+            plain, ours, query = self._plain_trainer(name).policy, self._trainer(name).policy, self._query()
+            ways = {
+                "generate and a pass": lambda p=plain, q=query, k=count: plain_sample(p, q, k, RESPONSE),
+                "ours": lambda p=ours, q=query, k=count: p.sample([q] * k),
+            }
+            yield from self.timed(f"sampling {name}, K {count}", ways, [("generate and a pass", "ours")])
+
+    def update(self) -> Iterator[Row]:
+        """Four PPO epochs on K responses, with the passes for reference log-probabilities before them."""
+        for name, count in UPDATES:
+            plain, ours = self._plain_trainer(name), self._trainer(name)
+            rollout = ours.policy.sample([self._query()] * count)
+            batch = as_batch(rollout)
+            same(gradients(plain, plain_loss(plain, batch)), gradients(ours, ours.loss(batch)[0]))
+            ways = {
+                "TRL's passes": lambda t=plain, b=batch: plain_update(t, b, passes=2),
+                "plain PPO": lambda t=plain, b=batch: plain_update(t, b, passes=1),
+                "ours": lambda t=ours, r=rollout: our_update(t, r),
+            }
+            pairs = [("TRL's passes", "ours"), ("plain PPO", "ours")]
+            yield from self.timed(f"update {name}, K {count}", ways, pairs)
+
+    def iteration(self) -> Iterator[Row]:
+        """Sample, score and update: all the plain way, and all ours."""
+        for name, count, size in (("tiny", 4, 16), ("tiny", 8, 32)):
+            prompts, inputs, query = self._texts(count, PROMPT), self._texts(size, INPUT), self._query()
+            plain, ours = self._plain_trainer(name), self._trainer(name)
+            answering, target = self._target(name, self.dtype), self._target(name, self.dtype)
+            plain_attention(answering.model)
+
+            def published(t=plain, q=query, k=count, m=answering, p=prompts, i=inputs) -> None:  # type: ignore[no-untyped-def]
+                rollout = plain_sample(t.policy, q, k, RESPONSE)
+                plain_scores(m, p, i, 4)
+                plain_update(t, as_batch(rollout), passes=2)
+
+            def appo(t=ours, q=query, k=count, m=target, p=prompts, i=inputs) -> None:  # type: ignore[no-untyped-def]
+                rollout = t.policy.sample([q] * k)
+                m.scored.clear()
+                m.class_logits(p, i)
+                our_update(t, rollout)
+
+            ways = {"all the plain way": published, "ours": appo}
+            yield from self.timed(f"iteration {name}, K {count}, B {size}", ways, [("all the plain way", "ours")])
+
+    def _trainer(self, name: str) -> APPOTrainer:
+        policy = Policy(
+            build(SHAPES[name], self.dtype, self.device), self.tokenizer, SamplingConfig(max_new_tokens=RESPONSE)
+        )
+        # No token ends a response: in both ways all are of full length.
+        policy.tokenizer = SimpleNamespace(eos_token_id=-1)
+        return APPOTrainer(policy, APPOConfig(learning_rate=1e-6, target_kl=None))
+
+    def _plain_trainer(self, name: str) -> APPOTrainer:
+        trainer = self._trainer(name)
+        plain_attention(trainer.policy.model)
+        return trainer
+
+    def _query(self) -> Query:
+        return Query(tuple(self.rng.randrange(4, 1000) for _ in range(QUERY)))
+
+
+def build(shape: Shape, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
+    """A model with random weights; always the same ones."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=8 * shape.hidden // 3 // 32 * 32,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.hidden // 64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        dtype=dtype,
+    )
+    with torch.device(device):
+        model: LlamaForCausalLM = LlamaForCausalLM._from_config(config)
+    return model.eval()
+
+
+def as_batch(rollout: Rollout) -> Batch:
+    """The rollout as a minibatch with made-up advantages."""
+    advantages = torch.linspace(-1, 1, rollout.mask.numel(), device=rollout.mask.device).view(rollout.mask.shape)
+    columns = (rollout.tokens, rollout.mask, rollout.logprobs, rollout.values)
+    return Batch(rollout.queries, *columns, rollout.logprobs, advantages, advantages + rollout.values)
+
+
+def our_update(trainer: APPOTrainer, rollout: Rollout) -> None:
+    """What `APPOTrainer.step` does after sampling and scoring."""
+    anchor = trainer.anchor.logprobs(trainer.policy, rollout)
+    trainer.buffer.add(rollout, torch.linspace(0, 1, len(rollout)), anchor)
+    trainer.update()
+
+
+def gradients(trainer: APPOTrainer, loss: Tensor) -> Tensor:
+    """All gradients of the loss, in one row."""
+    trainer.optimizer.zero_grad()
+    loss.backward()
+    found = torch.cat([p.grad.flatten() for p in trainer.policy.parameters() if p.grad is not None])
+    trainer.optimizer.zero_grad()
+    return found
+
+
+def same(theirs: Tensor, ours: Tensor) -> None:
+    """Stops if two ways of computing something differ by more than rounding."""
+    error = ((theirs - ours).abs().max() / theirs.abs().max()).item()
+    if error > (1e-4 if theirs.dtype == torch.float32 else 0.05):
+        raise RuntimeError(f"the ways that are compared do not do the same: they differ by {error:.1e} of the largest")
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def main() -> None:
+    """Runs the parts, prints a table as it goes, and writes bench.json."""
+    parts = ("scoring", "sampling", "update", "iteration")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", choices=parts, action="append", help="one part (may be repeated; default: all)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each piece of work (default: 10)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="(default: bench.json)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    bench = Bench(options.seconds, options.device, getattr(torch, options.dtype))
+    about = {
+        "date": str(date.today()),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu",
+        "torch": torch.__version__,
+        "threads": options.threads,
+    }
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"{'work':44} {'against':34} {'theirs':>10} {'ours':>10} {'ratio':>7}", flush=True)
+    rows: list[Row] = []
+    for part in options.only or parts:
+        for row in getattr(bench, part)():
+            print(row, flush=True)
+            rows.append(row)
+    found = {"about": about, "rows": [row._asdict() for row in rows]}
+    options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

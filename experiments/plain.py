@@ -1,0 +1,99 @@
+"""The plain way to score, sample and update: whole sequences in padded rows, logits of the whole vocabulary everywhere.
+
+What published implementations do, kept as the measure of ours: `experiments.bench` times the one against the other,
+tests hold the one's numbers against the other's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from appo.functional import entropy_from_logits, policy_loss, value_loss
+from appo.policy import Policy
+from appo.rollout import Batch, Query, Rollout
+from appo.trainer import APPOTrainer
+from rewards.target import TargetModel
+
+
+def plain_attention(model: PreTrainedModel) -> None:
+    """Gives the model the attention back that transformers chooses for it."""
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+
+
+@torch.inference_mode()
+def plain_scores(target: TargetModel, prompts: Sequence[str], inputs: Sequence[str], size: int) -> Tensor:
+    """[K, N, C]: prompt by prompt, in padded batches of `size`, all logits of all positions."""
+    words = [word[0] for word in target.verbalizer.tokens]
+    logits = []
+    for prompt in prompts:
+        for start in range(0, len(inputs), size):
+            texts = [target.context(prompt, text) for text in inputs[start : start + size]]
+            batch = target.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+            mask = batch["attention_mask"].to(target.model.device)
+            output = target.model(
+                input_ids=batch["input_ids"].to(target.model.device),
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            )
+            logits.append(output.logits[:, -1, words].float().cpu())
+    return torch.cat(logits).view(len(prompts), len(inputs), len(words))
+
+
+@torch.no_grad()
+def plain_sample(policy: Policy, query: Query, count: int, length: int) -> Rollout:
+    """`count` responses of exactly `length` tokens by Hugging Face's sampling; a pass over all gives the numbers."""
+    ids = torch.tensor([query.tokens], device=policy.device)
+    sequences = policy.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        top_k=0,
+        num_return_sequences=count,
+        max_new_tokens=length,
+        min_new_tokens=length,
+        pad_token_id=0,
+    )
+    tokens = sequences[:, len(query.tokens) :]
+    nothing = torch.zeros(tokens.shape, device=policy.device)
+    rollout = Rollout((query,) * count, tokens, tokens >= 0, nothing, nothing)
+    logprobs, values, _ = plain_forward(policy, rollout)
+    return replace(rollout, logprobs=logprobs, values=values)
+
+
+def plain_forward(policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, values and entropies [B, T] from the logits of all positions of whole sequences."""
+    queries = torch.tensor([query.tokens for query in rollout.queries], device=policy.device)
+    ids = torch.cat([queries, rollout.tokens], dim=1)
+    output = policy.model(ids, output_hidden_states=True, use_cache=False)
+    logprobs = output.logits[:, :-1].log_softmax(-1)
+    entropy = entropy_from_logits(output.logits[:, :-1])
+    values = policy.value_head(output.hidden_states[-1]).squeeze(-1)[:, :-1]
+    start = queries.shape[1] - 1
+    chosen = logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return chosen[:, start:], values[:, start:], entropy[:, start:]
+
+
+def plain_loss(trainer: APPOTrainer, batch: Batch) -> Tensor:
+    """The loss of `APPOTrainer.loss` on the plain pass."""
+    config = trainer.config
+    logprobs, values, _ = plain_forward(trainer.policy, batch)
+    policy = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip_range)
+    value = value_loss(values, batch.values, batch.returns, batch.mask, config.value_clip_range)
+    return policy.loss + config.value_coef * value.loss
+
+
+def plain_update(trainer: APPOTrainer, batch: Batch, passes: int) -> None:
+    """PPO epochs, and before them so many passes: one for the reference, in TRL another for the policy itself."""
+    with torch.no_grad():
+        for _ in range(passes):
+            plain_forward(trainer.policy, batch)
+    for _ in range(trainer.config.ppo_epochs):
+        trainer.optimizer.zero_grad()
+        plain_loss(trainer, batch).backward()
+        torch.nn.utils.clip_grad_norm_(trainer.policy.parameters(), 1.0)
+        trainer.optimizer.step()

@@ -1,0 +1,263 @@
+"""Packed passes against plain ones: every sequence alone, on a model whose attention is as transformers made it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from appo import packed
+from appo.config import SamplingConfig
+from appo.packed import Branches
+from appo.policy import Policy
+from appo.rollout import Batch, Query
+from appo.trainer import APPOTrainer
+from experiments.plain import plain_attention, plain_loss, plain_sample, plain_scores
+from rewards.target import TargetModel
+from tests.conftest import byte_tokenizer, sharpen
+
+VOCABULARY = 259  # of the byte tokenizer
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256}
+SOFTCAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+PACKING = {
+    "llama": {},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "gemma2": {"sliding_window": 8} | SOFTCAPS,
+    "gpt2": GPT2,
+    "mistral": {"sliding_window": 8},
+    "mixtral": EXPERTS,
+}
+PLAIN = {  # their attention is not transformers' own, or looks at neighbours, or at what is no token
+    "bloom": {"n_layer": 3, "n_head": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8},
+    "gpt_oss": EXPERTS | {"sliding_window": 8},
+}
+IDS = st.lists(st.integers(0, VOCABULARY - 1), max_size=20)
+SCORED = ["The film", "a much longer input , of many words", "x"]
+TEMPLATE, WORDS = "{prompt} Input : {input} Output : ", ("y", "n", "m")
+
+
+def build(name: str, **changes: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **(SIZES | (PACKING | PLAIN)[name] | changes))
+    return sharpen(AutoModelForCausalLM.from_config(config).eval())
+
+
+def alone(model: PreTrainedModel, batch: Branches) -> Tensor:
+    """[n, V]: each branch behind its prefix, in a pass of its own."""
+    rows = [
+        model(torch.tensor([[*batch.prefixes[m], *branch]])).logits[0, -len(branch) :]
+        for m, branch in zip(batch.owner, batch.branches, strict=True)
+    ]
+    return torch.cat(rows)
+
+
+def random_branches(prefixes: Sequence[int], branches: Sequence[tuple[int, int]]) -> Branches:
+    """Prefixes of these lengths; branches of (owner, length)."""
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()
+
+    return Branches(list(map(ids, prefixes)), [ids(length) for _, length in branches], [owner for owner, _ in branches])
+
+
+BATCH = random_branches([11, 1, 0, 20, 3], [(0, 9), (0, 1), (1, 14), (2, 5), (2, 1), (3, 12), (3, 12), (0, 4)])
+
+
+@pytest.mark.parametrize("name", PACKING)
+def test_packed_equals_every_sequence_alone(name: str) -> None:
+    model = build(name)
+    expected = alone(copy.deepcopy(model), BATCH)
+    assert packed.install(model)
+    assert_close(packed.run(model, BATCH).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PACKING)
+def test_an_ordinary_pass_is_as_it_was(name: str) -> None:
+    model = build(name)
+    pristine = copy.deepcopy(model)
+    assert packed.install(model)
+    ids = torch.tensor([BATCH.prefixes[3], BATCH.prefixes[3]])
+    mask = torch.ones_like(ids).index_fill(1, torch.arange(4), 0)
+    for attention_mask in (None, mask):
+        logits, expected = (m(ids, attention_mask=attention_mask).logits[:, 4:] for m in (model, pristine))
+        assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_models_that_cannot_be_packed_are_left_as_they_are(name: str) -> None:
+    model = build(name)
+    before = model.config._attn_implementation
+    expected = alone(model, BATCH)
+    assert not packed.install(model)
+    assert model.config._attn_implementation == before
+    assert_close(packed.run(model, BATCH).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(prefixes=st.lists(IDS, min_size=1, max_size=4), data=st.data())
+def test_packed_equals_padded_for_any_lengths(prefixes: list[list[int]], data: st.DataObject) -> None:
+    model = build("llama")
+    count = data.draw(st.integers(1, 6))
+    branches = [data.draw(IDS.filter(len)) for _ in range(count)]
+    owner = data.draw(st.lists(st.integers(0, len(prefixes) - 1), min_size=count, max_size=count))
+    keep = [data.draw(st.integers(1, len(branch))) for branch in branches]
+    batch = Branches(prefixes, branches, owner)
+    expected = packed.run(model, batch, keep)
+    assert packed.install(model)
+    found = packed.run(model, batch, keep)
+    assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    assert_close(found.hidden, expected.hidden, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_no_branch_depends_on_another(name: str) -> None:
+    model = build(name)
+    assert packed.install(model)
+    whole = packed.run(model, BATCH).logits
+    rest = Branches(BATCH.prefixes, BATCH.branches[2:], BATCH.owner[2:])
+    assert_close(packed.run(model, rest).logits, whole[10:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("block_keys", [1, 40, 10_000])
+def test_blocks_of_any_size_give_the_same(block_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("mistral")
+    expected = alone(copy.deepcopy(model), BATCH)
+    monkeypatch.setattr(packed, "BLOCK_KEYS", block_keys)
+    assert packed.install(model)
+    assert_close(packed.run(model, BATCH).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PACKING)
+def test_gradients_equal_those_of_every_sequence_alone(name: str) -> None:
+    model = build(name)
+    pristine = copy.deepcopy(model)
+    assert packed.install(model)
+    weight = torch.linspace(-1, 1, VOCABULARY)
+    for m, logits in ((model, packed.run(model, BATCH).logits), (pristine, alone(pristine, BATCH))):
+        m.zero_grad()
+        (logits.log_softmax(-1) @ weight).mean().backward()
+    for (which, ours), theirs in zip(model.named_parameters(), pristine.parameters(), strict=True):
+        if theirs.grad is not None:
+            scale = theirs.grad.abs().max().item()
+            assert ours.grad is not None, which
+            assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5 * scale + 1e-9, msg=which)
+
+
+def test_a_saved_model_knows_nothing_of_ours(tmp_path: Path) -> None:
+    model = build("llama")
+    assert packed.install(model)
+    model.save_pretrained(tmp_path)
+    assert packed.NAME not in (tmp_path / "config.json").read_text(encoding="utf-8")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert not packed.packs(again)
+    assert_close(alone(again, BATCH), packed.run(model, BATCH).logits, rtol=1e-4, atol=1e-4)
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_one_token_after_another_equals_all_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed.RoomyLayer, "ROOM", 3)  # has to grow now and then
+    model = build(name)
+    ids = torch.tensor([row[:12] for row in (BATCH.prefixes[3], BATCH.branches[5], BATCH.branches[2])])
+    expected = model(ids).logits
+    cache, rows = packed.new_cache(model), torch.arange(3)
+    model(ids[:, :4], past_key_values=cache, use_cache=True)
+    for t in range(4, 12):
+        if t == 8:  # one row leaves
+            rows = torch.tensor([0, 2])
+            cache.batch_select_indices(rows)
+        logits = model(ids[rows, t : t + 1], past_key_values=cache, use_cache=True).logits[:, 0]
+        assert_close(logits, expected[rows, t], rtol=1e-4, atol=1e-4)
+
+
+# -- what is built on it, against the plain way ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PACKING)
+def test_scores_equal_the_plain_ones(name: str, dtype: torch.dtype) -> None:
+    def target() -> TargetModel:
+        return TargetModel(build(name, dtype=dtype).to(dtype), byte_tokenizer(), TEMPLATE, WORDS)
+
+    plain = target()
+    plain_attention(plain.model)
+    prompts = ["Say y.", "", "A longer prompt , of some words."]
+    expected = plain_scores(plain, prompts, SCORED, 4).log_softmax(-1)
+    found = target().class_logits(prompts, SCORED).log_softmax(-1)
+    if dtype == torch.float32:
+        assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    else:  # the decision is the same, but where two classes are as good as equal
+        assert_close(found, expected, rtol=0.1, atol=0.1)
+        best = expected.topk(2).values
+        clear = best[..., 0] - best[..., 1] > 0.1
+        assert clear.any()
+        assert torch.equal(found.argmax(-1)[clear], expected.argmax(-1)[clear])
+
+
+def trainer(name: str, tokenizer: PreTrainedTokenizerBase, **options: bool) -> APPOTrainer:
+    return APPOTrainer(Policy(build(name), tokenizer, SamplingConfig(max_new_tokens=12), **options))
+
+
+def minibatch(trainer: APPOTrainer, responses: int) -> Batch:
+    query = Query(tuple(range(3, 40)))
+    rollout = plain_sample(trainer.policy, query, responses, 12)
+    columns = (rollout.tokens, rollout.mask, rollout.logprobs, rollout.values)
+    advantages = torch.linspace(-1, 1, rollout.mask.numel()).view(rollout.mask.shape)
+    return Batch(rollout.queries, *columns, rollout.logprobs, advantages, advantages + 1)
+
+
+def gradients(trainer: APPOTrainer, loss: Callable[[APPOTrainer, Batch], Tensor], batch: Batch) -> Tensor:
+    trainer.optimizer.zero_grad()
+    loss(trainer, batch).backward()
+    return torch.cat([p.grad.flatten() for p in trainer.policy.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("name", PACKING)
+def test_gradients_of_an_update_equal_the_plain_ones(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    plain, ours = trainer(name, tokenizer), trainer(name, tokenizer)
+    plain_attention(plain.policy.model)
+    batch = minibatch(plain, 3)
+    expected = gradients(plain, plain_loss, batch)
+    assert expected.abs().max() > 0
+    assert_close(gradients(ours, lambda t, b: t.loss(b)[0], batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_checkpointing_changes_no_gradient(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    kept, recomputed = trainer(name, tokenizer), trainer(name, tokenizer, gradient_checkpointing=True)
+    passes = []
+    layer = next(m for m in recomputed.policy.model.modules() if type(m).__name__ in ("LlamaMLP", "GPT2MLP"))
+    layer.register_forward_pre_hook(lambda *_: passes.append(1))
+    batch = minibatch(kept, 2)
+    expected, found = (gradients(t, lambda t, b: t.loss(b)[0], batch) for t in (kept, recomputed))
+    assert_close(found, expected)
+    assert len(passes) == 2  # forward, and again on the way back
+    assert not any(module.training for module in recomputed.policy.model.modules())
