@@ -119,6 +119,9 @@ class Policy(nn.Module):
 
         Repeat a query to get several responses to it. A response ends with the end-of-sequence token, which
         belongs to it, or at `max_new_tokens`.
+
+        Raises:
+            FloatingPointError: the model's logits are not numbers.
         """
         prefix = self._prefill(queries)
         inputs, mask, position = prefix.last_tokens, prefix.mask, prefix.lengths - 1
@@ -128,6 +131,8 @@ class Policy(nn.Module):
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
             logits, values = self._forward(inputs, mask, position.unsqueeze(1), prefix.cache, positions=1)
             probabilities = logits[:, 0].float().softmax(-1)
+            if probabilities.isnan().any():
+                raise FloatingPointError("the agent's logits are not numbers; its weights are damaged, or overflow")
             tokens = (  # [alive, 1]
                 probabilities.argmax(-1, keepdim=True)
                 if greedy

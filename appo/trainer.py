@@ -30,7 +30,11 @@ FAULTS = ("nonfinite_reward", "nonfinite_loss", "nonfinite_gradient", "exploded_
 
 
 class DivergedError(ArithmeticError):
-    """Training has come to a state that it cannot leave."""
+    """Training has come to a state that it cannot leave; `stats` are those of the iteration that showed it."""
+
+    def __init__(self, message: str, stats: Mapping[str, float]) -> None:
+        super().__init__(message)
+        self.stats = dict(stats)
 
 
 class Rewarded(Protocol):
@@ -67,6 +71,7 @@ class Collected:
             "truncated_rate": self.truncated_rate,
             "empty_rate": self.prompts.count("") / len(self.prompts),
             "duplicate_rate": 1 - len(set(self.prompts)) / len(self.prompts),
+            "distinct_2": _distinct(self.prompts, 2),
         }
 
 
@@ -129,8 +134,9 @@ class APPOTrainer:
             self.kl_controller.update(collected.kl, len(queries))
         else:
             stats = {"skipped_steps": 1.0, "nonfinite_reward": 1.0}
+        stats = {**collected.stats(), **stats}
         self._guard(stats)
-        return {**collected.stats(), **stats}
+        return stats
 
     def _guard(self, stats: Mapping[str, float]) -> None:
         """Counts iterations without a single sound optimizer step: after some back to the anchor, after more an end."""
@@ -140,7 +146,7 @@ class APPOTrainer:
         if self.bad_steps >= 2 * self.config.max_bad_steps:
             reasons = ", ".join(name for name in FAULTS if stats.get(name))
             raise DivergedError(
-                f"{self.bad_steps} iterations in a row without a sound step ({reasons}); see metrics.jsonl"
+                f"{self.bad_steps} iterations in a row without a sound step ({reasons}); see metrics.jsonl", stats
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -285,6 +291,13 @@ class APPOTrainer:
         else:
             decision = AnchorDecision.KEEP
         return AnchorReview(decision, policy_scores, anchor_scores, *thresholds)
+
+
+def _distinct(prompts: Sequence[str], size: int) -> float:
+    """Distinct runs of `size` words over all of them (Li et al. 2016, distinct-n): near 0 when prompts repeat."""
+    words = [prompt.split() for prompt in prompts]
+    runs = [tuple(row[i : i + size]) for row in words for i in range(len(row) - size + 1)]
+    return len(set(runs)) / max(1, len(runs))
 
 
 def _mean(scores: Sequence[float]) -> float:

@@ -63,11 +63,13 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 def load(folder: Path) -> Loaded:
-    """The newest state that is whole.
+    """The newest state that is whole; what a killed writer left half-written is removed.
 
     Raises:
         CheckpointError: there is none, or none that is whole.
     """
+    for leftover in folder.glob("step-*.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     damaged: list[str] = []
     for path in _found(folder):
         fault = _fault(path)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+LOCK = ".lock"  # who is at work in a run's folder
+
 
 class RunExistsError(ValueError):
-    """The run's folder is there already; nothing in it has been touched."""
+    """The run's folder is there already, or another process is at work in it; nothing in it has been touched."""
 
 
 class RunLog:
@@ -33,6 +38,28 @@ class RunLog:
             raise RunExistsError(f"{str(folder)!r} exists and is not empty; name another run folder")
         self.folder = folder
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes from writing here while a block runs; the system lets go when this one dies, however.
+
+        Raises:
+            RunExistsError: another process is at work here.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / LOCK).open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                raise RunExistsError(f"{str(self.folder)!r} is in use by {file.read() or 'another process'}") from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                (self.folder / LOCK).unlink(missing_ok=True)
+
     def write_config(self, config: Mapping[str, Any]) -> None:
         """config.yaml: everything that shaped the run."""
         self._write("config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
@@ -50,7 +77,13 @@ class RunLog:
         lines = "".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(lines)
+            size = file.tell()
+            try:
+                file.write(lines)
+                file.flush()
+            except OSError:  # the disk is full: no half line stays
+                os.truncate(self.folder / name, size)
+                raise
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each .jsonl file, all of them on the disk."""
@@ -79,9 +112,9 @@ def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file that `RunLog.append` wrote."""
+    """The rows of a .jsonl file that `RunLog.append` wrote; half a last line, left by a kill, is none."""
     with path.open(encoding="utf-8") as lines:  # not str.splitlines, which also breaks at \u2028 and the like
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,12 @@ from experiments.report import render_report
 from experiments.runlog import PromptPool, RunExistsError
 from experiments.session import Run, Session, environment, prepare, stored_config
 from experiments.signals import Signals, StoppedError
-from rewards.target import ContextTooLongError
+from rewards.target import ContextTooLongError, out_of_memory
 from tasks.task import SPLITS, Example, TaskError, meta_prompt
 
 EDITS_SHOWN = 5  # instructions for single inputs that the result quotes
 PAPER_POOL = 5  # prompts that the paper runs on test, to report the best of them [P, 4.1]
+LESS_MEMORY = "use dtype=bfloat16, gradient_checkpointing=true, fewer prompts or a lower sampling.max_new_tokens"
 USER_ERRORS = (CheckpointError, ConfigError, TaskError, ModelError, RunExistsError, ContextTooLongError)
 
 
@@ -84,7 +85,11 @@ def iterate(session: Session) -> dict[str, float]:
     if session.iteration == 1:
         generator = torch.Generator(run.policy.device).manual_seed(0)
         self_check(run.policy, trainer.anchor, run.policy.sample(queries, generator))
-    stats = _explore(trainer, queries, reward_fn) if run.config.frozen else trainer.step(queries, reward_fn)
+    try:
+        stats = _explore(trainer, queries, reward_fn) if run.config.frozen else trainer.step(queries, reward_fn)
+    except DivergedError as error:
+        _record(session, error.stats, None, time.perf_counter() - started)
+        raise
     review = _review(run, trainer, session.rng) if _review_due(run, session.iteration) else None
     _record(session, stats, review, time.perf_counter() - started)
     return stats
@@ -253,19 +258,25 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0; 2: a mistake in what was asked for; 3: the first rollout is unsound, or training
-    diverged; 74: the disk is full or cannot be written to; 130 and 143: stopped by Ctrl-C or SIGTERM.
+    """Returns the exit code: 0; 1: out of memory; 2: a mistake in what was asked for; 3: the first rollout is unsound,
+    or training diverged; 74: the disk is full or cannot be written to; 130 and 143: stopped by Ctrl-C or SIGTERM.
     """
     try:
         config, resume = parse_args(argv)
         run = prepare(config, resume)
-        result = train(run, resume=resume)
+        with run.log.lock():
+            result = train(run, resume=resume)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (SelfCheckError, DivergedError) as error:
+    except (SelfCheckError, DivergedError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: out of memory; {LESS_MEMORY}; the last checkpoint is as it was", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"error: cannot write: {error}; the last checkpoint is as it was", file=sys.stderr)
         return 74

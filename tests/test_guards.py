@@ -14,7 +14,7 @@ from torch import Tensor
 from appo.config import APPOConfig, SamplingConfig
 from appo.policy import Policy
 from appo.rollout import Query
-from appo.trainer import FAULTS, APPOTrainer, DivergedError
+from appo.trainer import FAULTS, APPOTrainer, DivergedError, _distinct
 from tests.conftest import byte_tokenizer, llama
 
 QUERIES = [Query((5, 6, 7))] * 4
@@ -111,6 +111,22 @@ def test_bad_iterations_in_a_row_lead_back_to_the_anchor_and_then_to_the_end() -
     appo.step(QUERIES, bad)
     with pytest.raises(DivergedError, match=r"4 iterations in a row without a sound step.*nonfinite_reward"):
         appo.step(QUERIES, bad)
+
+
+def test_logits_that_are_no_numbers_are_named_before_anything_is_sampled() -> None:
+    appo = trainer()
+    with torch.no_grad():
+        appo.policy.model.get_output_embeddings().weight[7] = math.nan
+    with pytest.raises(FloatingPointError, match="the agent's logits are not numbers"):
+        appo.policy.sample(QUERIES)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [(["a b c", "a b d"], 3 / 4), (["a b", "a b"], 1 / 2), (["", "one"], 0.0), (["a a a a"], 1 / 3)],
+)
+def test_distinct_pairs_of_words(prompts: list[str], expected: float) -> None:
+    assert _distinct(prompts, 2) == pytest.approx(expected)
 
 
 def test_a_sound_iteration_in_between_starts_the_count_anew() -> None:

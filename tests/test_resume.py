@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 
+from appo.trainer import APPOTrainer
 from experiments import checkpoint
 from experiments.checkpoint import MANIFEST, STATE, CheckpointError
 from experiments.config import build_config
 from experiments.console import Progress
-from experiments.runlog import read_jsonl
-from experiments.signals import StoppedError
+from experiments.runlog import LOCK, RunLog, read_jsonl
+from experiments.signals import Signals, StoppedError
 from experiments.train import main, prepare, train
+from rewards.reward import ClassificationReward, RewardResult
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("KILLS", "2"))  # the full measure is 50
@@ -77,8 +79,12 @@ def test_a_signal_ends_the_iteration_and_resuming_gives_the_same_run(
     assert weights(folder) == weights(undisturbed)
 
 
-def test_handlers_are_as_before_after_a_run(undisturbed: Path) -> None:
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def test_handlers_are_as_before_after_a_block() -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    with Signals():
+        assert [signal.getsignal(number) for number in numbers] != before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_rows_after_the_checkpoint_are_dropped_and_made_again(
@@ -117,7 +123,7 @@ def test_a_killed_run_goes_on_bit_for_bit(kill: int, undisturbed: Path, tmp_path
     assert done.returncode == 0, done.stderr
     assert rows(folder) == rows(undisturbed)
     assert weights(folder) == weights(undisturbed)
-    assert not list((folder / "checkpoint").glob("*.tmp-*")) or process.returncode == -signal.SIGKILL
+    assert not list((folder / "checkpoint").glob("*.tmp-*"))
 
 
 @pytest.mark.parametrize(
@@ -144,6 +150,43 @@ def test_resuming_with_another_configuration_is_refused(
 def test_resuming_nothing_is_refused(more: list[str], fragment: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(more) == 2
     assert fragment in capsys.readouterr().err
+
+
+def test_a_folder_in_use_is_refused(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = rows(undisturbed)
+    with RunLog(undisturbed, new=False).lock():
+        assert main(["--run", str(undisturbed), "--resume"]) == 2
+    assert f"is in use by process {os.getpid()} on" in capsys.readouterr().err
+    assert rows(undisturbed) == before
+
+
+def test_the_lock_of_a_dead_process_holds_nobody_up(undisturbed: Path) -> None:
+    (undisturbed / LOCK).write_text("process 1 on elsewhere", encoding="utf-8")
+    with RunLog(undisturbed, new=False).lock():
+        pass
+    assert not (undisturbed / LOCK).exists()
+
+
+def test_a_run_that_diverges_logs_every_iteration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def poor(self: ClassificationReward, prompts: list[str], examples: object) -> RewardResult:
+        return RewardResult(torch.full((len(prompts),), torch.nan), {"accuracy": torch.zeros(len(prompts))})
+
+    monkeypatch.setattr(ClassificationReward, "__call__", poor)
+    assert main(arguments(tmp_path / "run", "steps=8", "appo.max_bad_steps=2")) == 3
+    metrics, _ = rows(tmp_path / "run")
+    assert [row["nonfinite_reward"] for row in metrics] == [1.0] * 4
+
+
+def test_out_of_memory_is_one_line_with_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def starve(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
+
+    monkeypatch.setattr(APPOTrainer, "update", starve)
+    assert main(arguments(tmp_path / "run", "steps=8")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: out of memory; use ") and "gradient_checkpointing=true" in error
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,6 +268,7 @@ def test_leftovers_of_a_killed_writer_are_no_checkpoints(tmp_path: Path) -> None
     checkpoint.save(tmp_path, 1, state(1))
     (tmp_path / "step-000002.tmp-77").mkdir()
     assert checkpoint.load(tmp_path).state["number"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

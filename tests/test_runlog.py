@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,25 @@ def test_a_refused_folder_is_left_as_it_was(tmp_path: Path) -> None:
 def test_an_empty_folder_will_do(tmp_path: Path) -> None:
     RunLog(tmp_path).write_text("a.txt", "a")
     assert contents(tmp_path) == {"a.txt": b"a"}
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    log.append("metrics.jsonl", [{"iteration": 1}])
+    before = contents(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            log.append("metrics.jsonl", [{"text": "x" * 20_000}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(tmp_path) == before
+
+
+def test_half_a_last_line_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n{"itera', encoding="utf-8")
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"iteration": 1}]
 
 
 def test_nothing_is_made_before_the_first_write(tmp_path: Path) -> None:
