@@ -1,6 +1,8 @@
 """Bad input through the real command line: one clear line, exit code 2, and nothing half-written.
 
-Each row is numbered by the kind of fault it stands for: 1-15 configuration and command line, 18-25 data, 33-39 models.
+Each row is numbered by the kind of fault it stands for, of 64 that were listed before the program was written: 1-17
+configuration and command line, 18-32 data, 33-43 models, 44-55 training, 56-62 interruptions and disk, 63-64 output.
+Faults that are tested where they belong are in `ELSEWHERE`, those that cannot come up in `OUT_OF_REACH`.
 """
 
 from __future__ import annotations
@@ -127,3 +129,61 @@ def test_a_fault_is_one_clear_line_and_leaves_nothing(
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
     assert all(fragment in captured.err for fragment in fragments), captured.err
     assert captured.out == "" and not (tmp_path / "run").exists()
+
+
+ELSEWHERE = {
+    10: "test_trainer.py::test_micro_batches_add_up_to_the_step_of_the_minibatch",  # which need not divide the batch
+    11: "test_functional_masks.py::test_a_single_value_whitens_to_zero",
+    15: "test_train.py::test_a_second_run_over_the_first_is_refused",
+    16: "test_resume.py::test_a_folder_in_use_is_refused",
+    26: "test_tasks.py::test_rows_that_differ_in_case_and_spaces_only_count_once",
+    27: "test_tasks.py::test_a_text_with_two_labels_is_drawn_at_most_once",
+    29: "test_target.py::test_a_special_token_that_is_spelt_out_is_none",
+    30: "test_sources.py::test_a_hub_that_fails_is_one_clear_line",
+    32: "test_resume.py::test_resuming_with_other_data_is_refused",
+    34: "test_models.py::test_a_models_own_code_runs_only_if_trusted",
+    35: "test_policy.py::test_a_pad_token_that_is_the_end_of_sequence_token_changes_nothing",
+    36: "test_policy.py::test_plain_query_is_request_newline_opening",
+    37: "test_target.py::test_words_that_share_tokens_are_told_apart",
+    38: "test_models.py::test_each_role_has_its_own_model",
+    41: "test_policy.py::test_generation_config_does_not_leak_in",
+    42: "test_policy.py::test_policy_stays_in_eval_mode",
+    43: "test_target.py::test_the_target_is_frozen",
+    44: "test_guards.py::test_degenerate_rollouts_are_counted_and_training_goes_on",
+    45: "test_guards.py::test_degenerate_rollouts_are_counted_and_training_goes_on",
+    46: "test_guards.py::test_a_reward_that_is_not_finite_changes_nothing_and_is_counted",
+    48: "test_guards.py::test_bad_iterations_in_a_row_lead_back_to_the_anchor_and_then_to_the_end",
+    49: "test_guards.py::test_an_exploded_ratio_changes_nothing",
+    50: "test_anchor.py::test_kl_coefficient_adapts",
+    51: "test_functional_kl.py::test_kl_estimates_by_hand",
+    52: "test_guards.py::test_equal_rewards_give_finite_numbers_and_hardly_move_the_policy",
+    53: "test_guards.py::test_degenerate_rollouts_are_counted_and_training_goes_on",
+    54: "test_target.py::test_out_of_memory_halves_the_passes",
+    55: "test_anchor.py::test_rollback_restores_weights_and_optimizer_exactly",
+    56: "test_resume.py::test_a_second_signal_stops_at_once",
+    57: "test_resume.py::test_a_signal_ends_the_iteration_and_resuming_gives_the_same_run",
+    58: "test_resume.py::test_a_killed_run_goes_on_bit_for_bit",
+    59: "test_resume.py::test_a_full_disk_leaves_the_checkpoint_before_as_it_was",
+    60: "test_runlog.py::test_a_full_disk_leaves_no_half_line",
+    61: "test_resume.py::test_a_damaged_checkpoint_is_passed_over_for_the_one_before",
+    62: "test_resume.py::test_a_state_with_code_in_it_is_not_run",
+    63: "test_fuzz.py::test_prompts_of_any_characters_are_one_line_that_no_terminal_obeys",
+    64: "test_report.py::test_a_models_words_are_escaped_wherever_they_stand",
+}
+OUT_OF_REACH = {
+    31: "datasets runs no code of data sets any more since its version 4",
+    40: "agents are saved and loaded whole; there are no adapters",
+    47: "rewards come from the target model; there are no scorers of the user's own",
+}
+
+
+def test_every_fault_is_tested_or_cannot_come_up() -> None:
+    here = {int(name.split()[0]) for name, *_ in FAULTS}
+    assert here | set(ELSEWHERE) | set(OUT_OF_REACH) == set(range(1, 65))
+    assert not (here | set(ELSEWHERE)) & set(OUT_OF_REACH)
+
+
+@pytest.mark.parametrize("place", sorted(set(ELSEWHERE.values())))
+def test_what_is_said_to_be_tested_elsewhere_is(place: str) -> None:
+    file, name = place.split("::")
+    assert f"def {name}(" in (Path(__file__).parent / file).read_text(encoding="utf-8")

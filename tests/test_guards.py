@@ -129,6 +129,46 @@ def test_distinct_pairs_of_words(prompts: list[str], expected: float) -> None:
     assert _distinct(prompts, 2) == pytest.approx(expected)
 
 
+def all_end_at_once(appo: APPOTrainer) -> None:
+    eos = appo.policy.tokenizer.eos_token_id
+    appo.policy.model.get_output_embeddings().register_forward_hook(
+        lambda _module, _inputs, logits: logits + 40 * torch.eye(logits.shape[-1])[eos]
+    )
+
+
+def none_ends(appo: APPOTrainer) -> None:
+    eos = appo.policy.tokenizer.eos_token_id
+    appo.policy.model.get_output_embeddings().register_forward_hook(
+        lambda _module, _inputs, logits: logits.index_fill(-1, torch.tensor([eos]), -torch.inf)
+    )
+
+
+def all_the_same(appo: APPOTrainer) -> None:
+    appo.policy.model.get_output_embeddings().register_forward_hook(
+        lambda _module, _inputs, logits: logits + 40 * torch.eye(logits.shape[-1])[9]
+    )
+
+
+DEGENERATE = {  # what the statistics must show
+    "all empty, of one token": (all_end_at_once, {"empty_rate": 1.0, "length_mean": 1.0}),
+    "none ends": (none_ends, {"truncated_rate": 1.0, "length_mean": 6.0}),
+    "all the same": (all_the_same, {"duplicate_rate": 0.75}),
+}
+
+
+@pytest.mark.parametrize("score", [(1.0, 5.0, 0.0, 2.0), (3.0, 3.0, 3.0, 3.0)])
+@pytest.mark.parametrize("kind", DEGENERATE)
+def test_degenerate_rollouts_are_counted_and_training_goes_on(kind: str, score: tuple[float, ...]) -> None:
+    appo = trainer()
+    degrade, expected = DEGENERATE[kind]
+    degrade(appo)
+    for _ in range(3):
+        stats = appo.step(QUERIES, rewards(*score))
+        assert {name: stats[name] for name in expected} == expected
+        assert all(map(math.isfinite, stats.values())) and stats["skipped_steps"] == 0
+    assert all(p.isfinite().all() for p in appo.policy.parameters())
+
+
 def test_a_sound_iteration_in_between_starts_the_count_anew() -> None:
     appo = trainer(max_bad_steps=2)
     for _ in range(4):

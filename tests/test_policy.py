@@ -81,6 +81,16 @@ def test_responses_end_with_the_end_of_sequence_or_at_the_limit(tiny_llama, toke
     assert all(len(r.tokens) == 9 for r in responses if r.tokens[-1] != tokenizer.eos_token_id)
 
 
+def test_a_pad_token_that_is_the_end_of_sequence_token_changes_nothing(tiny_llama, tokenizer) -> None:
+    policy = make(tiny_llama, tokenizer)
+    expected = policy.sample(ragged_queries(policy) * 8, seeded())
+    tokenizer.pad_token = tokenizer.eos_token
+    found = policy.sample(ragged_queries(policy) * 8, seeded())
+    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.mask, expected.mask)
+    last = [r.tokens[-1] for r in found.responses()]
+    assert tokenizer.eos_token_id in last  # it counts as a token of the response
+
+
 def test_generation_config_does_not_leak_in(tiny_llama, tokenizer) -> None:
     policy = make(tiny_llama, tokenizer)
     queries = ragged_queries(policy)

@@ -23,6 +23,7 @@ from experiments.runlog import LOCK, RunLog, read_jsonl
 from experiments.signals import Signals, StoppedError
 from experiments.train import main, prepare, train
 from rewards.reward import ClassificationReward, RewardResult
+from tests.test_sources import sst2_folder
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("KILLS", "2"))  # the full measure is 50
@@ -141,6 +142,15 @@ def test_resuming_with_another_configuration_is_refused(
     error = capsys.readouterr().err
     assert all(fragment in error for fragment in fragments)
     assert rows(undisturbed) == before
+
+
+def test_resuming_with_other_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = sst2_folder(tmp_path / "data", train=40)
+    assert main(arguments(tmp_path / "run", "steps=2", f"data={data}")) == 0
+    path = next(data.glob("test.*"))
+    path.write_text(path.read_text(encoding="utf-8").replace("\t0", "\t1", 1), encoding="utf-8")
+    assert main(["--run", str(tmp_path / "run"), "--resume", "--steps", "4"]) == 2
+    assert "the data are not those that the run was begun with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
