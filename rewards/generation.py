@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from appo import packed
-from rewards.target import TargetModel, common_prefix, encode
+from rewards.target import TargetModel, common_prefix, encode, out_of_memory
+
+T = TypeVar("T")
 
 
 @torch.inference_mode()
@@ -32,11 +35,8 @@ def generate(
     """
     texts = [target.context(prompt, text) for prompt, text in zip(prompts, inputs, strict=True)]
     contexts = encode(target.tokenizer, texts, target.chat)
-    answers = [""] * len(contexts)
-    for rows in _batches([len(ids) + max_new_tokens for ids in contexts], target.max_batch_tokens):
-        for row, answer in zip(rows, _greedy(target, [contexts[r] for r in rows], max_new_tokens, stop), strict=True):
-            answers[row] = answer
-    return answers
+    widths = [len(ids) + max_new_tokens for ids in contexts]
+    return _batched(target, widths, lambda rows: _greedy(target, [contexts[r] for r in rows], max_new_tokens, stop))
 
 
 def _greedy(target: TargetModel, contexts: list[list[int]], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
@@ -115,31 +115,39 @@ def answer_logprobs(
     ]
     before, after = (encode(target.tokenizer, texts, target.chat) for texts in (contexts, wholes))
     lengths = [len(w) - common_prefix([b, w]) for b, w in zip(before, after, strict=True)]
-    means = torch.zeros(len(after))
-    for rows in _batches(list(map(len, after)), target.max_batch_tokens):
-        ids, mask = _pad_left([after[r] for r in rows], target.model.device)
-        keep = 1 + max(lengths[r] for r in rows)
-        logits = target.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            logits_to_keep=keep,
-        ).logits
-        logprobs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1 - keep :, None]).squeeze(-1)
-        for place, row in enumerate(rows):
-            means[row] = logprobs[place, -lengths[row] :].mean()
-    return means
+
+    def means(rows: list[int]) -> list[float]:
+        counts = [lengths[r] for r in rows]
+        # A token is predicted by the state before it, hence the last token is not run.
+        batch = packed.Branches([[]], [after[r][:-1] for r in rows], [0] * len(rows))
+        logprobs = packed.run(target.model, batch, counts).logits.float().log_softmax(-1)
+        tokens = torch.tensor([token for r in rows for token in after[r][-lengths[r] :]], device=logprobs.device)
+        chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        return [part.mean().item() for part in chosen.split(counts)]
+
+    return torch.tensor(_batched(target, list(map(len, after)), means))
 
 
-def _batches(widths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Row numbers in groups of similar width, each padded group within the budget, or one row."""
-    group: list[int] = []
-    for row in sorted(range(len(widths)), key=lambda r: widths[r]):
-        if group and widths[row] * (len(group) + 1) > max_tokens:
-            yield group
-            group = []
-        group.append(row)
-    yield group
+def _batched(target: TargetModel, widths: Sequence[int], work: Callable[[list[int]], list[T]]) -> list[T]:
+    """Does the work on rows of similar width together, each padded batch within the target's budget, or one row.
+
+    The budget is halved whenever memory runs out.
+    """
+    done: dict[int, T] = {}
+    todo = sorted(range(len(widths)), key=lambda row: widths[row])
+    while todo:
+        size = 1
+        while size < len(todo) and widths[todo[size]] * (size + 1) <= target.max_batch_tokens:
+            size += 1
+        try:
+            done |= zip(todo[:size], work(todo[:size]), strict=True)
+        except RuntimeError as error:
+            if size == 1 or not out_of_memory(error):
+                raise
+            target.max_batch_tokens = size // 2 * widths[todo[size - 1]]
+        else:
+            todo = todo[size:]
+    return [done[row] for row in range(len(widths))]
 
 
 def _pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -198,3 +198,22 @@ def test_of_several_right_classes_the_one_the_target_prefers_counts() -> None:
 def test_a_wrong_class_before_all_right_ones_is_wrong() -> None:
     result = ClassificationReward(table_target([[0.3, 0.5, 0.2]]))(["p"], [Example("x", 0, "A", also=(2,))])
     assert result.metrics["accuracy"].item() == 0
+
+
+def test_out_of_memory_halves_the_batches(
+    tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, (), max_batch_tokens=10_000)
+    prompts, inputs = ["Go on."] * 6, ["a", "bc", "def", "g", "hi", "jkl"]
+    expected = generate(target, prompts, inputs, 5, ())
+    forward, sizes = type(target.model).forward, []
+
+    def starving(self: PreTrainedModel, input_ids: torch.Tensor, **rest: object) -> object:
+        if len(input_ids) > 3:
+            raise torch.OutOfMemoryError("no memory")
+        sizes.append(len(input_ids))
+        return forward(self, input_ids=input_ids, **rest)
+
+    monkeypatch.setattr(type(target.model), "forward", starving)
+    assert generate(target, prompts, inputs, 5, ()) == expected
+    assert max(sizes) == 3 and target.max_batch_tokens < 10_000
