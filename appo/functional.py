@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KLKind = Literal["k1", "k2", "k3"]
+LOGITS_AT_ONCE = 2**20  # the vocabulary is large: what is computed from logits is computed some rows at a time
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -93,8 +94,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _rows_at_once(logits: Tensor) -> int:
-    """How many rows of [n, V] to work on, so that what is computed on the way stays small."""
-    return max(1, 2**20 // logits.shape[-1])
+    return max(1, LOGITS_AT_ONCE // logits.shape[-1])
 
 
 def _chunks(logits: Tensor) -> tuple[Tensor, ...]:

@@ -30,7 +30,7 @@ class Mutant(NamedTuple):
 
 
 MASKS, GAE, LOSS, KL = (f"test_functional_{name}.py" for name in ("masks", "gae", "losses", "kl"))
-F, A, R = "appo/functional.py", "appo/anchor.py", "appo/rollout.py"
+F, A, R, P = "appo/functional.py", "appo/anchor.py", "appo/rollout.py", "appo/packed.py"
 MUTANTS = (
     Mutant("mean: mask dropped", F, "x = x.masked_fill(~mask, 0.0)\n    if dim", "if dim", MASKS),
     Mutant("mean: divided by all", F, "x.sum() / mask.sum().clamp(min=1)", "x.sum() / mask.numel()", MASKS),
@@ -38,7 +38,9 @@ MUTANTS = (
     Mutant("variance: mask dropped", F, "squares.masked_fill(~mask, 0.0).sum()", "squares.sum()", MASKS),
     Mutant("whiten: not centred", F, "if not shift_mean:", "if shift_mean:", MASKS),
     Mutant("whiten: padding not zero", F, "return whitened.masked_fill(~mask, 0.0)", "return whitened", MASKS),
-    Mutant("logprobs: not normalised", F, "chosen - logits.logsumexp(-1)", "chosen", KL),
+    Mutant("logprobs: not normalised", F, ".squeeze(-1) - totals", ".squeeze(-1)", KL),
+    Mutant("logprobs: gradient sign", F, "probabilities.mul_(-grad)", "probabilities.mul_(grad)", KL),
+    Mutant("logprobs: gradient without the token", F, ".scatter_add_(-1, token, grad)", "", KL),
     Mutant("k1: sign", F, "difference = logprobs - ref_logprobs", "difference = ref_logprobs - logprobs", KL),
     Mutant("k3: sign", F, "torch.expm1(-difference) + difference", "torch.expm1(difference) - difference", KL),
     Mutant("rewards: penalty is a bonus", F, "penalty = -kl_coef", "penalty = kl_coef", KL),
@@ -77,6 +79,14 @@ MUTANTS = (
     Mutant("buffer: gamma and lambda exchanged", R, "rollout.mask, gamma, lam)", "rollout.mask, lam, gamma)", "test_rollout.py"),
     Mutant("buffer: whitening without mask", R, "masked_whiten(advantages, rollout.mask)", "masked_whiten(advantages, torch.ones_like(rollout.mask))", "test_rollout.py"),
     Mutant("minibatches: a row lost", R, "order = torch.randperm(len(batch), generator=generator)", "order = torch.randperm(len(batch) - 1, generator=generator)", "test_rollout.py"),
+    Mutant("packed: sees what comes after", P, "masked_fill(age < 0, -torch.inf)", "masked_fill(age < -1, -torch.inf)", "test_packed.py"),
+    Mutant("packed: positions begin anew", P, "torch.arange(o, o + len(row))", "torch.arange(len(row))", "test_packed.py"),
+    Mutant("packed: the prefix of another", P, "starts[max(parent[r], 0)] for r in rows", "starts[0] for r in rows", "test_packed.py"),
+    Mutant("packed: window one too wide", P, "block.age >= sliding_window", "block.age > sliding_window", "test_packed.py"),
+    Mutant("packed: not capped", P, "scores = softcap * torch.tanh(scores / softcap)", "pass", "test_packed.py"),
+    Mutant("packed: order of blocks", P, "torch.cat(parts)[layout.restore]", "torch.cat(parts)", "test_packed.py"),
+    Mutant("packed: MLP of other tokens", P, "return (states[0][:, wanted],)", "return (states[0][:, wanted - 1],)", "test_packed.py"),
+    Mutant("packed: cache keeps rows that left", P, "        self.room = []  # of the rows that were\n", "", "test_packed.py"),
     Mutant("minibatches: not shuffled", R, "order = torch.randperm(len(batch), generator=generator)", "order = torch.arange(len(batch))", "test_rollout.py"),
 )  # fmt: skip
 

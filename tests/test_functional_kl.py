@@ -65,6 +65,39 @@ def test_logprobs_of_half_precision_logits_are_float32() -> None:
     assert_close(found, logits.float().log_softmax(-1)[0, [0, 1], [0, 4]].unsqueeze(0))
 
 
+@pytest.mark.parametrize("budget", [1, 3, 10**6])
+def test_gradient_of_logprobs_is_that_of_log_softmax(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appo.functional.LOGITS_AT_ONCE", 5 * budget)  # rows of five
+    logits = torch.randn(2, 4, 5, dtype=F64, generator=torch.Generator().manual_seed(0))
+    logits[0, 1, 3] = -math.inf  # a token that is ruled out
+    tokens = torch.tensor([[0, 4, 2, 2], [1, 1, 3, 0]])
+    weight = torch.linspace(-1, 2, 8, dtype=F64).view(2, 4)
+    ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    found = logprobs_from_logits(ours, tokens)
+    expected = plain.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    assert_close(found, expected)
+    (found * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert_close(ours.grad, plain.grad)
+
+
+def test_gradient_of_logprobs_keeps_the_precision_of_the_logits() -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tokens = torch.tensor([0, 7, 49])
+    ours, plain = logits.clone().requires_grad_(), logits.float().requires_grad_()
+    logprobs_from_logits(ours, tokens).sum().backward()
+    plain.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).sum().backward()
+    assert ours.grad is not None and ours.grad.dtype == torch.bfloat16
+    assert_close(ours.grad.float(), plain.grad, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("budget", [1, 3, 10**6])
+def test_entropy_of_many_rows_is_that_of_each(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appo.functional.LOGITS_AT_ONCE", 5 * budget)
+    logits = torch.randn(2, 4, 5, dtype=F64, generator=torch.Generator().manual_seed(0))
+    assert_close(entropy_from_logits(logits), torch.distributions.Categorical(logits=logits).entropy())
+
+
 def test_entropy_of_the_uniform_and_of_the_certain() -> None:
     logits = torch.tensor([[[0.0] * 4, [0.0, -math.inf, -math.inf, -math.inf]]], dtype=F64)
     assert_close(entropy_from_logits(logits), torch.tensor([[math.log(4), 0.0]], dtype=F64))
