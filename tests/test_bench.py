@@ -1,0 +1,51 @@
+"""The benchmark runs, compares like with like, and refuses to compare what is not the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import bench
+from experiments.bench import Bench, Shape
+
+
+@pytest.fixture(autouse=True)
+def small_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "SHAPES", dict.fromkeys(bench.SHAPES, Shape(1100, 64, 1)))
+    for name, length in (("PROMPT", 6), ("INPUT", 5), ("QUERY", 7), ("RESPONSE", 4)):
+        monkeypatch.setattr(bench, name, length)
+
+
+def test_every_part_gives_rows_with_ratios(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bench.json"
+    monkeypatch.setattr("sys.argv", ["bench", "--seconds", "0", "--out", str(path)])
+    bench.main()
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["about"]["threads"] == 1
+    assert {row["work"].split()[0] for row in found["rows"]} == {"scoring", "sampling", "update", "iteration"}
+    assert all(row["ratio"] > 0 for row in found["rows"] if row["unit"] == "s")
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(found["rows"])
+
+
+def test_ratios_are_medians_of_those_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    steps = {"slow": iter((3.0, 8.0, 6.0)), "ours": iter((1.0, 2.0, 3.0))}  # ratios 3, 4, 2
+
+    def work(name: str) -> None:
+        clock[0] += next(steps[name])
+
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    measure = Bench(budget=20.0, device="cpu", dtype=torch.float32)
+    rows = list(measure.timed("w", {n: lambda n=n: work(n) for n in steps}, [("slow", "ours")]))
+    assert (rows[0].theirs, rows[0].ours, rows[0].ratio) == (6.0, 2.0, 3.0)
+
+
+def test_ways_that_differ_are_not_compared() -> None:
+    bench.same(torch.ones(3), torch.ones(3) + 1e-6)
+    with pytest.raises(RuntimeError, match=r"differ by 1\.0e-03"):
+        bench.same(torch.ones(3), torch.tensor([1.0, 1.0, 1.001]))
