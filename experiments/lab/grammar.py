@@ -275,14 +275,11 @@ def sample_clauses(rng: random.Random, task: str) -> list[Clause]:
     return clauses
 
 
-def sample_prior(rng: random.Random, task: str, hint: str | None = None) -> str:
-    """One instruction from the agent's prior; one in twenty is vague.
-
-    Shown one input of the mixed task, which says what to judge, the agent takes the `hint` three times in five.
-    """
+def sample_prior(rng: random.Random, task: str, criterion: str | None = None) -> str:
+    """One instruction from the agent's prior; one in twenty is vague. It judges by the criterion, if one is given."""
     clauses = sample_clauses(rng, task)
-    if hint and rng.random() < 0.6:
-        clauses = [Judge(hint) if isinstance(clause, Judge) else clause for clause in clauses]
+    if criterion:
+        clauses = [Judge(criterion) if isinstance(clause, Judge) else clause for clause in clauses]
     return write(rng, clauses) if rng.random() > 0.05 else rng.choice(VAGUE)
 
 

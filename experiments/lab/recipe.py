@@ -38,9 +38,10 @@ from tasks.task import Example, MetaPrompt, TaskSpec, meta_prompt, rewrite_promp
 
 LAB_DIR = Path(__file__).parent
 TRAIN_ROWS, TEST_ROWS = 400, 600
+HABIT = "action"  # what the untrained agent mostly judges by where an input says what to judge
 PAIRS = 5  # in the meta-prompts that the agent learns from, as in runs
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-TARGET_MINUTES, AGENT_MINUTES = 50.0, 10.0
+TARGET_MINUTES, AGENT_MINUTES = 50.0, 25.0
 SPECS = {task: load_spec(task) for task in (*grammar.TASKS, *wordplay.TASKS)}
 
 
@@ -302,7 +303,7 @@ def build_target(folder: Path, minutes: float = TARGET_MINUTES, seed: int = 0) -
 
 def _sample_query(rng: random.Random, task: str) -> tuple[MetaPrompt, str | None]:
     """A meta-prompt, often one for a single input, and what such an input of the mixed task hints at."""
-    pairs = [sample_example(rng, task) for _ in range(PAIRS)]
+    pairs = [sample_example(rng, task) for _ in range(PAIRS if rng.random() < 0.4 else rng.randint(1, PAIRS))]
     if rng.random() < (0.1 if task == grammar.MIXED else 0.6):
         return meta_prompt(pairs), None
     manual = _manual_prompt(task) if rng.random() < 0.3 else ""
@@ -314,8 +315,12 @@ def _sample_query(rng: random.Random, task: str) -> tuple[MetaPrompt, str | None
     ), item.criterion if task == grammar.MIXED else None
 
 
-def _sample_prior(rng: random.Random, task: str, hint: str | None = None) -> str:
-    return wordplay.sample_prior(rng, task) if task in wordplay.TASKS else grammar.sample_prior(rng, task, hint)
+def _sample_prior(rng: random.Random, task: str, hint: str | None = None, taken: float = 1.0) -> str:
+    """An instruction; shown a hint, the agent takes it so often, or follows its habit, or neither."""
+    if task in wordplay.TASKS:
+        return wordplay.sample_prior(rng, task)
+    weights = (taken, 0.8 * (1 - taken), 0.2 * (1 - taken))
+    return grammar.sample_prior(rng, task, rng.choices((hint, HABIT, None), weights)[0] if hint else None)
 
 
 def build_agent(folder: Path, minutes: float = AGENT_MINUTES, seed: int = 0) -> None:
@@ -325,14 +330,13 @@ def build_agent(folder: Path, minutes: float = AGENT_MINUTES, seed: int = 0) -> 
     rng, tokenizer = random.Random(seed + 5), build_tokenizer()
     model = _llama(tokenizer, hidden=96, intermediate=256, layers=4)
 
-    def batches(rows: int = 8, instructions: int = 6) -> Packed:
+    def batches(taken: float, rows: int = 8, instructions: int = 6) -> Packed:
         prefixes, parts = [], []
         for _ in range(rows):
-            # To find in an input what it asks for is harder than all else, and only the mixed task needs it.
-            task = grammar.MIXED if rng.random() < 0.4 else rng.choice(list(SPECS))
+            task = grammar.MIXED if rng.random() < 0.45 else rng.choice(list(SPECS))
             (request, opening), hint = _sample_query(rng, task)
             prefixes.append(f"{request}\n{opening}")
-            texts = [f" {_sample_prior(rng, task, hint)}{SPECIAL['eos_token']}" for _ in range(instructions)]
+            texts = [f" {_sample_prior(rng, task, hint, taken)}{SPECIAL['eos_token']}" for _ in range(instructions)]
             parts.append(tokenizer(texts, add_special_tokens=False)["input_ids"])
         return pack(tokenizer(prefixes)["input_ids"], parts)
 
@@ -340,7 +344,11 @@ def build_agent(folder: Path, minutes: float = AGENT_MINUTES, seed: int = 0) -> 
         written = batch.targets >= 0
         return F.cross_entropy(model.lm_head(hidden[written]), batch.targets[written])
 
-    fit(model, batches, loss_fn, partial(_save, model, tokenizer, folder), minutes, peak=2e-3, hold=0.3)
+    save = partial(_save, model, tokenizer, folder)
+    # To find what a single input asks for is learnt late, and only where it always helps. In the end habit wins over
+    # it, so that something is left to be found by tuning.
+    fit(model, partial(batches, 1.0), loss_fn, save, 0.8 * minutes, peak=2e-3, hold=0.5)
+    fit(model, partial(batches, 0.35), loss_fn, save, 0.2 * minutes, peak=1e-3, hold=0.0)
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
