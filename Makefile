@@ -40,7 +40,7 @@ compare: $(READY) ## APPO against best-of-N over SEEDS, with a table: make compa
 landscape: $(READY) ## measure the lab: accuracy under good and bad instructions, prior of a good one
 	$(BIN)/python -m experiments.lab.landscape
 
-lab: $(READY) ## rebuild the lab's data, tokenizers and models from nothing (about 50 minutes)
+lab: $(READY) ## rebuild the lab's data, tokenizers and models from nothing (about 80 minutes)
 	$(BIN)/python -m experiments.lab.recipe
 
 bench: $(READY) ## how fast scoring, sampling and updating are, against the plain way (about 8 minutes)

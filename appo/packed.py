@@ -167,6 +167,12 @@ def _run_padded(model: PreTrainedModel, batch: Branches, counts: Sequence[int]) 
     return Output(output.logits[wanted], output.hidden[:, -most:][wanted])
 
 
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the longest prefix that all sequences share."""
+    columns = zip(*sequences, strict=False)
+    return next((i for i, column in enumerate(columns) if len(set(column)) > 1), min(map(len, sequences)))
+
+
 # -- one token after another -------------------------------------------------------------------------------------
 
 
@@ -197,8 +203,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = (room[:, :, :length] for room in self.room)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
         self.room = []  # of the rows that were
 
 

@@ -145,7 +145,7 @@ class Policy(nn.Module):
                 break
             rows = going.nonzero()[:, 0]  # finished responses leave the batch
             if len(rows) < len(alive):
-                prefix.cache.batch_select_indices(rows)
+                prefix.cache.reorder_cache(rows)
             alive, inputs, mask, position = alive[rows], tokens[rows], mask[rows], position[rows] + 1
         owner, *columns = (torch.cat(column) for column in zip(*steps, strict=True))
         responses = [Response(*(column[owner == i] for column in columns)) for i in range(len(queries))]
@@ -172,24 +172,37 @@ class Policy(nn.Module):
     forward = evaluate
 
     def _prefill(self, queries: Sequence[Query]) -> _Prefix:
-        """Runs each distinct query once, but for its last token, and gives every response its own view of it."""
+        """Runs each distinct query once, but for its last token, and gives every response its own view of it.
+
+        What all queries begin with is run once for all of them.
+        """
         distinct = {query: i for i, query in enumerate(dict.fromkeys(queries))}
-        rows = torch.tensor([distinct[query] for query in queries], device=self.device)
-        lengths = torch.tensor([len(query.tokens) for query in distinct], device=self.device)
+        cache = packed.new_cache(self.model)
+        # A window that slides would count the padding between the common beginning and the rest.
+        sharing = packed.packs(self.model) and not any(cache.is_sliding)
+        shared = packed.common_prefix([query.tokens[:-1] for query in distinct]) if sharing else 0
+        rests = [query.tokens[shared:] for query in distinct]
+        lengths = torch.tensor(list(map(len, rests)), device=self.device)
         width = int(lengths.max())
         ids = torch.zeros((len(distinct), width), dtype=torch.long, device=self.device)
-        for row, query in zip(ids, distinct, strict=True):
-            row[width - len(query.tokens) :] = torch.tensor(query.tokens, device=self.device)
+        for row, rest in zip(ids, rests, strict=True):
+            row[width - len(rest) :] = torch.tensor(rest, device=self.device)
         # Left-padded, so that all queries end in the same column. Position ids count real tokens only: models
         # with learned positions (GPT-2) give other logits without them.
-        mask = torch.arange(width, device=self.device) >= width - lengths.unsqueeze(1)
+        mask = torch.arange(-shared, width, device=self.device) >= width - lengths.unsqueeze(1)
+        mask[:, :shared] = True
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = packed.new_cache(self.model)
+        if shared:
+            beginning = torch.tensor([next(iter(distinct)).tokens[:shared]], device=self.device)
+            self._forward(beginning, mask[:1, :shared], positions[:1, :shared], cache, positions=1)
+            if len(distinct) > 1:
+                cache.reorder_cache(torch.zeros_like(lengths))
         if width > 1:
-            self._forward(ids[:, :-1], mask[:, :-1], positions[:, :-1], cache, positions=1)
-            if len(queries) > 1:
-                cache.batch_select_indices(rows)
-        return _Prefix(cache, mask[rows, :-1], ids[rows, -1:], lengths[rows])
+            self._forward(ids[:, :-1], mask[:, :-1], positions[:, shared:-1], cache, positions=1)
+        rows = torch.tensor([distinct[query] for query in queries], device=self.device)
+        if len(queries) > 1:
+            cache.reorder_cache(rows)
+        return _Prefix(cache, mask[rows, :-1], ids[rows, -1:], shared + lengths[rows])
 
     def _forward(
         self, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: DynamicCache, positions: int

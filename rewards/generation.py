@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from appo import packed
-from rewards.target import TargetModel, common_prefix, encode, out_of_memory
+from appo.packed import common_prefix
+from rewards.target import TargetModel, encode, out_of_memory
 
 T = TypeVar("T")
 
@@ -70,7 +71,7 @@ def _greedy(target: TargetModel, contexts: list[list[int]], max_new_tokens: int,
             break
         kept = torch.tensor(keep, device=model.device)
         if len(keep) < len(active):
-            cache.batch_select_indices(kept)
+            cache.reorder_cache(kept)
         active = [active[place] for place in keep]
         ids = torch.tensor([[tokens[place]] for place in keep], device=model.device)
         mask = torch.cat([mask[kept], mask.new_ones(len(keep), 1)], dim=1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from appo import packed
+from appo.packed import common_prefix
 
 REMEMBERED = 100_000  # pairs; some 20 MB
 
@@ -269,9 +270,3 @@ def spell_out(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """The text with a space in every special token that it spells out, for a chat template, whose own must stay."""
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return re.sub("|".join(map(re.escape, special)) or r"(?!)", lambda found: f"{found[0][0]} {found[0][1:]}", text)
-
-
-def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Length of the longest prefix that all sequences share."""
-    columns = zip(*sequences, strict=False)
-    return next((i for i, column in enumerate(columns) if len(set(column)) > 1), min(map(len, sequences)))

@@ -193,9 +193,21 @@ def test_one_token_after_another_equals_all_at_once(name: str, monkeypatch: pyte
     for t in range(4, 12):
         if t == 6:  # one row leaves
             rows = torch.tensor([0, 2])
-            cache.batch_select_indices(rows)
+            cache.reorder_cache(rows)
         logits = model(ids[rows, t : t + 1], past_key_values=cache, use_cache=True).logits[:, 0]
         assert_close(logits, expected[rows, t], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*PACKING, *PLAIN])
+def test_sampled_logprobs_equal_the_evaluated_ones(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    policy = Policy(build(name), tokenizer, SamplingConfig(max_new_tokens=12))
+    beginning = tuple(range(3, 30))  # which all queries share, and which is longer than the windows
+    queries = [Query((*beginning, *ending)) for ending in ((40, 41), (50,), (60, 61, 62, 63, 64), (40, 41))]
+    rollout = policy.sample(queries, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = policy.evaluate(rollout)
+    assert_close(found.logprobs, rollout.logprobs, rtol=0, atol=1e-4)
+    assert rollout.logprobs[rollout.mask].std() > 0.1
 
 
 # -- what is built on it, against the plain way ------------------------------------------------------------------

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from appo import packed
 from appo.config import SamplingConfig
 from appo.policy import Policy, clean
 from appo.rollout import Query, Rollout
@@ -60,6 +63,24 @@ def test_logprobs_equal_a_plain_forward_of_each_row_alone(tiny_lm, tokenizer, te
             expected = plain_logprobs(policy, rollout, row)
             assert_close(logprobs[row, : len(expected)], expected, rtol=0, atol=1e-5)
     assert (logprobs[~rollout.mask] == 0).all()
+
+
+def test_what_all_queries_begin_with_is_run_once(tiny_lm, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make(tiny_lm, tokenizer)
+    queries = [policy.query("A beginning that all have.", text) for text in ("a", "of different length", "a") * 2]
+    passes, call = [], packed.call
+
+    def counted(model: PreTrainedModel, **inputs: Any) -> packed.Output:
+        passes.append(tuple(inputs["input_ids"].shape))
+        return call(model, **inputs)
+
+    monkeypatch.setattr(packed, "call", counted)
+    rollout = policy.sample(queries, seeded())
+    assert passes[:3] == [(1, 27), (2, 18), (6, 1)]  # the beginning, two endings but for their last token, a step
+    monkeypatch.undo()
+    with torch.no_grad():
+        for row, response in enumerate(rollout.responses()):
+            assert_close(response.logprobs, plain_logprobs(policy, rollout, row), rtol=0, atol=1e-5)
 
 
 def test_gradient_through_the_shared_query_is_that_of_plain_forwards(tiny_lm, tokenizer) -> None:

@@ -21,7 +21,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rewards.target import ContextTooLongError, TargetModel, Verbalizer, common_prefix, encode
+from appo.packed import common_prefix
+from rewards.target import ContextTooLongError, TargetModel, Verbalizer, encode
 from tests.conftest import SPECIAL, byte_tokenizer, gpt2, llama, sharpen
 
 TEMPLATE = "{prompt} Input : {input} Output :"

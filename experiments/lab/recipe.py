@@ -1,6 +1,6 @@
 """Builds the lab from nothing: data, tokenizers, the target that obeys and the agent that writes.
 
-    python -m experiments.lab.recipe            everything, about 50 minutes on two cores
+    python -m experiments.lab.recipe            everything, about 80 minutes on two cores
     python -m experiments.lab.recipe data       only the rows (seconds)
 
 Both models are small Llamas trained from scratch on `grammar` and `wordplay`. In both trainings several continuations
@@ -41,7 +41,7 @@ TRAIN_ROWS, TEST_ROWS = 400, 600
 HABIT = "action"  # what the untrained agent mostly judges by where an input says what to judge
 PAIRS = 5  # in the meta-prompts that the agent learns from, as in runs
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-TARGET_MINUTES, AGENT_MINUTES = 50.0, 25.0
+TARGET_MINUTES, AGENT_MINUTES = 75.0, 30.0
 SPECS = {task: load_spec(task) for task in (*grammar.TASKS, *wordplay.TASKS)}
 
 
