@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from appo.policy import clean
+from experiments import checkpoint
+from experiments.checkpoint import MANIFEST, STATE, CheckpointError
 from experiments.config import ConfigError, build_config
 from tasks.catalogue import load_spec
 from tasks.sources import load_task, read_rows
@@ -18,7 +21,7 @@ from tests.test_report import elements, prompt, render, row
 from tests.test_sources import sst2_folder
 from tests.test_tasks import SPEC
 
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -39,6 +42,24 @@ def test_a_config_of_any_text(tmp_path: Path, text: str) -> None:
         build_config(file=str(path))
     except ConfigError as error:
         assert "\n" not in str(error)
+
+
+@FUZZ
+@given(st.sampled_from([STATE, MANIFEST]), st.integers(0, 10**4), st.binary(max_size=8), st.booleans())
+def test_a_checkpoint_of_any_bytes(tmp_path: Path, name: str, place: int, written: bytes, cut: bool) -> None:
+    whole = tmp_path / "step-000001"
+    if not whole.exists():
+        checkpoint.save(tmp_path, 1, {"number": 1, "weights": torch.arange(9.0)})
+    intact = (whole / name).read_bytes()
+    place %= len(intact)
+    damaged = intact[:place] + written + (b"" if cut else intact[place + len(written) :])
+    (whole / name).write_bytes(damaged)
+    try:
+        assert checkpoint.load(tmp_path).state["weights"].tolist() == list(range(9))
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+    finally:
+        (whole / name).write_bytes(intact)
 
 
 @FUZZ
