@@ -8,6 +8,7 @@ are 0. That is why padding is removed with `masked_fill` and never by multiplyin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KLKind = Literal["k1", "k2", "k3"]
-LOGITS_AT_ONCE = 2**20  # the vocabulary is large: what is computed from logits is computed some rows at a time
+LOGITS_AT_ONCE = 2**17  # the vocabulary is large: what is computed from logits is computed some rows at a time
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -70,7 +71,7 @@ def logprobs_from_logits(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(logits)[token] [n] of logits [n, V]; all that is kept for its gradient is a number per row.
+    """log softmax(logits)[token] [n] of logits [n, V]; nothing but the logits is kept for its gradient.
 
     Autograd's own way takes several times the memory of the logits, which are by far the largest tensor of PPO on
     language models. The gradient is that of cross-entropy: one at the token, minus softmax(logits).
@@ -78,33 +79,30 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
-        totals = torch.cat([_at_least_float32(rows).logsumexp(-1) for rows in _chunks(logits)])
-        ctx.save_for_backward(logits, tokens, totals)
-        return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - totals
+        tokens = tokens.unsqueeze(-1)
+        ctx.save_for_backward(logits, tokens)
+        parts = [_at_least_float32(rows).log_softmax(-1).gather(-1, token) for rows, token in _chunks(logits, tokens)]
+        return torch.cat(parts).squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        logits, tokens, totals = ctx.saved_tensors
+        logits, tokens = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        columns = (x.unsqueeze(-1).split(_rows_at_once(logits)) for x in (tokens, totals, grad_outputs[0]))
-        for out, rows, token, total, grad in zip(_chunks(gradient), _chunks(logits), *columns, strict=True):
-            probabilities = (rows - total).exp_()
-            out.copy_(probabilities.mul_(-grad).scatter_add_(-1, token, grad))
+        for rows, token, grad, out in _chunks(logits, tokens, grad_outputs[0].unsqueeze(-1), gradient):
+            out.copy_(_at_least_float32(rows).softmax(-1).mul_(-grad).scatter_add_(-1, token, grad))
         return gradient, None
 
 
-def _rows_at_once(logits: Tensor) -> int:
-    return max(1, LOGITS_AT_ONCE // logits.shape[-1])
-
-
-def _chunks(logits: Tensor) -> tuple[Tensor, ...]:
-    return logits.split(_rows_at_once(logits))
+def _chunks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows at a time of logits [n, V], and the same rows of the others [n, *]."""
+    rows = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    return zip(*(x.split(rows) for x in (logits, *others)), strict=True)
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """Entropy in nats of softmax(logits): [*, V] -> [*]. Tokens of probability 0 add nothing."""
     entropies = []
-    for rows in _chunks(logits.reshape(-1, logits.shape[-1])):
+    for (rows,) in _chunks(logits.reshape(-1, logits.shape[-1])):
         logprobs = _at_least_float32(rows).log_softmax(-1)
         logprobs = logprobs.clamp(min=torch.finfo(logprobs.dtype).min)  # 0 * -inf is NaN
         entropies.append(-(logprobs.exp() * logprobs).sum(-1))

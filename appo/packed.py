@@ -112,7 +112,7 @@ def run(model: PreTrainedModel, batch: Branches, keep: Sequence[int] | None = No
             use_cache=False,
             layout=layout,
         )
-    return Output(logits[0], hidden[0])
+    return Output(logits.squeeze(0), hidden.squeeze(0))  # as [0], but that has zeros made for the gradient
 
 
 def call(model: PreTrainedModel, **inputs: Any) -> Output:
@@ -129,9 +129,9 @@ def call(model: PreTrainedModel, **inputs: Any) -> Output:
 @contextmanager
 def _last_mlp_on(model: PreTrainedModel, wanted: Tensor, total: int) -> Iterator[None]:
     """Spares the last layer's MLP all but the wanted ones of the `total` tokens: the others are attended to no more."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    mlp = getattr(layers[-1], "mlp", None) if layers else None
-    if mlp is None or layers[-1].training:  # checkpointing: the layer is run again when the hooks are gone
+    last = next(reversed(layers(model)), None)
+    mlp = getattr(last, "mlp", None)
+    if last is None or mlp is None or last.training:  # checkpointing: the layer is run again when the hooks are gone
         yield
         return
 
@@ -154,17 +154,36 @@ def _last_mlp_on(model: PreTrainedModel, wanted: Tensor, total: int) -> Iterator
 def _run_padded(model: PreTrainedModel, batch: Branches, counts: Sequence[int]) -> Output:
     """The plain way, for models with an attention of their own: every sequence whole, in a padded row."""
     rows = [[*batch.prefixes[m], *branch] for m, branch in zip(batch.owner, batch.branches, strict=True)]
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
-    lengths = torch.tensor([len(row) for row in rows], device=model.device)
-    mask = torch.arange(width, device=model.device) >= width - lengths.unsqueeze(1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    ids, mask = pad_left(rows, model.device)
     most = max(counts)
     output = call(
-        model, input_ids=ids, attention_mask=mask.long(), position_ids=positions, logits_to_keep=most, use_cache=False
+        model,
+        input_ids=ids,
+        attention_mask=mask.long(),
+        position_ids=real_positions(mask),
+        logits_to_keep=most,
+        use_cache=False,
     )
     wanted = torch.arange(most) >= most - torch.tensor(counts).unsqueeze(1)
     return Output(output.logits[wanted], output.hidden[:, -most:][wanted])
+
+
+def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [R, L] and their mask, True on real tokens; all rows end in the last column."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, torch.arange(width, device=device) >= width - lengths.unsqueeze(1)
+
+
+def real_positions(mask: Tensor) -> Tensor:
+    """[R, L], counting real tokens only: models with learned positions (GPT-2) give other logits without them."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The model's decoder layers, in order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
@@ -268,7 +287,7 @@ def _attention(
         if softcap is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return _attend(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, heads, D]
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [S, heads, D]
     parts = []
     for block in layout.blocks:
         mask = block.mask

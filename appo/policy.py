@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from appo import packed
 from appo.config import SamplingConfig
@@ -129,7 +128,7 @@ class Policy(nn.Module):
         steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for _ in range(self.sampling.max_new_tokens):
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-            logits, values = self._forward(inputs, mask, position.unsqueeze(1), prefix.cache, positions=1)
+            logits, values = self._forward(inputs, mask, position.unsqueeze(1), prefix.cache)
             probabilities = logits[:, 0].float().softmax(-1)
             if probabilities.isnan().any():
                 raise FloatingPointError("the agent's logits are not numbers; its weights are damaged, or overflow")
@@ -182,41 +181,32 @@ class Policy(nn.Module):
         sharing = packed.packs(self.model) and not any(cache.is_sliding)
         shared = packed.common_prefix([query.tokens[:-1] for query in distinct]) if sharing else 0
         rests = [query.tokens[shared:] for query in distinct]
-        lengths = torch.tensor(list(map(len, rests)), device=self.device)
-        width = int(lengths.max())
-        ids = torch.zeros((len(distinct), width), dtype=torch.long, device=self.device)
-        for row, rest in zip(ids, rests, strict=True):
-            row[width - len(rest) :] = torch.tensor(rest, device=self.device)
-        # Left-padded, so that all queries end in the same column. Position ids count real tokens only: models
-        # with learned positions (GPT-2) give other logits without them.
-        mask = torch.arange(-shared, width, device=self.device) >= width - lengths.unsqueeze(1)
-        mask[:, :shared] = True
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        ids, mask = packed.pad_left(rests, self.device)  # so that all queries end in the same column
+        mask = torch.cat([mask.new_ones(len(distinct), shared), mask], dim=1)
+        positions = packed.real_positions(mask)
         if shared:
             beginning = torch.tensor([next(iter(distinct)).tokens[:shared]], device=self.device)
-            self._forward(beginning, mask[:1, :shared], positions[:1, :shared], cache, positions=1)
+            self._forward(beginning, mask[:1, :shared], positions[:1, :shared], cache)
             if len(distinct) > 1:
-                cache.reorder_cache(torch.zeros_like(lengths))
-        if width > 1:
-            self._forward(ids[:, :-1], mask[:, :-1], positions[:, shared:-1], cache, positions=1)
+                cache.reorder_cache(torch.zeros(len(distinct), dtype=torch.long, device=self.device))
+        if ids.shape[1] > 1:
+            self._forward(ids[:, :-1], mask[:, :-1], positions[:, shared:-1], cache)
         rows = torch.tensor([distinct[query] for query in queries], device=self.device)
         if len(queries) > 1:
             cache.reorder_cache(rows)
-        return _Prefix(cache, mask[rows, :-1], ids[rows, -1:], shared + lengths[rows])
+        return _Prefix(cache, mask[rows, :-1], ids[rows, -1:], mask.sum(1)[rows])
 
-    def _forward(
-        self, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: DynamicCache, positions: int
-    ) -> tuple[Tensor, Tensor]:
-        """Logits / temperature [B, positions, V] and values [B, positions] of the last `positions` inputs."""
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
+        """Logits / temperature [B, 1, V] and values [B, 1] of the last inputs; the cache takes in all."""
         return self._read(
             packed.call(
                 self.model,
                 input_ids=ids,
                 attention_mask=mask.long(),
-                position_ids=position_ids,
+                position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=positions,
+                logits_to_keep=1,
             )
         )
 
@@ -245,7 +235,7 @@ def _unpack(values: Tensor, mask: Tensor) -> Tensor:
 @contextmanager
 def _checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
     """Gradient checkpointing, which Hugging Face ties to training mode, for a model in eval mode."""
-    layers = [module for module in model.modules() if wanted and isinstance(module, GradientCheckpointingLayer)]
+    layers = packed.layers(model) if wanted else []
     for layer in layers:
         layer.training = True  # the layer's own flag only, not that of its dropout
     try:

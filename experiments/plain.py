@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from appo.functional import entropy_from_logits, policy_loss, value_loss
+from appo.functional import policy_loss, value_loss
 from appo.policy import Policy
 from appo.rollout import Batch, Query, Rollout
 from appo.trainer import APPOTrainer
@@ -66,25 +66,25 @@ def plain_sample(policy: Policy, query: Query, count: int, length: int) -> Rollo
 
 
 def plain_forward(policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, values and entropies [B, T] from the logits of all positions of whole sequences."""
+    """Log-probabilities and values [B, T], and the logits of all positions of whole sequences that they come from."""
     queries = torch.tensor([query.tokens for query in rollout.queries], device=policy.device)
     ids = torch.cat([queries, rollout.tokens], dim=1)
     output = policy.model(ids, output_hidden_states=True, use_cache=False)
     logprobs = output.logits[:, :-1].log_softmax(-1)
-    entropy = entropy_from_logits(output.logits[:, :-1])
     values = policy.value_head(output.hidden_states[-1]).squeeze(-1)[:, :-1]
     start = queries.shape[1] - 1
     chosen = logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)
-    return chosen[:, start:], values[:, start:], entropy[:, start:]
+    return chosen[:, start:], values[:, start:], output.logits
 
 
-def plain_loss(trainer: APPOTrainer, batch: Batch) -> Tensor:
-    """The loss of `APPOTrainer.loss` on the plain pass."""
+def plain_loss(trainer: APPOTrainer, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The loss of `APPOTrainer.loss` on the plain pass, and the entropies, which TRL takes at all positions too."""
     config = trainer.config
-    logprobs, values, _ = plain_forward(trainer.policy, batch)
+    logprobs, values, logits = plain_forward(trainer.policy, batch)
     policy = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip_range)
     value = value_loss(values, batch.values, batch.returns, batch.mask, config.value_clip_range)
-    return policy.loss + config.value_coef * value.loss
+    entropy = logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+    return policy.loss + config.value_coef * value.loss, entropy
 
 
 def plain_update(trainer: APPOTrainer, batch: Batch, passes: int) -> None:
@@ -94,6 +94,7 @@ def plain_update(trainer: APPOTrainer, batch: Batch, passes: int) -> None:
             plain_forward(trainer.policy, batch)
     for _ in range(trainer.config.ppo_epochs):
         trainer.optimizer.zero_grad()
-        plain_loss(trainer, batch).backward()
+        loss, _ = plain_loss(trainer, batch)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trainer.policy.parameters(), 1.0)
         trainer.optimizer.step()

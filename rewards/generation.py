@@ -42,18 +42,17 @@ def generate(
 
 def _greedy(target: TargetModel, contexts: list[list[int]], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
     model, tokenizer = target.model, target.tokenizer
-    ids, mask = _pad_left(contexts, model.device)
+    ids, mask = packed.pad_left(contexts, model.device)
     cache = packed.new_cache(model)
     written: list[list[int]] = [[] for _ in contexts]
     texts = [""] * len(contexts)
     active = list(range(len(contexts)))  # rows still in the batch
     ends = _end_ids(target)
     for _ in range(max_new_tokens):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = model(
             input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
+            attention_mask=mask.long(),
+            position_ids=packed.real_positions(mask)[:, -ids.shape[1] :],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -149,11 +148,3 @@ def _batched(target: TargetModel, widths: Sequence[int], work: Callable[[list[in
         else:
             todo = todo[size:]
     return [done[row] for row in range(len(widths))]
-
-
-def _pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [R, L] and their attention mask, all rows ending in the last column."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask

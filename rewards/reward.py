@@ -49,13 +49,13 @@ class ClassificationReward:
         """Scores K prompts on the same examples; a prompt that occurs twice is run once."""
         distinct = list(dict.fromkeys(prompts))
         logits = self.target.class_logits(distinct, [example.input for example in examples])  # [K', N, C]
-        result = self._result(logits.cpu(), examples, mean=True)
+        result = self._result(logits, examples, mean=True)
         return result.pick([distinct.index(prompt) for prompt in prompts])
 
     def each(self, prompts: Sequence[str], examples: Sequence[Example]) -> RewardResult:
         """Scores B prompts, each on its own example."""
         logits = self.target.pair_logits(prompts, [example.input for example in examples])  # [B, C]
-        return self._result(logits.cpu().unsqueeze(0), examples, mean=False)
+        return self._result(logits.unsqueeze(0), examples, mean=False)
 
     def _result(self, logits: Tensor, examples: Sequence[Example], mean: bool) -> RewardResult:
         """Of [K, N, C] logits: means over examples, [K], or of one prompt's row the single values, [N]."""
