@@ -286,6 +286,9 @@ def _attention(
     if layout is None:
         if softcap is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        if attention_mask is None:  # SDPA's way to say that nothing is hidden but what comes later
+            lengths = query.shape[2], key.shape[2]
+            attention_mask = torch.ones(lengths, dtype=torch.bool, device=key.device).tril(lengths[1] - lengths[0])
         return _attend(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [S, heads, D]
     parts = []
@@ -316,11 +319,5 @@ def _attend(
     return scores.softmax(-1) @ v
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """SDPA's mask for ordinary passes, always spelt out, since soft-capped scores know no is_causal."""
-    mask: Tensor | None = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
-    return mask
-
-
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionMaskInterface.register(NAME, sdpa_mask)

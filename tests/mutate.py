@@ -87,6 +87,8 @@ MUTANTS = (
     Mutant("packed: order of blocks", P, "torch.cat(parts)[layout.restore]", "torch.cat(parts)", "test_packed.py"),
     Mutant("packed: MLP of other tokens", P, "return (states[0][:, wanted],)", "return (states[0][:, wanted - 1],)", "test_packed.py"),
     Mutant("packed: cache keeps rows that left", P, "        self.room = []  # of the rows that were\n", "", "test_packed.py"),
+    Mutant("packed: no triangle where none is given", P, ".tril(lengths[1] - lengths[0])", "", "test_packed.py"),
+    Mutant("sampling: times not exponential", "appo/policy.py", "-uniform.log()", "uniform", "test_policy.py"),
     Mutant("minibatches: not shuffled", R, "order = torch.randperm(len(batch), generator=generator)", "order = torch.arange(len(batch))", "test_rollout.py"),
 )  # fmt: skip
 

@@ -128,6 +128,19 @@ def test_sampling_follows_the_generator(tiny_llama, tokenizer) -> None:
     assert not torch.equal(one.tokens, other.tokens)
 
 
+def test_tokens_are_drawn_with_their_probabilities(tiny_llama, tokenizer) -> None:
+    policy = Policy(tiny_llama, tokenizer, SamplingConfig(max_new_tokens=1, temperature=0.02))
+    query, draws = policy.query("One", "two"), 20_000
+    drawn = torch.bincount(policy.sample([query] * draws, seeded()).tokens[:, 0], minlength=tiny_llama.vocab_size)
+    logits = tiny_llama(torch.tensor([query.tokens])).logits[0, -1]
+    expected = draws * (logits / 0.02).softmax(-1)
+    assert 0.4 < expected.max() / draws < 0.6  # a race of equals would hide what is wrong
+    often = expected > 10
+    freedom = int(often.sum())
+    chi_squared = ((drawn - expected) ** 2 / expected)[often].sum().item()
+    assert abs(chi_squared - freedom) < 4 * (2 * freedom) ** 0.5  # its mean and standard deviation
+
+
 def test_value_head_starts_at_zero_and_learns(tiny_llama, tokenizer) -> None:
     policy = make(tiny_llama, tokenizer)
     rollout = policy.sample(ragged_queries(policy), seeded())
