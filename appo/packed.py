@@ -223,8 +223,18 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.room = []  # of the rows that were
+        rows = len(beam_idx)
+        if not self.room or rows > len(self.room[0]):
+            super().reorder_cache(beam_idx)
+            self.room = []  # of the rows that were
+            return
+        assert self.keys is not None
+        held = self.keys.shape[2]
+        moved = (beam_idx != torch.arange(rows, device=beam_idx.device)).nonzero()[:, 0]
+        for room in self.room:
+            room[moved, :, :held] = room[beam_idx[moved], :, :held]
+        self.room = [room[:rows] for room in self.room]
+        self.keys, self.values = (room[:, :, :held] for room in self.room)
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
@@ -232,6 +242,14 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def closed_up(going: Tensor) -> Tensor:
+    """Indices of the rows that go on, of [R] booleans; the last of them fill the gaps, so that few have to move."""
+    rows = going.nonzero()[:, 0]
+    order = torch.arange(len(rows), device=going.device)
+    order[~going[: len(rows)]] = rows[rows >= len(rows)]
+    return order
 
 
 # -- attention ---------------------------------------------------------------------------------------------------

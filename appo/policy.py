@@ -143,7 +143,7 @@ class Policy(nn.Module):
             going = tokens[:, 0] != self.tokenizer.eos_token_id
             if not going.any():
                 break
-            rows = going.nonzero()[:, 0]  # finished responses leave the batch
+            rows = packed.closed_up(going)  # finished responses leave the batch
             if len(rows) < len(alive):
                 prefix.cache.reorder_cache(rows)
             alive, inputs, mask, position = alive[rows], tokens[rows], mask[rows], position[rows] + 1

@@ -57,23 +57,22 @@ def _greedy(target: TargetModel, contexts: list[list[int]], max_new_tokens: int,
             use_cache=True,
             logits_to_keep=1,
         )
-        tokens = output.logits[:, -1].argmax(-1).tolist()
-        keep = []
-        for place, (row, token) in enumerate(zip(active, tokens, strict=True)):
+        tokens = output.logits[:, -1].argmax(-1)
+        going = torch.zeros(len(active), dtype=torch.bool, device=model.device)
+        for place, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
             if token in ends:
                 continue
             written[row].append(token)
             texts[row], stopped = _cut(tokenizer.decode(written[row], skip_special_tokens=True), stop)
-            if not stopped:
-                keep.append(place)
-        if not keep:
+            going[place] = not stopped
+        if not going.any():
             break
-        kept = torch.tensor(keep, device=model.device)
-        if len(keep) < len(active):
+        kept = packed.closed_up(going)
+        if len(kept) < len(active):
             cache.reorder_cache(kept)
-        active = [active[place] for place in keep]
-        ids = torch.tensor([[tokens[place]] for place in keep], device=model.device)
-        mask = torch.cat([mask[kept], mask.new_ones(len(keep), 1)], dim=1)
+        active = [active[place] for place in kept.tolist()]
+        ids = tokens[kept].unsqueeze(1)
+        mask = torch.cat([mask[kept], mask.new_ones(len(kept), 1)], dim=1)
     return [text.strip() for text in texts]
 
 

@@ -183,13 +183,22 @@ def test_one_token_after_another_equals_all_at_once(name: str, monkeypatch: pyte
     ids = torch.tensor([row[:12] for row in (BATCH.prefixes[3], BATCH.branches[5], BATCH.branches[2])])
     expected = model(ids).logits
     cache, rows = packed.new_cache(model), torch.arange(3)
+    # A row leaves, the rest change places, more of them go on.
+    changes = {t: torch.tensor(new) for t, new in ((6, [0, 2]), (8, [1, 0]), (10, [1, 0, 1]), (11, [2]))}
     model(ids[:, :4], past_key_values=cache, use_cache=True)
     for t in range(4, 12):
-        if t == 6:  # one row leaves
-            rows = torch.tensor([0, 2])
-            cache.reorder_cache(rows)
+        if t in changes:
+            rows = rows[changes[t]]
+            cache.reorder_cache(changes[t])
         logits = model(ids[rows, t : t + 1], past_key_values=cache, use_cache=True).logits[:, 0]
         assert_close(logits, expected[rows, t], rtol=1e-4, atol=1e-4)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=12))
+def test_closing_up_keeps_those_who_go_on_and_moves_few(going: list[bool]) -> None:
+    rows = packed.closed_up(torch.tensor(going)).tolist()
+    assert sorted(rows) == [row for row, goes in enumerate(going) if goes]
+    assert sum(row != place for place, row in enumerate(rows)) <= going.count(False)
 
 
 @pytest.mark.parametrize("name", [*PACKING, *PLAIN])
