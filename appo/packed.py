@@ -100,9 +100,10 @@ def run(model: PreTrainedModel, batch: Branches, keep: Sequence[int] | None = No
     ids = torch.tensor([[token for row in rows for token in row]], device=device)
     positions = torch.cat([torch.arange(o, o + len(row)) for o, row in zip(offsets, rows, strict=True)]).to(device)
     wanted = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, counts, strict=True)]).to(device)
-    layout = _layout(batch, starts, model.dtype, device)
+    layout = _layout(batch, starts, [len(row) for row in rows], model.dtype, device)
+    reading = _layout(batch, starts, [0] * len(batch.prefixes) + counts, model.dtype, device)
     unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # a mask in four dimensions is not made again
-    with _last_mlp_on(model, wanted, starts[-1]):
+    with _last_layer_on(model, wanted, starts[-1], reading):
         logits, hidden = call(
             model,
             input_ids=ids,
@@ -127,13 +128,18 @@ def call(model: PreTrainedModel, **inputs: Any) -> Output:
 
 
 @contextmanager
-def _last_mlp_on(model: PreTrainedModel, wanted: Tensor, total: int) -> Iterator[None]:
-    """Spares the last layer's MLP all but the wanted ones of the `total` tokens: the others are attended to no more."""
+def _last_layer_on(model: PreTrainedModel, wanted: Tensor, total: int, reading: _Layout) -> Iterator[None]:
+    """Spares the last layer what the wanted ones of the `total` tokens do not need: the others are attended to no more.
+
+    Its attention goes by the layout `reading`, its MLP sees the wanted tokens alone.
+    """
     last = next(reversed(layers(model)), None)
-    mlp = getattr(last, "mlp", None)
-    if last is None or mlp is None or last.training:  # checkpointing: the layer is run again when the hooks are gone
+    if last is None or last.training:  # checkpointing: the layer is run again when the hooks are gone
         yield
         return
+
+    def attend(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {"layout": reading}
 
     def pick(_mlp: nn.Module, states: tuple[Tensor]) -> tuple[Tensor]:
         return (states[0][:, wanted],)
@@ -143,7 +149,10 @@ def _last_mlp_on(model: PreTrainedModel, wanted: Tensor, total: int) -> Iterator
             return put_back(_mlp, _states, output[0]), *output[1:]
         return output.new_zeros(1, total, output.shape[-1]).index_copy(1, wanted, output)
 
-    handles = [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(put_back)]
+    handles = [last.register_forward_pre_hook(attend, with_kwargs=True)]
+    mlp = getattr(last, "mlp", None)
+    if mlp is not None:
+        handles += [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(put_back)]
     try:
         yield
     finally:
@@ -255,30 +264,40 @@ def closed_up(going: Tensor) -> Tensor:
 # -- attention ---------------------------------------------------------------------------------------------------
 
 
-def _layout(batch: Branches, starts: Sequence[int], dtype: torch.dtype, device: torch.device) -> _Layout:
-    """Blocks of sequences that see equally long prefixes, sorted by length, so that little of a block is padding."""
+def _layout(
+    batch: Branches, starts: Sequence[int], asking: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> _Layout:
+    """Blocks of sequences that see equally long prefixes, sorted by length, so that little of a block is padding.
+
+    Args:
+        batch: of which the sequences are, prefixes and branches.
+        starts: where each of them begins, and at last the number of tokens S.
+        asking: how many of the last tokens of each attend; the others get what another token gets.
+    """
     length = [len(row) for row in (*batch.prefixes, *batch.branches)]
     parent = [-1] * len(batch.prefixes) + list(batch.owner)
     seen = [length[m] if m >= 0 else 0 for m in parent]
     blocks, groups = [], list[list[int]]()
-    for row in sorted((row for row in range(len(length)) if length[row]), key=lambda row: (seen[row], length[row])):
+    for row in sorted((row for row in range(len(length)) if asking[row]), key=lambda row: (seen[row], length[row])):
         fits = groups and (len(groups[-1]) + 1) * (seen[row] + length[row]) <= BLOCK_KEYS
         if not fits or seen[groups[-1][0]] != seen[row]:
             groups.append([])
         groups[-1].append(row)
-    restore, offset = torch.empty(starts[-1], dtype=torch.long), 0
+    restore, offset = torch.zeros(starts[-1], dtype=torch.long), 0
     for rows in groups:
-        first, size = torch.tensor([starts[r] for r in rows]), torch.tensor([length[r] for r in rows])
-        before, width = seen[rows[0]], length[rows[-1]]
-        steps = torch.arange(width)
-        queries = first[:, None] + steps.clamp(max=size[:, None] - 1)  # padded with the last token again
+        first, size, count = (torch.tensor([of[r] for r in rows])[:, None] for of in (starts, length, asking))
+        before = seen[rows[0]]
+        # Padded with the last token again.
+        own, steps = torch.arange(int(size.max())).clamp(max=size - 1), torch.arange(int(count.max()))
+        asked = size - count + steps.clamp(max=count - 1)
+        queries = first + asked
         inherited = torch.tensor([starts[max(parent[r], 0)] for r in rows])[:, None] + torch.arange(before)
-        keys = torch.cat([inherited, queries], dim=1)
-        real = steps < size[:, None]
-        age = before + steps.clamp(max=size[:, None] - 1)[:, :, None] - torch.arange(before + width)
-        age[:, :, before:].masked_fill_(~real[:, None, :], -1)
+        keys = torch.cat([inherited, first + own], dim=1)
+        age = before + asked[:, :, None] - torch.arange(keys.shape[1])
+        age[:, :, before:].masked_fill_((torch.arange(own.shape[1]) >= size)[:, None, :], -1)
         mask = torch.zeros(age.shape, dtype=dtype).masked_fill(age < 0, -torch.inf).unsqueeze(1)
         blocks.append(_Block(*(t.to(device) for t in (queries, keys, age, mask))))
+        real = steps < count
         restore[queries[real]] = offset + torch.arange(real.numel()).view_as(real)[real]
         offset += real.numel()
     return _Layout(blocks, restore.to(device))

@@ -84,6 +84,7 @@ MUTANTS = (
     Mutant("packed: the prefix of another", P, "starts[max(parent[r], 0)] for r in rows", "starts[0] for r in rows", "test_packed.py"),
     Mutant("packed: window one too wide", P, "block.age >= sliding_window", "block.age > sliding_window", "test_packed.py"),
     Mutant("packed: not capped", P, "scores = softcap * torch.tanh(scores / softcap)", "pass", "test_packed.py"),
+    Mutant("packed: the last layer asks with other tokens", P, "queries = first + asked", "queries = first + steps", "test_packed.py"),
     Mutant("packed: order of blocks", P, "torch.cat(parts)[layout.restore]", "torch.cat(parts)", "test_packed.py"),
     Mutant("packed: MLP of other tokens", P, "return (states[0][:, wanted],)", "return (states[0][:, wanted - 1],)", "test_packed.py"),
     Mutant("packed: cache keeps rows that left", P, "            self.room = []  # of the rows that were\n", "", "test_packed.py"),
