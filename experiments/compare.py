@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["anchor", "best-of-n"])
     parser.add_argument("--folder", type=Path, help="for the runs (default: runs/compare-DATE-TIME)")
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="for all runs")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     folder = options.folder or Path(f"runs/compare-{datetime.now():%Y%m%d-%H%M%S}")
     print("| arm | seed | prompts | first 20 | last 20 | validation | test | manual, test | top 5 on test | seconds |")
     print("|---|---|---|---|---|---|---|---|---|---|")

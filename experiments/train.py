@@ -246,7 +246,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run from its last checkpoint")
     parser.add_argument("--config", help="a YAML file of keys")
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="sets any field of the configuration")
-    options = vars(parser.parse_args(argv))
+    options = vars(parser.parse_intermixed_args(argv))  # key=value anywhere among the options
     assignments, file, resume = options.pop("assignments"), options.pop("config"), options.pop("resume")
     if not resume:
         return build_config(options, file, assignments), False

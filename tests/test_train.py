@@ -16,7 +16,7 @@ from appo.policy import Policy
 from experiments import train as train_module
 from experiments.config import build_config
 from experiments.runlog import read_jsonl
-from experiments.train import main, prepare, train
+from experiments.train import main, parse_args, prepare, train
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["prompts=4", "threads=1", "sampling.max_new_tokens=24", "examples.test_limit=30", "anchor.prompts=2", "pool=5"]
@@ -127,6 +127,12 @@ def test_winner_is_chosen_on_validation_not_on_test(tmp_path: Path) -> None:
     assert result["test_score"] <= result["paper_protocol"]["test_score"]  # of a pool of five, the winner among them
     validation = {row["prompt"] for row in read_jsonl(tmp_path / "run/prompts.jsonl")}
     assert result["prompt"] in validation
+
+
+def test_assignments_may_stand_between_options() -> None:
+    config, resume = parse_args(["threads=1", "--task", "rte", "appo.kl_coef=0.5", "--seed", "3", "steps=7"])
+    assert (config.threads, config.task, config.appo.kl_coef, config.seed, config.steps) == (1, "rte", 0.5, 3, 7)
+    assert not resume
 
 
 def test_frozen_agent_is_best_of_n(tmp_path: Path) -> None:
