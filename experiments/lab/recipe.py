@@ -9,7 +9,8 @@ the prefix and itself only, which halves the work and gives every instruction se
 
 The target is taught in three stages: first every input is one that its instruction speaks of; when that is mastered,
 inputs without a clause of their own and instructions that are junk are mixed in, which call for the wrong answer; in
-the end instructions with small faults, since a sentence with a fault is no clause.
+the end instructions with small faults, since a sentence with a fault is no clause. The agent learns first to read what
+a single input asks for, then to write instructions of all kinds, and at last to go by its habit more often than not.
 """
 
 from __future__ import annotations
