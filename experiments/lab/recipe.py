@@ -19,7 +19,7 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -311,9 +311,8 @@ def _sample_query(rng: random.Random, task: str) -> tuple[MetaPrompt, str | None
     if task in wordplay.TASKS:
         return rewrite_prompt(pairs, sample_example(rng, task).input, manual), None
     item = grammar.sample_item(rng, task)
-    return rewrite_prompt(
-        pairs, render(task, row_of(item)).input, manual
-    ), item.criterion if task == grammar.MIXED else None
+    query = rewrite_prompt(pairs, render(task, row_of(item)).input, manual)
+    return query, item.criterion if task == grammar.MIXED else None
 
 
 def _sample_prior(rng: random.Random, task: str, hint: str | None = None, taken: float = 1.0) -> str:
@@ -331,42 +330,39 @@ def build_agent(folder: Path, minutes: float = AGENT_MINUTES, seed: int = 0) -> 
     rng, tokenizer = random.Random(seed + 5), build_tokenizer()
     model = _llama(tokenizer, hidden=96, intermediate=256, layers=4)
 
-    def pack_texts(queries: Sequence[MetaPrompt], written: Sequence[Sequence[str]]) -> Packed:
-        prefixes = [f"{request}\n{opening}" for request, opening in queries]
-        ends = [[f" {text}{SPECIAL['eos_token']}" for text in texts] for texts in written]
-        parts = [tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in ends]
-        return pack(tokenizer(prefixes)["input_ids"], parts)
-
-    def reading(rows: int = 16, instructions: int = 2) -> Packed:
+    def reading(rows: int = 16, instructions: int = 2) -> Iterator[tuple[MetaPrompt, list[str]]]:
         """Single inputs of the mixed task after a pair or two, and the clause alone that each of them asks for."""
-        queries, written = [], []
         for _ in range(rows):
             pairs = [sample_example(rng, grammar.MIXED) for _ in range(rng.randint(0, 2))]
             item = grammar.sample_item(rng, grammar.MIXED)
-            queries.append(rewrite_prompt(pairs, render(grammar.MIXED, row_of(item)).input))
-            written.append(rng.choices(grammar.Judge(item.criterion).wordings(), k=instructions))
-        return pack_texts(queries, written)
+            query = rewrite_prompt(pairs, render(grammar.MIXED, row_of(item)).input)
+            yield query, rng.choices(grammar.Judge(item.criterion).wordings(), k=instructions)
 
-    def writing(taken: float, rows: int = 8, instructions: int = 6) -> Packed:
+    def writing(taken: float, rows: int = 8, instructions: int = 6) -> Iterator[tuple[MetaPrompt, list[str]]]:
         """Meta-prompts of all tasks, and instructions from the prior; a hint is taken so often."""
-        queries, written = [], []
         for _ in range(rows):
             task = grammar.MIXED if rng.random() < 0.45 else rng.choice(list(SPECS))
             query, hint = _sample_query(rng, task)
-            queries.append(query)
-            written.append([_sample_prior(rng, task, hint, taken) for _ in range(instructions)])
-        return pack_texts(queries, written)
+            yield query, [_sample_prior(rng, task, hint, taken) for _ in range(instructions)]
+
+    def packed(rows: Iterator[tuple[MetaPrompt, list[str]]]) -> Packed:
+        queries, written = zip(*rows, strict=True)
+        parts = [[f" {text}{SPECIAL['eos_token']}" for text in texts] for texts in written]
+        return pack(
+            tokenizer([f"{request}\n{opening}" for request, opening in queries])["input_ids"],
+            [tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in parts],
+        )
 
     def loss_fn(hidden: Tensor, batch: Packed) -> Tensor:
         written = batch.targets >= 0
         return F.cross_entropy(model.lm_head(hidden[written]), batch.targets[written])
 
     save = partial(_save, model, tokenizer, folder)
-    # What a single input asks for is one word in thirty of an instruction: among all else it is not found within an
-    # hour, alone it is within a minute, and kept. In the end habit wins over it, so that tuning has something to find.
-    fit(model, reading, loss_fn, save, minutes / 8, peak=2e-3, hold=1.0)
-    fit(model, partial(writing, 1.0), loss_fn, save, minutes / 2, peak=2e-3, hold=0.3)
-    fit(model, partial(writing, 0.35), loss_fn, save, 3 * minutes / 8, peak=1e-3, hold=0.0)
+    # What a single input asks for is one word in thirty of an instruction: among all else it was not found in twenty
+    # minutes, alone it is in one, and kept. In the end habit wins over it, so that tuning has something to find.
+    fit(model, lambda: packed(reading()), loss_fn, save, minutes / 8, peak=2e-3, hold=1.0)
+    fit(model, lambda: packed(writing(1.0)), loss_fn, save, minutes / 2, peak=2e-3, hold=0.3)
+    fit(model, lambda: packed(writing(0.35)), loss_fn, save, 3 * minutes / 8, peak=1e-3, hold=0.0)
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
