@@ -56,7 +56,7 @@ SHAPES = {
     "big head": Shape(256_000, 256, 2),
 }
 PROMPT, INPUT, QUERY, RESPONSE = 70, 80, 256, 64  # tokens
-UPDATES = (("tiny", 4), ("tiny", 8), ("small", 4), ("big head", 2))  # and K
+UPDATES = (("tiny", 4), ("tiny", 8), ("small", 4), ("big head", 1))  # and K
 PROC = Path("/proc/self")
 WORDS = ("yes", "maybe", "no")
 TEMPLATE = "{prompt} Input : {input} Output :"
@@ -332,7 +332,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", choices=parts, action="append", help="one part (may be repeated; default: all)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each piece of work (default: 10)")
+    parser.add_argument("--seconds", type=float, default=6.0, help="for each piece of work (default: 6)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
