@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from appo import packed
-from appo.packed import common_prefix
 from rewards.target import TargetModel, encode, out_of_memory
 
 T = TypeVar("T")
@@ -58,16 +57,16 @@ def _greedy(target: TargetModel, contexts: list[list[int]], max_new_tokens: int,
             logits_to_keep=1,
         )
         tokens = output.logits[:, -1].argmax(-1)
-        going = torch.zeros(len(active), dtype=torch.bool, device=model.device)
+        going = [False] * len(active)
         for place, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
             if token in ends:
                 continue
             written[row].append(token)
             texts[row], stopped = _cut(tokenizer.decode(written[row], skip_special_tokens=True), stop)
             going[place] = not stopped
-        if not going.any():
+        if not any(going):
             break
-        kept = packed.closed_up(going)
+        kept = packed.closed_up(torch.tensor(going, device=model.device))
         if len(kept) < len(active):
             cache.reorder_cache(kept)
         active = [active[place] for place in kept.tolist()]
@@ -113,7 +112,7 @@ def answer_logprobs(
         for context, answer in zip(contexts, answers, strict=True)
     ]
     before, after = (encode(target.tokenizer, texts, target.chat) for texts in (contexts, wholes))
-    lengths = [len(w) - common_prefix([b, w]) for b, w in zip(before, after, strict=True)]
+    lengths = [len(w) - packed.common_prefix([b, w]) for b, w in zip(before, after, strict=True)]
 
     def means(rows: list[int]) -> list[float]:
         counts = [lengths[r] for r in rows]

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from appo import packed
-from appo.packed import common_prefix
 
 REMEMBERED = 100_000  # pairs; some 20 MB
 
@@ -54,7 +53,7 @@ class Verbalizer:
             return cls((), (), 0)
         separator = "" if chat or not context or context[-1].isspace() else " "
         base, *full = encode(tokenizer, [context, *(f"{context}{separator}{word}" for word in words)], chat)
-        shared = min(common_prefix([base, ids]) for ids in full)
+        shared = min(packed.common_prefix([base, ids]) for ids in full)
         tokens = tuple(tuple(ids[shared:]) for ids in full)
         for word, ids in zip(words, tokens, strict=True):
             if not ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
@@ -177,7 +176,7 @@ class TargetModel:
         jobs = []
         for many in of_prompt.values():
             # What is not shared keeps at least the last token, the one that predicts the answer.
-            shared = common_prefix([ids[:-1] for ids in many]) if len(many) > 1 else 0
+            shared = packed.common_prefix([ids[:-1] for ids in many]) if len(many) > 1 else 0
             jobs += [_Job(tuple(ids[:shared]), ids[shared:]) for ids in many]
         return jobs
 
