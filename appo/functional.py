@@ -66,31 +66,53 @@ def logprobs_from_logits(logits: Tensor, tokens: Tensor) -> Tensor:
     Returns:
         [*] float32 (float64 for float64 logits).
     """
-    chosen: Tensor = _TokenLogprobs.apply(logits.reshape(-1, logits.shape[-1]), tokens.flatten())
+    chosen: Tensor = _TokenLogprobs.apply(logits.reshape(-1, logits.shape[-1]), tokens.flatten(), False)[0]
     return chosen.view(tokens.shape)
 
 
+def entropy_from_logits(logits: Tensor) -> Tensor:
+    """Entropy in nats of softmax(logits): [*, V] -> [*]. Tokens of probability 0 add nothing."""
+    rows = _chunks(logits.reshape(-1, logits.shape[-1]))
+    entropies = [_entropy(_at_least_float32(part).log_softmax(-1)) for (part,) in rows]
+    return torch.cat(entropies).view(logits.shape[:-1])
+
+
+def logprobs_and_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """`logprobs_from_logits` and `entropy_from_logits` in one pass over the logits; the latter has no gradient."""
+    found: tuple[Tensor, Tensor] = _TokenLogprobs.apply(logits.reshape(-1, logits.shape[-1]), tokens.flatten(), True)
+    return found[0].view(tokens.shape), found[1].view(tokens.shape)
+
+
 class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(logits)[token] [n] of logits [n, V]; nothing but the logits is kept for its gradient.
+    """log softmax(logits)[token] [n] of logits [n, V], and entropies [n] if wanted; only the logits are kept.
 
     Autograd's own way takes several times the memory of the logits, which are by far the largest tensor of PPO on
     language models. The gradient is that of cross-entropy: one at the token, minus softmax(logits).
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
         tokens = tokens.unsqueeze(-1)
         ctx.save_for_backward(logits, tokens)
-        parts = [_at_least_float32(rows).log_softmax(-1).gather(-1, token) for rows, token in _chunks(logits, tokens)]
-        return torch.cat(parts).squeeze(-1)
+        chosen, entropies = [], []
+        for rows, token in _chunks(logits, tokens):
+            logprobs = _at_least_float32(rows).log_softmax(-1)
+            chosen.append(logprobs.gather(-1, token).squeeze(-1))
+            if entropy:
+                entropies.append(_entropy(logprobs))
+        if not entropy:
+            return torch.cat(chosen), None
+        found = torch.cat(entropies)
+        ctx.mark_non_differentiable(found)
+        return torch.cat(chosen), found
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         logits, tokens = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         for rows, token, grad, out in _chunks(logits, tokens, grad_outputs[0].unsqueeze(-1), gradient):
             out.copy_(_at_least_float32(rows).softmax(-1).mul_(-grad).scatter_add_(-1, token, grad))
-        return gradient, None
+        return gradient, None, None
 
 
 def _chunks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -99,14 +121,9 @@ def _chunks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(x.split(rows) for x in (logits, *others)), strict=True)
 
 
-def entropy_from_logits(logits: Tensor) -> Tensor:
-    """Entropy in nats of softmax(logits): [*, V] -> [*]. Tokens of probability 0 add nothing."""
-    entropies = []
-    for (rows,) in _chunks(logits.reshape(-1, logits.shape[-1])):
-        logprobs = _at_least_float32(rows).log_softmax(-1)
-        logprobs = logprobs.clamp(min=torch.finfo(logprobs.dtype).min)  # 0 * -inf is NaN
-        entropies.append(-(logprobs.exp() * logprobs).sum(-1))
-    return torch.cat(entropies).view(logits.shape[:-1])
+def _entropy(logprobs: Tensor) -> Tensor:
+    """[n, V] -> [n]."""
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)  # 0 * -inf is NaN
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLKind = "k1") -> Tensor:

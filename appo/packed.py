@@ -131,7 +131,8 @@ def call(model: PreTrainedModel, **inputs: Any) -> Output:
 def _last_layer_on(model: PreTrainedModel, wanted: Tensor, total: int, reading: _Layout) -> Iterator[None]:
     """Spares the last layer what the wanted ones of the `total` tokens do not need: the others are attended to no more.
 
-    Its attention goes by the layout `reading`, its MLP sees the wanted tokens alone.
+    Its attention goes by the layout `reading`; its MLP and the projections around its attention, all but those for
+    keys and values, see the wanted tokens alone.
     """
     last = next(reversed(layers(model)), None)
     if last is None or last.training:  # checkpointing: the layer is run again when the hooks are gone
@@ -141,18 +142,19 @@ def _last_layer_on(model: PreTrainedModel, wanted: Tensor, total: int, reading: 
     def attend(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, kwargs | {"layout": reading}
 
-    def pick(_mlp: nn.Module, states: tuple[Tensor]) -> tuple[Tensor]:
-        return (states[0][:, wanted],)
+    def pick(_part: nn.Module, states: tuple[Tensor]) -> tuple[Tensor]:
+        return (states[0].index_select(1, wanted),)
 
-    def put_back(_mlp: nn.Module, _states: tuple[Tensor], output: Any) -> Any:
+    def put_back(part: nn.Module, states: tuple[Tensor], output: Any) -> Any:
         if isinstance(output, tuple):  # with the scores of a router
-            return put_back(_mlp, _states, output[0]), *output[1:]
+            return put_back(part, states, output[0]), *output[1:]
         return output.new_zeros(1, total, output.shape[-1]).index_copy(1, wanted, output)
 
     handles = [last.register_forward_pre_hook(attend, with_kwargs=True)]
-    mlp = getattr(last, "mlp", None)
-    if mlp is not None:
-        handles += [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(put_back)]
+    parts = dict(last.named_modules())
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp"):
+        if name in parts:
+            handles += [parts[name].register_forward_pre_hook(pick), parts[name].register_forward_hook(put_back)]
     try:
         yield
     finally:
@@ -333,9 +335,15 @@ def _attention(
         mask = block.mask
         if sliding_window is not None and sliding_window < mask.shape[-1]:
             mask = mask.masked_fill((block.age >= sliding_window).unsqueeze(1), -torch.inf)
-        q, k, v = (x[i].transpose(1, 2) for x, i in ((query, block.queries), (key, block.keys), (value, block.keys)))
+        places = ((query, block.queries), (key, block.keys), (value, block.keys))
+        q, k, v = (_take(x, i).transpose(1, 2) for x, i in places)
         parts.append(_attend(q, k, v, mask, scaling, softcap).transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts)[layout.restore].unsqueeze(0), None
+    return _take(torch.cat(parts), layout.restore).unsqueeze(0), None
+
+
+def _take(x: Tensor, places: Tensor) -> Tensor:
+    """x[places], rows of x [S, *] at places [*]; several times as fast on a CPU."""
+    return x.index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 def _attend(

@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from appo import packed
 from appo.config import SamplingConfig
-from appo.functional import entropy_from_logits, logprobs_from_logits
+from appo.functional import logprobs_and_entropy, logprobs_from_logits
 from appo.rollout import Query, Response, Rollout
 
 
@@ -63,6 +63,12 @@ class Policy(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             model.activation_checkpointing_enable()
+        embedding = model.get_input_embeddings()
+        if embedding.weight is model.get_output_embeddings().weight and embedding.weight.requires_grad:
+            # The head's gradient is as large as the vocabulary: that of the few tokens read is added to it, where a
+            # dense one would be made beside it.
+            embedding.sparse = True
+            embedding.weight.register_post_accumulate_grad_hook(_make_dense)  # of a loss that does not use the head
         self.chat = tokenizer.chat_template is not None if chat is None else chat
         self.value_head = nn.Linear(model.config.get_text_config().hidden_size, 1, device=model.device)
         nn.init.zeros_(self.value_head.weight)
@@ -164,9 +170,7 @@ class Policy(nn.Module):
         with _checkpointing(self.model, self.gradient_checkpointing and torch.is_grad_enabled()):
             output = packed.run(self.model, packed.Branches([q.tokens[:-1] for q in distinct], branches, owner))
         logits, values = self._read(output)
-        logprobs = logprobs_from_logits(logits, rollout.tokens[rollout.mask])
-        with torch.no_grad():
-            entropy = entropy_from_logits(logits)
+        logprobs, entropy = logprobs_and_entropy(logits, rollout.tokens[rollout.mask])
         return Evaluation(*(_unpack(column, rollout.mask) for column in (logprobs, values, entropy)))
 
     forward = evaluate
@@ -231,6 +235,11 @@ class _Prefix(NamedTuple):
 def _unpack(values: Tensor, mask: Tensor) -> Tensor:
     """[n] values of real tokens at their places in [B, T], 0 on padding."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def _make_dense(weight: Tensor) -> None:
+    if weight.grad is not None:
+        weight.grad = weight.grad.to_dense()
 
 
 @contextmanager

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from appo.functional import entropy_from_logits, kl_estimate, logprobs_from_logits, token_rewards
+from appo.functional import (
+    entropy_from_logits,
+    kl_estimate,
+    logprobs_and_entropy,
+    logprobs_from_logits,
+    token_rewards,
+)
 
 F64 = torch.float64
 
@@ -101,3 +107,21 @@ def test_entropy_of_many_rows_is_that_of_each(budget: int, monkeypatch: pytest.M
 def test_entropy_of_the_uniform_and_of_the_certain() -> None:
     logits = torch.tensor([[[0.0] * 4, [0.0, -math.inf, -math.inf, -math.inf]]], dtype=F64)
     assert_close(entropy_from_logits(logits), torch.tensor([[math.log(4), 0.0]], dtype=F64))
+
+
+def test_logprobs_and_entropy_are_those_of_the_functions_for_each() -> None:
+    logits = torch.randn(2, 4, 5, dtype=F64, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([[0, 4, 2, 2], [1, 1, 3, 0]])
+    ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    logprobs, entropy = logprobs_and_entropy(ours, tokens)
+    assert_close(logprobs, logprobs_from_logits(plain, tokens))
+    assert_close(entropy, entropy_from_logits(logits))
+    assert not entropy.requires_grad
+    (logprobs.sum() + entropy.sum()).backward()
+    logprobs_from_logits(plain, tokens).sum().backward()
+    assert_close(ours.grad, plain.grad)
+
+
+def test_gradient_of_the_entropy_for_who_wants_it_in_the_loss() -> None:
+    logits = torch.randn(3, 5, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(entropy_from_logits, logits)

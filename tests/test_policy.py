@@ -155,6 +155,17 @@ def test_gradients_reach_the_language_model(tiny_llama, tokenizer) -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("column", ["logprobs", "values"])
+def test_tied_weights_get_an_ordinary_gradient_of_any_loss(column, dtype, tiny_gpt2, tokenizer) -> None:
+    policy = make(tiny_gpt2.to(dtype), tokenizer)
+    torch.nn.init.normal_(policy.value_head.weight)
+    rollout = policy.sample(ragged_queries(policy), seeded())
+    getattr(policy.evaluate(rollout), column).sum().backward()
+    found = tiny_gpt2.get_input_embeddings().weight.grad
+    assert found.layout is torch.strided and found.abs().sum() > 0
+
+
 def test_entropy_has_no_gradient_and_stays_below_uniform(tiny_llama, tokenizer) -> None:
     policy = make(tiny_llama, tokenizer)
     rollout = policy.sample(ragged_queries(policy), seeded())
