@@ -145,6 +145,21 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLKind = "k1") -> 
     raise ValueError(f"unknown KL estimator {kind!r}; one of k1, k2, k3")
 
 
+def leave_one_out(scores: Tensor, groups: Tensor) -> Tensor:
+    """Each score less the mean of the others of its group: REINFORCE leave-one-out (Kool et al. 2019).
+
+    A baseline that a response has no part in leaves the expected gradient of the policy as it is, and takes out of it
+    that some queries are harder than others. A score that is alone in its group stays as it is.
+
+    Args:
+        scores: [B].
+        groups: [B], the number of each score's group.
+    """
+    members = (groups[:, None] == groups).to(scores.dtype)  # [B, B]
+    others = members.sum(1) - 1
+    return scores - (members @ scores - scores) / others.clamp(min=1)
+
+
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Reward of each token: -kl_coef * kl everywhere, plus the response's score on its last real token.
 

@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from appo import packed
 from appo.config import SamplingConfig
 from appo.functional import logprobs_and_entropy, logprobs_from_logits
-from appo.rollout import Query, Response, Rollout
+from appo.rollout import Query, Response, Rollout, distinct
 
 
 class Evaluation(NamedTuple):
@@ -159,16 +159,15 @@ class Policy(nn.Module):
 
     def evaluate(self, rollout: Rollout) -> Evaluation:
         """Log-probabilities, values and entropies of the rollout's tokens under the policy as it is now."""
-        distinct = {query: m for m, query in enumerate(dict.fromkeys(rollout.queries))}
+        queries, owner = distinct(rollout.queries)
         lengths = rollout.mask.sum(1).tolist()
         # The state in which token t is emitted ends with token t - 1, hence the inputs shifted by one.
         branches = [
             [query.tokens[-1], *tokens][:length]
             for query, tokens, length in zip(rollout.queries, rollout.tokens.tolist(), lengths, strict=True)
         ]
-        owner = [distinct[query] for query in rollout.queries]
         with _checkpointing(self.model, self.gradient_checkpointing and torch.is_grad_enabled()):
-            output = packed.run(self.model, packed.Branches([q.tokens[:-1] for q in distinct], branches, owner))
+            output = packed.run(self.model, packed.Branches([query.tokens[:-1] for query in queries], branches, owner))
         logits, values = self._read(output)
         logprobs, entropy = logprobs_and_entropy(logits, rollout.tokens[rollout.mask])
         return Evaluation(*(_unpack(column, rollout.mask) for column in (logprobs, values, entropy)))
@@ -180,23 +179,23 @@ class Policy(nn.Module):
 
         What all queries begin with is run once for all of them.
         """
-        distinct = {query: i for i, query in enumerate(dict.fromkeys(queries))}
+        prefixes, owner = distinct(queries)
         cache = packed.new_cache(self.model)
         # A window that slides would count the padding between the common beginning and the rest.
         sharing = packed.packs(self.model) and not any(cache.is_sliding)
-        shared = packed.common_prefix([query.tokens[:-1] for query in distinct]) if sharing else 0
-        rests = [query.tokens[shared:] for query in distinct]
+        shared = packed.common_prefix([query.tokens[:-1] for query in prefixes]) if sharing else 0
+        rests = [query.tokens[shared:] for query in prefixes]
         ids, mask = packed.pad_left(rests, self.device)  # so that all queries end in the same column
-        mask = torch.cat([mask.new_ones(len(distinct), shared), mask], dim=1)
+        mask = torch.cat([mask.new_ones(len(prefixes), shared), mask], dim=1)
         positions = packed.real_positions(mask)
         if shared:
-            beginning = torch.tensor([next(iter(distinct)).tokens[:shared]], device=self.device)
+            beginning = torch.tensor([prefixes[0].tokens[:shared]], device=self.device)
             self._forward(beginning, mask[:1, :shared], positions[:1, :shared], cache)
-            if len(distinct) > 1:
-                cache.reorder_cache(torch.zeros(len(distinct), dtype=torch.long, device=self.device))
+            if len(prefixes) > 1:
+                cache.reorder_cache(torch.zeros(len(prefixes), dtype=torch.long, device=self.device))
         if ids.shape[1] > 1:
             self._forward(ids[:, :-1], mask[:, :-1], positions[:, shared:-1], cache)
-        rows = torch.tensor([distinct[query] for query in queries], device=self.device)
+        rows = torch.tensor(owner, device=self.device)
         if len(queries) > 1:
             cache.reorder_cache(rows)
         return _Prefix(cache, mask[rows, :-1], ids[rows, -1:], mask.sum(1)[rows])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from appo.functional import gae, kl_estimate, masked_whiten, token_rewards
+from appo.functional import gae, kl_estimate, leave_one_out, masked_whiten, token_rewards
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,12 @@ class Query:
     def __post_init__(self) -> None:
         if not self.tokens:
             raise ValueError("a query needs at least one token; the agent's first token is conditioned on it")
+
+
+def distinct(queries: Sequence[Query]) -> tuple[list[Query], list[int]]:
+    """The queries without repetition, in order, and for each of the given ones its place among them."""
+    places = {query: m for m, query in enumerate(dict.fromkeys(queries))}
+    return list(places), [places[query] for query in queries]
 
 
 @dataclass(frozen=True)
@@ -140,20 +146,27 @@ class RolloutBuffer:
         self._ref_logprobs += [ref[row].clone() for ref, row in zip(ref_logprobs, rollout.mask, strict=True)]
         self._scores.append(scores.detach().clone().float())
 
-    def finish(self, kl_coef: float, gamma: float = 1.0, lam: float = 0.95, whiten: bool = True) -> Batch:
+    def finish(
+        self, kl_coef: float, gamma: float = 1.0, lam: float = 0.95, whiten: bool = True, baseline: bool = False
+    ) -> Batch:
         """Everything collected so far as one batch with advantages and returns; the buffer itself is unchanged.
 
         Args:
             kl_coef: weight of the k1 penalty on each token's reward; 0 for none.
             gamma, lam: of `gae`.
             whiten: whiten the advantages over all tokens of the batch.
+            baseline: take from each score the mean of the others to its query.
         """
         if not self._responses:
             raise ValueError("the buffer is empty; add a rollout before finishing")
         rollout = Rollout.stack(self._queries, self._responses)
         ref_logprobs = pad_sequence(self._ref_logprobs, batch_first=True)
         kl = kl_estimate(rollout.logprobs, ref_logprobs)
-        rewards = token_rewards(torch.cat(self._scores), kl, rollout.mask, kl_coef)
+        scores = torch.cat(self._scores)
+        if baseline:
+            _, owner = distinct(self._queries)
+            scores = leave_one_out(scores, torch.tensor(owner, device=scores.device))
+        rewards = token_rewards(scores, kl, rollout.mask, kl_coef)
         advantages, returns = gae(rewards, rollout.values, rollout.mask, gamma, lam)
         if whiten:
             advantages = masked_whiten(advantages, rollout.mask)

@@ -196,7 +196,7 @@ class APPOTrainer:
         """
         config = self.config
         penalty = 0.0 if self.kl_in_loss else self.kl_controller.coef
-        batch = self.buffer.finish(penalty, config.gamma, config.lam, config.whiten_advantages)
+        batch = self.buffer.finish(penalty, config.gamma, config.lam, config.whiten_advantages, config.leave_one_out)
         self.buffer.clear()
         steps: list[dict[str, float]] = []
         for _ in range(config.ppo_epochs):

@@ -79,6 +79,8 @@ MUTANTS = (
     Mutant("buffer: gamma and lambda exchanged", R, "rollout.mask, gamma, lam)", "rollout.mask, lam, gamma)", "test_rollout.py"),
     Mutant("buffer: whitening without mask", R, "masked_whiten(advantages, rollout.mask)", "masked_whiten(advantages, torch.ones_like(rollout.mask))", "test_rollout.py"),
     Mutant("minibatches: a row lost", R, "order = torch.randperm(len(batch), generator=generator)", "order = torch.randperm(len(batch) - 1, generator=generator)", "test_rollout.py"),
+    Mutant("leave one out: itself among the others", F, "(members @ scores - scores)", "(members @ scores)", "test_functional_kl.py"),
+    Mutant("buffer: the baseline of all queries", R, "torch.tensor(owner, device=scores.device)", "torch.zeros(len(owner), dtype=torch.long)", "test_rollout.py"),
     Mutant("packed: sees what comes after", P, "masked_fill(age < 0, -torch.inf)", "masked_fill(age < -1, -torch.inf)", "test_packed.py"),
     Mutant("packed: positions begin anew", P, "torch.arange(o, o + len(row))", "torch.arange(len(row))", "test_packed.py"),
     Mutant("packed: the prefix of another", P, "starts[max(parent[r], 0)] for r in rows", "starts[0] for r in rows", "test_packed.py"),

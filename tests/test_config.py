@@ -78,6 +78,7 @@ PAPER = {
     "appo.max_bad_steps": 3,
     "checkpoint_every": 10,
     "appo.whiten_advantages": True,  # TRL
+    "appo.leave_one_out": False,
     "appo.reference": "anchor",
     "appo.kl_coef": 0.2,  # TRL
     "appo.kl_in_loss": False,

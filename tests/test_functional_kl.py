@@ -6,11 +6,14 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from appo.functional import (
     entropy_from_logits,
     kl_estimate,
+    leave_one_out,
     logprobs_and_entropy,
     logprobs_from_logits,
     token_rewards,
@@ -55,6 +58,22 @@ def test_score_lands_on_the_last_real_token_and_the_penalty_on_every_one() -> No
 
 def test_a_response_without_tokens_gets_no_reward() -> None:
     assert token_rewards(torch.tensor([7.0]), torch.ones(1, 3), torch.zeros(1, 3), 0.1).tolist() == [[0.0] * 3]
+
+
+def test_leave_one_out_by_hand() -> None:
+    found = leave_one_out(torch.tensor([1.0, 5.0, 2.0, 6.0, 7.0]), torch.tensor([0, 1, 0, 0, 2]))
+    assert found.tolist() == [1.0 - 4.0, 5.0, 2.0 - 3.5, 6.0 - 1.5, 7.0]  # 5 and 7 are alone
+
+
+@given(st.lists(st.tuples(st.floats(-100, 100), st.integers(0, 3)), min_size=1, max_size=12))
+def test_leave_one_out_takes_out_what_a_group_has_in_common(rows: list[tuple[float, int]]) -> None:
+    scores, groups = torch.tensor([s for s, _ in rows], dtype=F64), torch.tensor([g for _, g in rows])
+    found = leave_one_out(scores, groups)
+    for group in groups.unique():
+        members = groups == group
+        if members.sum() > 1:
+            assert_close(found[members].sum(), torch.zeros((), dtype=F64), rtol=0, atol=1e-9)
+            assert_close(leave_one_out(scores + 50 * members, groups), found, rtol=0, atol=1e-9)
 
 
 def test_logprobs_are_the_log_softmax_of_the_chosen_tokens() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,6 +126,15 @@ def test_finish_equals_a_slow_twin() -> None:
     plain = buffer.finish(kl_coef=0.2, gamma=0.9, lam=0.8, whiten=False)
     assert_close(plain.advantages[plain.mask], torch.tensor(advantages), rtol=1e-5, atol=1e-5)
     assert_close(plain.returns, plain.advantages + plain.values)
+
+
+def test_the_baseline_is_that_of_the_responses_to_the_same_query() -> None:
+    given = rollout(1, 1, 1)
+    given = replace(given, queries=(Query((1, 2)), Query((3,)), Query((1, 2))), values=torch.zeros(3, 1))
+    buffer = RolloutBuffer()
+    buffer.add(given, torch.tensor([1.0, 10.0, 4.0]), given.logprobs)
+    batch = buffer.finish(0.0, whiten=False, baseline=True)
+    assert batch.advantages.flatten().tolist() == [-3.0, 10.0, 3.0]
 
 
 def test_the_buffer_keeps_copies() -> None:
