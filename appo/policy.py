@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from appo import packed
+from appo import linear, packed
 from appo.config import SamplingConfig
 from appo.functional import logprobs_and_entropy, logprobs_from_logits
 from appo.rollout import Query, Response, Rollout, distinct
@@ -57,6 +57,7 @@ class Policy(nn.Module):
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {model.name_or_path!r} has no end-of-sequence token")
         self.model = model.eval()
+        linear.install(model)
         packed.install(model)
         self.tokenizer = tokenizer
         self.sampling = sampling or SamplingConfig()

@@ -25,8 +25,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from appo.config import APPOConfig, SamplingConfig
@@ -36,7 +35,7 @@ from appo.trainer import APPOTrainer
 from experiments.config import RunConfig
 from experiments.lab import grammar
 from experiments.models import load_model
-from experiments.plain import plain_attention, plain_loss, plain_sample, plain_scores, plain_update
+from experiments.plain import as_plain, plain_loss, plain_sample, plain_scores, plain_update
 from rewards.target import TargetModel
 
 Work = Callable[[], Any]
@@ -152,7 +151,7 @@ class Bench:
     def _scoring(self, name: str, count: int, size: int, prompt: int, length: int) -> Iterator[Row]:
         prompts, inputs = self._texts(count, prompt), self._texts(size, length)
         plain, exact, half = (self._target(name, d) for d in (torch.float32, torch.float32, torch.bfloat16))
-        plain_attention(plain.model)
+        as_plain(plain.model)
 
         def ours(target: TargetModel) -> Tensor:
             target.scored.clear()
@@ -182,13 +181,13 @@ class Bench:
         around = len(self.tokenizer(TEMPLATE.format(prompt="", input=""))["input_ids"])
         tokens = sum(len(ids) for ids in self.tokenizer([*prompts, *list(inputs) * len(prompts)])["input_ids"])
         tokens += (around - 1) * len(prompts) * len(inputs) - len(prompts)
-        weights = [w for name, w in target.model.model.named_parameters() if w.dim() == 2 and "embed" not in name]
-        states = {width: torch.randn(tokens, width, device=self.device) for width in {w.shape[1] for w in weights}}
+        layers = [layer for layer in target.model.model.modules() if isinstance(layer, nn.Linear)]
+        states = {width: torch.randn(tokens, width, device=self.device) for width in {x.in_features for x in layers}}
 
         @torch.inference_mode()
         def products() -> None:
-            for weight in weights:
-                F.linear(states[weight.shape[1]], weight)
+            for layer in layers:
+                layer(states[layer.in_features])
 
         return products
 
@@ -235,7 +234,7 @@ class Bench:
             prompts, inputs, query = self._texts(count, PROMPT), self._texts(size, INPUT), self._query()
             plain, ours = self._plain_trainer(name), self._trainer(name)
             answering, target = self._target(name, self.dtype), self._target(name, self.dtype)
-            plain_attention(answering.model)
+            as_plain(answering.model)
 
             def published(t=plain, q=query, k=count, m=answering, p=prompts, i=inputs) -> None:  # type: ignore[no-untyped-def]
                 rollout = plain_sample(t.policy, q, k, RESPONSE)
@@ -261,7 +260,7 @@ class Bench:
 
     def _plain_trainer(self, name: str) -> APPOTrainer:
         trainer = self._trainer(name)
-        plain_attention(trainer.policy.model)
+        as_plain(trainer.policy.model)
         return trainer
 
     def _query(self) -> Query:

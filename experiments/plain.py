@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from appo import linear
 from appo.functional import policy_loss, value_loss
 from appo.policy import Policy
 from appo.rollout import Batch, Query, Rollout
@@ -20,8 +21,9 @@ from appo.trainer import APPOTrainer
 from rewards.target import TargetModel
 
 
-def plain_attention(model: PreTrainedModel) -> None:
-    """Gives the model the attention back that transformers chooses for it."""
+def as_plain(model: PreTrainedModel) -> None:
+    """Gives the model the linear layers and the attention back that torch and transformers choose for it."""
+    linear.uninstall(model)
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from appo import packed
+from appo import linear, packed
 
 REMEMBERED = 100_000  # pairs; some 20 MB
 
@@ -101,6 +101,7 @@ class TargetModel:
         max_batch_tokens: int | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
+        linear.install(model)
         packed.install(model)
         self.tokenizer = tokenizer
         self.template = template
@@ -242,7 +243,7 @@ def _only_rows(model: PreTrainedModel, tokens: Sequence[int]) -> Iterator[list[i
     stays as it is.
     """
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if type(head) not in (nn.Linear, linear.OneDNNLinear):
         yield list(tokens)
         return
     rows = nn.Linear(head.in_features, len(tokens), bias=head.bias is not None, device="meta")

@@ -30,7 +30,7 @@ class Mutant(NamedTuple):
 
 
 MASKS, GAE, LOSS, KL = (f"test_functional_{name}.py" for name in ("masks", "gae", "losses", "kl"))
-F, A, R, P = "appo/functional.py", "appo/anchor.py", "appo/rollout.py", "appo/packed.py"
+F, A, R, P, L = "appo/functional.py", "appo/anchor.py", "appo/rollout.py", "appo/packed.py", "appo/linear.py"
 MUTANTS = (
     Mutant("mean: mask dropped", F, "x = x.masked_fill(~mask, 0.0)\n    if dim", "if dim", MASKS),
     Mutant("mean: divided by all", F, "x.sum() / mask.sum().clamp(min=1)", "x.sum() / mask.numel()", MASKS),
@@ -81,6 +81,8 @@ MUTANTS = (
     Mutant("minibatches: a row lost", R, "order = torch.randperm(len(batch), generator=generator)", "order = torch.randperm(len(batch) - 1, generator=generator)", "test_rollout.py"),
     Mutant("leave one out: itself among the others", F, "(members @ scores - scores)", "(members @ scores)", "test_functional_kl.py"),
     Mutant("buffer: the baseline of all queries", R, "torch.tensor(owner, device=scores.device)", "torch.zeros(len(owner), dtype=torch.long)", "test_rollout.py"),
+    Mutant("linear: gradient of the bias", L, "gradient.sum(0)", "gradient[0]", "test_linear.py"),
+    Mutant("linear: takes over what is more than a product", L, "if type(module) is nn.Linear:", "if isinstance(module, nn.Linear):", "test_linear.py"),
     Mutant("packed: sees what comes after", P, "masked_fill(age < 0, -torch.inf)", "masked_fill(age < -1, -torch.inf)", "test_packed.py"),
     Mutant("packed: positions begin anew", P, "torch.arange(o, o + len(row))", "torch.arange(len(row))", "test_packed.py"),
     Mutant("packed: the prefix of another", P, "starts[max(parent[r], 0)] for r in rows", "starts[0] for r in rows", "test_packed.py"),

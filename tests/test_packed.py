@@ -26,7 +26,7 @@ from appo.packed import Branches
 from appo.policy import Policy
 from appo.rollout import Batch, Query
 from appo.trainer import APPOTrainer
-from experiments.plain import plain_attention, plain_loss, plain_sample, plain_scores
+from experiments.plain import as_plain, plain_loss, plain_sample, plain_scores
 from rewards.target import TargetModel
 from tests.conftest import byte_tokenizer, sharpen
 
@@ -223,7 +223,7 @@ def test_scores_equal_the_plain_ones(name: str, dtype: torch.dtype) -> None:
         return TargetModel(build(name, dtype=dtype).to(dtype), byte_tokenizer(), TEMPLATE, WORDS)
 
     plain = target()
-    plain_attention(plain.model)
+    as_plain(plain.model)
     prompts = ["Say y.", "", "A longer prompt , of some words."]
     expected = plain_scores(plain, prompts, SCORED, 4).log_softmax(-1)
     found = target().class_logits(prompts, SCORED).log_softmax(-1)
@@ -258,7 +258,7 @@ def gradients(trainer: APPOTrainer, loss: Callable[[APPOTrainer, Batch], tuple[T
 @pytest.mark.parametrize("name", PACKING)
 def test_gradients_of_an_update_equal_the_plain_ones(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     plain, ours = trainer(name, tokenizer), trainer(name, tokenizer)
-    plain_attention(plain.policy.model)
+    as_plain(plain.policy.model)
     batch = minibatch(plain, 3)
     expected = gradients(plain, plain_loss, batch)
     assert expected.abs().max() > 0

@@ -1,0 +1,76 @@
+"""Linear layers by oneDNN, on CPUs where it multiplies matrices faster than what torch takes for them.
+
+torch leaves products in float32 to MKL, which uses AVX-512 on Intel's CPUs alone and so gives away half of what others
+can do. oneDNN, which torch has on board for its other types, does not. Only speed: the numbers are those of
+`torch.nn.Linear` but for rounding.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FEW = 64  # rows: for fewer the time goes into reading the weights, and MKL is quicker to begin
+
+
+@cache
+def pays() -> bool:
+    """Whether this machine has a CPU on which oneDNN is the faster of the two."""
+    cpu = torch.cpu.get_capabilities()
+    built = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return built and bool(cpu.get("avx512_f")) and "intel" not in str(cpu.get("cpu_name", "intel")).lower()
+
+
+def install(model: nn.Module) -> None:
+    """Has the model's linear layers use oneDNN where that pays; their weights and names stay."""
+    if pays():
+        for module in model.modules():
+            if type(module) is nn.Linear:  # not one that computes something of its own
+                module.__class__ = OneDNNLinear
+
+
+def uninstall(model: nn.Module) -> None:
+    """Makes the layers torch's own again."""
+    for module in model.modules():
+        if isinstance(module, OneDNNLinear):
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+
+
+class OneDNNLinear(nn.Linear):
+    """A linear layer that leaves float32 products of many rows to oneDNN; all else is as in `nn.Linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu"
+        if not exact or torch.is_autocast_enabled("cpu") or x.numel() < FEW * self.in_features:
+            return super().forward(x)
+        product: Tensor = _Product.apply(x, self.weight, self.bias)
+        return product
+
+
+class _Product(torch.autograd.Function):
+    """x [*, in] @ weight' + bias -> [*, out]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _multiply(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gradient = grad_outputs[0].flatten(0, -2)
+        to_input, to_weight, to_bias = ctx.needs_input_grad
+        return (
+            _multiply(gradient, weight.t()).view(x.shape) if to_input else None,
+            _multiply(gradient.t(), x.flatten(0, -2).t()) if to_weight else None,
+            gradient.sum(0) if to_bias else None,
+        )
+
+
+def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a [*, k] @ b' [k, n] + bias [n]."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return product

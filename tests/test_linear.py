@@ -1,0 +1,113 @@
+"""Linear layers by oneDNN: the numbers and gradients are those of torch's own, whatever the layout in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from appo import linear
+from appo.linear import FEW, OneDNNLinear
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "pays", lambda: True)
+
+
+def layers(bias: bool, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, nn.Linear]:
+    """torch's own, and its twin."""
+    torch.manual_seed(0)
+    plain, ours = (nn.Linear(24, 40, bias=bias, dtype=dtype) for _ in range(2))
+    ours.load_state_dict(plain.state_dict())
+    linear.install(ours)
+    assert type(ours) is OneDNNLinear
+    return plain, ours
+
+
+def same(found: Tensor | None, expected: Tensor | None) -> None:
+    """But for the rounding of sums of hundreds of products."""
+    assert found is not None and expected is not None
+    assert_close(found, expected, rtol=0, atol=2e-6 * expected.abs().max().item())
+
+
+INPUTS = {
+    "rows": lambda: torch.randn(FEW + 3, 24),
+    "batch": lambda: torch.randn(5, FEW, 24),
+    "transposed": lambda: torch.randn(24, FEW).t(),
+    "every other": lambda: torch.randn(2 * FEW, 48)[::2, ::2],
+    "expanded": lambda: torch.randn(1, 24).expand(FEW, 24),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", INPUTS)
+def test_numbers_and_gradients_are_those_of_torch(layout: str, bias: bool) -> None:
+    plain, ours = layers(bias)
+    x = INPUTS[layout]()
+    theirs, mine = x.detach().requires_grad_(), x.detach().requires_grad_()
+    expected, found = plain(theirs), ours(mine)
+    assert type(found.grad_fn).__name__ == "_ProductBackward"  # else this tests nothing
+    same(found, expected)
+    weight = torch.randn(expected.shape)
+    for loss in (lambda y: (y * weight).sum(), Tensor.sum, lambda y: y.transpose(0, -1)[::3].pow(2).sum()):
+        for layer, leaf, output in ((plain, theirs, expected), (ours, mine, found)):
+            leaf.grad = None
+            layer.zero_grad()
+            loss(output).backward(retain_graph=True)
+        same(mine.grad, theirs.grad)
+        for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+            same(a.grad, b.grad)
+
+
+def test_nothing_is_computed_for_who_needs_no_gradient() -> None:
+    _, ours = layers(bias=True)
+    ours.requires_grad_(False)
+    x = torch.randn(FEW, 24, requires_grad=True)
+    ours(x).sum().backward()
+    assert x.grad is not None and all(p.grad is None for p in ours.parameters())
+    ours.requires_grad_(True)
+    ours(torch.randn(FEW, 24)).sum().backward()
+    assert all(p.grad is not None for p in ours.parameters())
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(FEW - 1, torch.float32), (FEW, torch.float64), (FEW, torch.bfloat16)])
+def test_all_else_is_torchs_own_to_the_bit(rows: int, dtype: torch.dtype) -> None:
+    plain, ours = layers(bias=True, dtype=dtype)
+    x = torch.randn(rows, 24, dtype=dtype)
+    assert torch.equal(ours(x), plain(x))
+
+
+def test_layers_that_compute_something_of_their_own_are_left_alone() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.ModuleDict({"plain": nn.Linear(4, 4), "doubled": Doubled(4, 4)})
+    names = [name for name, _ in model.named_parameters()]
+    linear.install(model)
+    assert [type(layer) for layer in model.values()] == [OneDNNLinear, Doubled]
+    assert [name for name, _ in model.named_parameters()] == names
+    linear.uninstall(model)
+    assert [type(layer) for layer in model.values()] == [nn.Linear, Doubled]
+
+
+@pytest.mark.parametrize(
+    ("cpu", "expected"),
+    [
+        ({"avx512_f": True, "cpu_name": "AMD EPYC"}, True),
+        ({"avx512_f": False, "cpu_name": "AMD EPYC"}, False),
+        ({"avx512_f": True, "cpu_name": "Intel(R) Xeon(R)"}, False),
+        ({"architecture": "arm64"}, False),
+    ],
+)
+def test_where_it_pays(cpu: dict[str, object], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    linear.pays.cache_clear()
+    found = linear.pays()
+    linear.pays.cache_clear()
+    assert found == (expected and torch.backends.mkl.is_available())
