@@ -38,7 +38,7 @@ MUTANTS = (
     Mutant("variance: mask dropped", F, "squares.masked_fill(~mask, 0.0).sum()", "squares.sum()", MASKS),
     Mutant("whiten: not centred", F, "if not shift_mean:", "if shift_mean:", MASKS),
     Mutant("whiten: padding not zero", F, "return whitened.masked_fill(~mask, 0.0)", "return whitened", MASKS),
-    Mutant("logprobs: not normalised", F, ".log_softmax(-1).gather(", ".gather(", KL),
+    Mutant("logprobs: not normalised", F, "logprobs = _at_least_float32(rows).log_softmax(-1)", "logprobs = _at_least_float32(rows)", KL),
     Mutant("logprobs: gradient sign", F, ".mul_(-grad)", ".mul_(grad)", KL),
     Mutant("logprobs: gradient without the token", F, ".scatter_add_(-1, token, grad)", "", KL),
     Mutant("k1: sign", F, "difference = logprobs - ref_logprobs", "difference = ref_logprobs - logprobs", KL),
