@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from appo import linear, packed
 from appo.config import SamplingConfig
-from appo.functional import logprobs_and_entropy, logprobs_from_logits
+from appo.functional import logprobs_and_entropy
 from appo.rollout import Query, Response, Rollout, distinct
 
 
@@ -131,29 +131,31 @@ class Policy(nn.Module):
         """
         prefix = self._prefill(queries)
         inputs, mask, position = prefix.last_tokens, prefix.mask, prefix.lengths - 1
+        padded = not mask.all()  # else no mask is needed, nor made from step to step
         alive = torch.arange(len(queries), device=self.device)
         steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for _ in range(self.sampling.max_new_tokens):
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-            logits, values = self._forward(inputs, mask, position.unsqueeze(1), prefix.cache)
-            probabilities = logits[:, 0].float().softmax(-1)
-            if probabilities.isnan().any():
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1) if padded else mask
+            logits, values = self._forward(inputs, mask if padded else None, position.unsqueeze(1), prefix.cache)
+            logprobs = logits[:, 0].float().log_softmax(-1)
+            if logprobs.isnan().any():
                 raise FloatingPointError("the agent's logits are not numbers; its weights are damaged, or overflow")
+            race = logprobs
             if not greedy:
-                # A race: the least of exponential times over rates falls to each token with its probability. It is
-                # what torch.multinomial does, whose exponential numbers take four times as long on a CPU.
-                uniform = torch.rand(probabilities.shape, generator=generator, device=self.device)
-                probabilities = probabilities / -uniform.log()
-            tokens = probabilities.argmax(-1, keepdim=True)  # [alive, 1]
-            logprobs = logprobs_from_logits(logits, tokens)
-            steps.append((alive, tokens[:, 0], logprobs[:, 0], values[:, 0]))
+                # The least of exponential times over rates falls to each token with its probability. It is what
+                # torch.multinomial does, whose exponential numbers take four times as long on a CPU.
+                uniform = torch.rand(logprobs.shape, generator=generator, device=self.device)
+                race = logprobs.exp() / -uniform.log()
+            tokens = race.argmax(-1, keepdim=True)  # [alive, 1]
+            steps.append((alive, tokens[:, 0], logprobs.gather(-1, tokens)[:, 0], values[:, 0]))
+            inputs, position = tokens, position + 1
             going = tokens[:, 0] != self.tokenizer.eos_token_id
             if not going.any():
                 break
-            rows = packed.closed_up(going)  # finished responses leave the batch
-            if len(rows) < len(alive):
+            if not going.all():
+                rows = packed.closed_up(going)  # finished responses leave the batch
                 prefix.cache.reorder_cache(rows)
-            alive, inputs, mask, position = alive[rows], tokens[rows], mask[rows], position[rows] + 1
+                alive, inputs, mask, position = alive[rows], inputs[rows], mask[rows], position[rows]
         owner, *columns = (torch.cat(column) for column in zip(*steps, strict=True))
         responses = [Response(*(column[owner == i] for column in columns)) for i in range(len(queries))]
         return Rollout.stack(queries, responses)
@@ -201,13 +203,15 @@ class Policy(nn.Module):
             cache.reorder_cache(rows)
         return _Prefix(cache, mask[rows, :-1], ids[rows, -1:], mask.sum(1)[rows])
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
+    def _forward(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache
+    ) -> tuple[Tensor, Tensor]:
         """Logits / temperature [B, 1, V] and values [B, 1] of the last inputs; the cache takes in all."""
         return self._read(
             packed.call(
                 self.model,
                 input_ids=ids,
-                attention_mask=mask.long(),
+                attention_mask=None if mask is None else mask.long(),
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
