@@ -43,9 +43,13 @@ INPUTS = {
 }
 
 
+@pytest.mark.parametrize("many", [linear.MANY, 0])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", INPUTS)
-def test_numbers_and_gradients_are_those_of_torch(layout: str, bias: bool) -> None:
+def test_numbers_and_gradients_are_those_of_torch(
+    layout: str, bias: bool, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "MANY", many)
     plain, ours = layers(bias)
     x = INPUTS[layout]()
     theirs, mine = x.detach().requires_grad_(), x.detach().requires_grad_()
