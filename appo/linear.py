@@ -44,9 +44,8 @@ class OneDNNLinear(nn.Linear):
     """A linear layer that leaves float32 products of many rows to oneDNN; all else is as in `nn.Linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() < FEW * self.in_features or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        if not x.dtype == self.weight.dtype == torch.float32:
+        many = x.numel() >= FEW * self.in_features and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        if not (many and x.dtype == self.weight.dtype == torch.float32):
             return super().forward(x)
         product: Tensor = _Product.apply(x, self.weight, self.bias)
         return product
