@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,32 @@ def decide(
     if anchor_score - policy_score > rollback_threshold:
         return AnchorDecision.ROLLBACK
     return AnchorDecision.KEEP
+
+
+class Health(NamedTuple):
+    """What some prompts are like, whatever they are worth."""
+
+    length: float  # mean, in tokens
+    empty_rate: float  # share of prompts without a word
+    distinct_2: float  # mean share of distinct word pairs in a prompt; near 0 for "no no no no"
+    entropy: float  # nats per token: minus the mean log-probability of what was sampled
+
+
+def collapse(policy: Health, anchor: Health) -> str | None:
+    """What shows that the policy has died where the anchor has not; None if nothing does.
+
+    Ours, the paper has no such rule. It is asked only of a policy that does not score clearly better than its anchor:
+    short prompts that win are no collapse.
+    """
+    if policy.empty_rate > 0.5 >= anchor.empty_rate:
+        return f"{policy.empty_rate:.0%} of its prompts are empty (the anchor's: {anchor.empty_rate:.0%})"
+    if policy.length < anchor.length / 3:
+        return f"its prompts are {policy.length:.1f} tokens long (the anchor's: {anchor.length:.1f})"
+    if policy.distinct_2 < anchor.distinct_2 / 3:
+        return (
+            f"its prompts repeat themselves (distinct-2 {policy.distinct_2:.2f}, the anchor's {anchor.distinct_2:.2f})"
+        )
+    return None
 
 
 class Anchor:

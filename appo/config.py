@@ -18,6 +18,8 @@ class SamplingConfig:
 
     max_new_tokens: int = 150  # longest prompt, in tokens of the agent [P]
     temperature: float = 1.0  # divides the logits, in sampling and in the loss alike [published code]
+    one_line: bool = False  # a line break ends a prompt, once something is written; ours
+    whole_sentences: bool = False  # a prompt that is cut off loses the sentence it did not end; ours
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
@@ -34,6 +36,7 @@ class AnchorConfig:
     rollback_threshold: float = 0.1  # deficit above which to roll back [P]
     promote: bool = True  # False: the anchor stays where it is
     rollback: bool = True  # False: the agent is never put back
+    collapse: bool = True  # put back an agent whose prompts are empty, very short or repeat themselves; ours
 
     def __post_init__(self) -> None:
         _require(self.period >= 1, "period", self.period, "at least 1")
@@ -61,7 +64,7 @@ class APPOConfig:
     target_kl: float | None = None  # mean approx_kl of an epoch (nats per token) after which no other is begun; ours
     max_bad_steps: int = 3  # iterations in a row without a sound step: back to the anchor; twice as many: the end; ours
     whiten_advantages: bool = True  # over all tokens of the rollout [TRL]
-    leave_one_out: bool = False  # score: less the mean of the others to its query; ours, for many queries at a time
+    leave_one_out: bool = True  # scores: less the mean of the others to the same query; ours, see trainer.advantages
     reference: Reference = "anchor"  # KL against: anchor (APPO), initial (RLHF), previous (plain PPO), none
     kl_coef: float = 0.2  # the paper prints no coefficient; 0.2 is [TRL]
     kl_in_loss: bool = False  # True: the k3 estimate in the loss, in place of a penalty on each token's reward
@@ -99,6 +102,10 @@ class APPOConfig:
         _require(self.kl_coef >= 0, "kl_coef", self.kl_coef, "at least 0")
         _require(self.kl_target is None or self.kl_target > 0, "kl_target", self.kl_target, "above 0, or null")
         _require(self.kl_horizon >= 1, "kl_horizon", self.kl_horizon, "at least 1")
+        _require(
+            self.kl_target is None or self.reference in ("anchor", "initial"),
+            "kl_target", self.kl_target, f"null with reference {self.reference}: at sampling time that KL is always 0",
+        )  # fmt: skip
 
 
 def _require(holds: bool, field: str, value: object, expected: str) -> None:

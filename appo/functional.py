@@ -145,19 +145,21 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLKind = "k1") -> 
     raise ValueError(f"unknown KL estimator {kind!r}; one of k1, k2, k3")
 
 
-def leave_one_out(scores: Tensor, groups: Tensor) -> Tensor:
-    """Each score less the mean of the others of its group: REINFORCE leave-one-out (Kool et al. 2019).
+def leave_one_out(scores: Tensor, groups: Tensor, otherwise: float = 0.0) -> Tensor:
+    """Each score less the mean of the others in its group: REINFORCE leave-one-out (Kool et al. 2019).
 
-    A baseline that a response has no part in leaves the expected gradient of the policy as it is, and takes out of it
-    that some queries are harder than others. A score that is alone in its group stays as it is.
+    A response has no part in its own baseline, so the expected gradient of the policy stays as it is. Equal scores
+    come out as exactly 0: they are subtracted pairwise, which leaves no rounding for whitening to blow up.
 
     Args:
         scores: [B].
         groups: [B], the number of each score's group.
+        otherwise: the baseline of a score that is alone in its group.
     """
-    members = (groups[:, None] == groups).to(scores.dtype)  # [B, B]
-    others = members.sum(1) - 1
-    return scores - (members @ scores - scores) / others.clamp(min=1)
+    others = (groups[:, None] == groups).fill_diagonal_(False)  # [B, B]
+    differences = (scores[:, None] - scores).masked_fill(~others, 0.0).sum(1)
+    count = others.sum(1)
+    return torch.where(count > 0, differences / count.clamp(min=1), scores - otherwise)
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:

@@ -35,15 +35,26 @@ class Policy(nn.Module):
     """A causal LM with a value head, as a distribution over responses.
 
     The model stays in eval mode: dropout would make the log-probabilities of the loss differ from those that
-    were sampled from. Its generation_config is never read, for the same reason.
+    were sampled from. Of its generation_config only the end tokens are read, for the same reason.
+
+    What is trained stays in float32, whatever the model computes in: a step of AdamW at 1e-5 is smaller than the
+    spacing of bfloat16 numbers, so that weights kept in bfloat16 hardly move.
 
     Args:
         model: any Hugging Face causal LM; its parameters with requires_grad are what is trained.
         tokenizer: the one it was trained with; needs an end-of-sequence token.
-        sampling: length and temperature.
+        sampling: length and temperature, and where a prompt ends.
         chat: put meta-prompts into the tokenizer's chat template; None: if it has one.
         gradient_checkpointing: keep only the layers' inputs for the backward pass; saves memory, costs a third of time.
+        compute_dtype: what the model's layers compute in, by autocast; log-probabilities and values are float32.
+
+    Raises:
+        ValueError: no end-of-sequence token, or trainable parameters of less than float32.
     """
+
+    _ends: Tensor  # [E] token ids that end a response
+    _breaks: Tensor  # [V] bool, tokens with a line break
+    _visible: Tensor  # [V] bool, tokens with something else than white space
 
     def __init__(
         self,
@@ -52,10 +63,18 @@ class Policy(nn.Module):
         sampling: SamplingConfig | None = None,
         chat: bool | None = None,
         gradient_checkpointing: bool = False,
+        compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {model.name_or_path!r} has no end-of-sequence token")
+        low = next((p.dtype for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 4), None)
+        if low is not None:
+            raise ValueError(
+                f"the parameters to train are {low}, which small steps do not move; load the model in float32 and set "
+                f"compute_dtype={low}"
+            )
+        self.compute_dtype = compute_dtype
         self.model = model.eval()
         linear.install(model)
         packed.install(model)
@@ -74,6 +93,14 @@ class Policy(nn.Module):
         self.value_head = nn.Linear(model.config.get_text_config().hidden_size, 1, device=model.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        ends = sorted(packed.end_tokens(model, tokenizer))
+        self.register_buffer("_ends", torch.tensor(ends, device=model.device), persistent=False)
+        if self.sampling.one_line:
+            texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+            missing = [False] * (model.get_output_embeddings().weight.shape[0] - len(texts))
+            breaks, visible = ["\n" in text for text in texts], [bool(text.strip()) for text in texts]
+            for name, table in (("_breaks", breaks), ("_visible", visible)):
+                self.register_buffer(name, torch.tensor(table + missing, device=model.device), persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -112,8 +139,25 @@ class Policy(nn.Module):
             )
 
     def decode(self, rollout: Rollout) -> list[str]:
-        """The responses as clean text: no special tokens, no control characters, no white space around."""
-        return [clean(self.tokenizer.decode(r.tokens, skip_special_tokens=True)) for r in rollout.responses()]
+        """The responses as clean text: no special tokens, no control characters, no white space around.
+
+        With `sampling.whole_sentences` a response that was cut off at the limit loses the sentence that it did not
+        end, if it has a whole one before. What is trained on is still all that was sampled.
+        """
+        texts = [clean(self.tokenizer.decode(r.tokens, skip_special_tokens=True)) for r in rollout.responses()]
+        if not self.sampling.whole_sentences:
+            return texts
+        ended = self.ended(rollout).tolist()
+        return [text if whole else whole_sentences(text) for text, whole in zip(texts, ended, strict=True)]
+
+    def ended(self, rollout: Rollout) -> Tensor:
+        """[B], True where a response came to an end of its own, False where it was cut off at `max_new_tokens`."""
+        last = (rollout.mask.sum(1, keepdim=True) - 1).clamp(min=0)
+        ended = torch.isin(rollout.tokens.gather(1, last)[:, 0], self._ends)
+        if self.sampling.one_line:
+            written = (self._visible[rollout.tokens] & rollout.mask).any(1)
+            ended |= written & self._breaks[rollout.tokens.gather(1, last)[:, 0]]
+        return ended
 
     @torch.no_grad()
     def sample(
@@ -123,16 +167,21 @@ class Policy(nn.Module):
 
         Greedy, it takes the likeliest token instead: for use, not for training.
 
-        Repeat a query to get several responses to it. A response ends with the end-of-sequence token, which
-        belongs to it, or at `max_new_tokens`.
+        Repeat a query to get several responses to it. A response ends with an end token of the model or, with
+        `sampling.one_line`, a line break after some text; either belongs to it. Else it is cut off at `max_new_tokens`.
 
         Raises:
             FloatingPointError: the model's logits are not numbers.
         """
+        with self._computing():
+            return self._sample(queries, generator, greedy)
+
+    def _sample(self, queries: Sequence[Query], generator: torch.Generator | None, greedy: bool) -> Rollout:
         prefix = self._prefill(queries)
         inputs, mask, position = prefix.last_tokens, prefix.mask, prefix.lengths - 1
         padded = not mask.all()  # else no mask is needed, nor made from step to step
         alive = torch.arange(len(queries), device=self.device)
+        written = torch.zeros(len(queries), dtype=torch.bool, device=self.device)  # something that can be seen
         steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for _ in range(self.sampling.max_new_tokens):
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1) if padded else mask
@@ -142,20 +191,24 @@ class Policy(nn.Module):
                 raise FloatingPointError("the agent's logits are not numbers; its weights are damaged, or overflow")
             race = logprobs
             if not greedy:
-                # The least of exponential times over rates falls to each token with its probability. It is what
-                # torch.multinomial does, whose exponential numbers take four times as long on a CPU.
+                # argmax(p / E) with E ~ Exp(1) is a sample from p. torch.multinomial does the same, but its exponential
+                # numbers take four times as long on a CPU.
                 uniform = torch.rand(logprobs.shape, generator=generator, device=self.device)
                 race = logprobs.exp() / -uniform.log()
             tokens = race.argmax(-1, keepdim=True)  # [alive, 1]
             steps.append((alive, tokens[:, 0], logprobs.gather(-1, tokens)[:, 0], values[:, 0]))
             inputs, position = tokens, position + 1
-            going = tokens[:, 0] != self.tokenizer.eos_token_id
+            going = ~torch.isin(tokens[:, 0], self._ends)
+            if self.sampling.one_line:
+                written |= self._visible[tokens[:, 0]]
+                going &= ~(written & self._breaks[tokens[:, 0]])
             if not going.any():
                 break
             if not going.all():
                 rows = packed.closed_up(going)  # finished responses leave the batch
                 prefix.cache.reorder_cache(rows)
-                alive, inputs, mask, position = alive[rows], inputs[rows], mask[rows], position[rows]
+                alive, inputs, mask = alive[rows], inputs[rows], mask[rows]
+                position, written = position[rows], written[rows]
         owner, *columns = (torch.cat(column) for column in zip(*steps, strict=True))
         responses = [Response(*(column[owner == i] for column in columns)) for i in range(len(queries))]
         return Rollout.stack(queries, responses)
@@ -169,13 +222,18 @@ class Policy(nn.Module):
             [query.tokens[-1], *tokens][:length]
             for query, tokens, length in zip(rollout.queries, rollout.tokens.tolist(), lengths, strict=True)
         ]
-        with _checkpointing(self.model, self.gradient_checkpointing and torch.is_grad_enabled()):
+        checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
+        with self._computing(), _checkpointing(self.model, checkpointing):
             output = packed.run(self.model, packed.Branches([query.tokens[:-1] for query in queries], branches, owner))
         logits, values = self._read(output)
         logprobs, entropy = logprobs_and_entropy(logits, rollout.tokens[rollout.mask])
         return Evaluation(*(_unpack(column, rollout.mask) for column in (logprobs, values, entropy)))
 
     forward = evaluate
+
+    def _computing(self) -> torch.autocast:
+        """The model's layers compute in `compute_dtype` within this block; weights are cast once for all of it."""
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
     def _prefill(self, queries: Sequence[Query]) -> _Prefix:
         """Runs each distinct query once, but for its last token, and gives every response its own view of it.
@@ -224,7 +282,8 @@ class Policy(nn.Module):
         logits, temperature = output.logits, self.sampling.temperature
         if temperature != 1:
             logits = logits.float() / temperature
-        return logits, self.value_head(output.hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+        with torch.autocast(self.device.type, enabled=False):
+            return logits, self.value_head(output.hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
 
 
 class _Prefix(NamedTuple):
@@ -263,3 +322,9 @@ def clean(text: str) -> str:
     """Text from a model's mouth as one readable line: control and format characters out, white space folded."""
     visible = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
     return " ".join(visible.split())
+
+
+def whole_sentences(text: str) -> str:
+    """The text up to the last sentence that it ends; all of it if it ends none."""
+    ends = [found.end() for found in re.finditer(r"[.!?][\"')\]*]*(?=\s|$)", text)]
+    return text[: ends[-1]] if ends else text

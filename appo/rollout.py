@@ -1,4 +1,4 @@
-"""What the agent was asked, what it wrote, and the buffer that turns both into minibatches. Needs no model.
+"""What the agent was asked, what it wrote, what that was worth, and the minibatches made of it. Needs no model.
 
 Time alignment, stated here for the whole package: index t of logprobs, values, rewards, advantages and returns
 refers to response token t, and `values[:, t]` is the value of the state *before* token t is emitted.
@@ -15,8 +15,6 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-
-from appo.functional import gae, kl_estimate, leave_one_out, masked_whiten, token_rewards
 
 
 @dataclass(frozen=True)
@@ -90,27 +88,46 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Batch(Rollout):
-    """A rollout with all that the losses need: ref_logprobs, advantages and returns, each [B, T]."""
+class Scored(Rollout):
+    """A rollout with ref_logprobs [B, T], what the KL is measured against, and scores [B], one per response."""
 
     ref_logprobs: Tensor
+    scores: Tensor
+
+    @property
+    def groups(self) -> Tensor:
+        """[B], the same number for responses to the same query."""
+        return torch.tensor(distinct(self.queries)[1], device=self.scores.device)
+
+
+@dataclass(frozen=True)
+class Batch(Scored):
+    """All that the losses need: a scored rollout with its advantages and returns, each [B, T]."""
+
     advantages: Tensor
     returns: Tensor
+
+    @classmethod
+    def of(cls, scored: Scored, advantages: Tensor, returns: Tensor) -> Batch:
+        """The scored rollout with these advantages and returns."""
+        given = {f.name: getattr(scored, f.name) for f in fields(Scored)}
+        return cls(**given, advantages=advantages, returns=returns)
 
     def select(self, rows: Tensor) -> Batch:
         """The given rows, cut to the longest response among them."""
         width = max(int(self.mask[rows].sum(1).max()), 1)
-        tensors = {f.name: getattr(self, f.name)[rows, :width] for f in fields(self) if f.name != "queries"}
-        return replace(self, queries=tuple(self.queries[i] for i in rows.tolist()), **tensors)
+        tensors = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "queries"}
+        cut = {name: value[:, :width] if value.dim() > 1 else value for name, value in tensors.items()}
+        return replace(self, queries=tuple(self.queries[i] for i in rows.tolist()), **cut)
 
     def split(self, size: int) -> Iterator[Batch]:
         """Consecutive parts of at most `size` rows; 0 means all of it."""
-        for rows in torch.arange(len(self)).split(size or len(self)):
+        for rows in torch.arange(len(self), device="cpu").split(size or len(self)):
             yield self.select(rows)
 
 
 class RolloutBuffer:
-    """Collects scored rollouts until an update is due, then finishes them and cuts minibatches."""
+    """Collects scored rollouts until an update is due."""
 
     def __init__(self) -> None:
         self._queries: list[Query] = []
@@ -146,32 +163,14 @@ class RolloutBuffer:
         self._ref_logprobs += [ref[row].clone() for ref, row in zip(ref_logprobs, rollout.mask, strict=True)]
         self._scores.append(scores.detach().clone().float())
 
-    def finish(
-        self, kl_coef: float, gamma: float = 1.0, lam: float = 0.95, whiten: bool = True, baseline: bool = False
-    ) -> Batch:
-        """Everything collected so far as one batch with advantages and returns; the buffer itself is unchanged.
-
-        Args:
-            kl_coef: weight of the k1 penalty on each token's reward; 0 for none.
-            gamma, lam: of `gae`.
-            whiten: whiten the advantages over all tokens of the batch.
-            baseline: take from each score the mean of the others to its query.
-        """
+    def stacked(self) -> Scored:
+        """Everything collected so far as one scored rollout; the buffer itself is unchanged."""
         if not self._responses:
-            raise ValueError("the buffer is empty; add a rollout before finishing")
+            raise ValueError("the buffer is empty; add a rollout before an update")
         rollout = Rollout.stack(self._queries, self._responses)
-        ref_logprobs = pad_sequence(self._ref_logprobs, batch_first=True)
-        kl = kl_estimate(rollout.logprobs, ref_logprobs)
-        scores = torch.cat(self._scores)
-        if baseline:
-            _, owner = distinct(self._queries)
-            scores = leave_one_out(scores, torch.tensor(owner, device=scores.device))
-        rewards = token_rewards(scores, kl, rollout.mask, kl_coef)
-        advantages, returns = gae(rewards, rollout.values, rollout.mask, gamma, lam)
-        if whiten:
-            advantages = masked_whiten(advantages, rollout.mask)
         tensors = (rollout.tokens, rollout.mask, rollout.logprobs, rollout.values)
-        return Batch(rollout.queries, *tensors, ref_logprobs, advantages, returns)
+        ref_logprobs = pad_sequence(self._ref_logprobs, batch_first=True)
+        return Scored(rollout.queries, *tensors, ref_logprobs, torch.cat(self._scores))
 
     def clear(self) -> None:
         """Forgets everything collected."""
@@ -183,8 +182,8 @@ def minibatches(batch: Batch, size: int, generator: torch.Generator | None = Non
 
     Args:
         size: rows per minibatch, the last one may be smaller; 0 means the whole batch.
-        generator: on the CPU; makes the order reproducible.
+        generator: on the CPU, whatever device the batch is on; makes the order reproducible.
     """
-    order = torch.randperm(len(batch), generator=generator)
+    order = torch.randperm(len(batch), generator=generator, device="cpu")
     for rows in order.split(size or len(batch)):
         yield batch.select(rows)

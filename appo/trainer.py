@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,12 +21,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from appo.anchor import Anchor, AnchorDecision, KLController, decide
+from appo.anchor import Anchor, AnchorDecision, Health, KLController, collapse, decide
 from appo.config import AnchorConfig, APPOConfig
-from appo.functional import kl_estimate, masked_mean, policy_loss, value_loss
+from appo.functional import (
+    gae,
+    kl_estimate,
+    leave_one_out,
+    masked_mean,
+    masked_whiten,
+    policy_loss,
+    token_rewards,
+    value_loss,
+)
 from appo.policy import Policy
-from appo.rollout import Batch, Query, Rollout, RolloutBuffer, minibatches
+from appo.rollout import Batch, Query, Rollout, RolloutBuffer, Scored, minibatches
 
+MEAN_RATE = 0.1  # of the running mean of scores, per iteration
 FAULTS = ("nonfinite_reward", "nonfinite_loss", "nonfinite_gradient", "exploded_ratio")  # counted in the statistics
 
 
@@ -77,13 +88,41 @@ class Collected:
 
 @dataclass(frozen=True)
 class AnchorReview:
-    """The record of one review: the decision, and all that it was made from."""
+    """The record of one review: the decision, its reason in words, and all that it was made from."""
 
     decision: AnchorDecision
+    reason: str
     policy_scores: list[float]
     anchor_scores: list[float]
     promote_threshold: float
     rollback_threshold: float
+    policy_health: Health
+    anchor_health: Health
+
+
+def advantages(scored: Scored, config: APPOConfig, kl_coef: float, mean_score: float = 0.0) -> tuple[Tensor, Tensor]:
+    """From scores to advantages and returns, each [B, T], 0 on padding: baseline, token rewards, GAE, whitening.
+
+    A score that is the same for all responses must move nothing. It would: while the value head is still 0, GAE with
+    lam < 1 gives token t of T the advantage lam^(T - 1 - t) * score, and whitening turns that into a push on every
+    end-of-sequence token. On real language models this shrinks all prompts to nothing in ten iterations. So scores
+    are centred first (`config.leave_one_out`); the paper is silent, the published code does not centre them.
+
+    Args:
+        scored: a scored rollout.
+        config: leave_one_out, gamma, lam, whiten_advantages.
+        kl_coef: weight of the k1 penalty on each token's reward; 0 for none.
+        mean_score: the baseline of a response that is the only one to its query: the mean of earlier scores.
+    """
+    scores = scored.scores
+    if config.leave_one_out:
+        scores = leave_one_out(scores, scored.groups, otherwise=mean_score)
+    kl = kl_estimate(scored.logprobs, scored.ref_logprobs)
+    rewards = token_rewards(scores, kl, scored.mask, kl_coef)
+    estimated, returns = gae(rewards, scored.values, scored.mask, config.gamma, config.lam)
+    if config.whiten_advantages:
+        estimated = masked_whiten(estimated, scored.mask)
+    return estimated, returns
 
 
 class APPOTrainer:
@@ -93,10 +132,14 @@ class APPOTrainer:
         policy: the agent; its parameters with requires_grad are trained.
         config: PPO, the penalty and its reference.
         anchor: thresholds and number of prompts of the review.
-        generator: source of all randomness (sampling and minibatch order), on the policy's device.
+        generator: of the sampling of rollouts, on the policy's device; its seed also begins the streams of reviews and
+            of the minibatch order, so that none of the three moves another.
 
     Attributes:
         collected: what the last collect brought; for logging.
+
+    Raises:
+        ValueError: the policy has nothing to train.
     """
 
     def __init__(
@@ -110,16 +153,24 @@ class APPOTrainer:
         self.config = config or APPOConfig()
         self.anchor_config = anchor or AnchorConfig()
         self.generator = generator
+        self.review_generator = _stream(generator, "review", policy.device)
+        self.order_generator = _stream(generator, "order", torch.device("cpu"))
         groups: list[dict[str, Any]] = [
             {"params": [p for p in policy.model.parameters() if p.requires_grad]},
             {"params": list(policy.value_head.parameters())},
         ]
+        if not groups[0]["params"]:
+            raise ValueError(
+                "the agent has no parameter to train: all have requires_grad=False; is its model the same object as "
+                "that of the frozen target?"
+            )
         groups[1]["lr"] = self.config.value_learning_rate or self.config.learning_rate
         self.optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, weight_decay=0.0, fused=True)
         self.anchor = Anchor(policy, self.optimizer)
         self.kl_controller = KLController(self.config.kl_coef, self.config.kl_target, self.config.kl_horizon)
         self.buffer = RolloutBuffer()
         self.collected: Collected | None = None
+        self.mean_score: float | None = None  # running, over iterations
         self.bad_steps = 0  # in a row
 
     def step(self, queries: Sequence[Query], reward_fn: RewardFn) -> dict[str, float]:
@@ -141,7 +192,7 @@ class APPOTrainer:
     def _guard(self, stats: Mapping[str, float]) -> None:
         """Counts iterations without a single sound optimizer step: after some back to the anchor, after more an end."""
         self.bad_steps = self.bad_steps + 1 if stats["skipped_steps"] == 1.0 else 0
-        if self.bad_steps == self.config.max_bad_steps:
+        if self.bad_steps == self.config.max_bad_steps and self.anchor_config.rollback:
             self.anchor.rollback(self.policy, self.optimizer)
         if self.bad_steps >= 2 * self.config.max_bad_steps:
             reasons = ", ".join(name for name in FAULTS if stats.get(name))
@@ -156,7 +207,8 @@ class APPOTrainer:
             "optimizer": self.optimizer.state_dict(),
             "anchor": self.anchor.state_dict(),
             "kl_coef": self.kl_controller.coef,
-            "generator": None if self.generator is None else self.generator.get_state(),
+            "generators": [stream and stream.get_state() for stream in self._streams()],
+            "mean_score": self.mean_score,
             "bad_steps": self.bad_steps,
         }
 
@@ -166,9 +218,14 @@ class APPOTrainer:
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # or both would share their moments
         self.anchor.load_state_dict(state["anchor"])
         self.kl_controller.coef = state["kl_coef"]
-        if self.generator is not None:
-            self.generator.set_state(state["generator"])
+        for stream, saved in zip(self._streams(), state["generators"], strict=True):
+            if stream is not None:
+                stream.set_state(saved)
+        self.mean_score = state["mean_score"]
         self.bad_steps = state["bad_steps"]
+
+    def _streams(self) -> tuple[torch.Generator | None, ...]:
+        return self.generator, self.review_generator, self.order_generator
 
     def collect(self, queries: Sequence[Query], reward_fn: RewardFn) -> Collected:
         """Samples a response to each query, scores them, and adds them to the buffer; may be called repeatedly.
@@ -184,8 +241,7 @@ class APPOTrainer:
         if rewarded.scores.isfinite().all():  # else there is nothing to learn from; `step` counts it
             self.buffer.add(rollout, rewarded.scores.to(self.policy.device), ref_logprobs)
         kl = kl_estimate(rollout.logprobs, anchor_logprobs).sum(1).mean().item()
-        ended = (rollout.tokens == self.policy.tokenizer.eos_token_id) & rollout.mask
-        truncated = 1 - ended.any(1).float().mean().item()
+        truncated = 1 - self.policy.ended(rollout).float().mean().item()
         self.collected = Collected(rollout, prompts, rewarded, truncated, kl)
         return self.collected
 
@@ -196,11 +252,16 @@ class APPOTrainer:
         """
         config = self.config
         penalty = 0.0 if self.kl_in_loss else self.kl_controller.coef
-        batch = self.buffer.finish(penalty, config.gamma, config.lam, config.whiten_advantages, config.leave_one_out)
+        scored = self.buffer.stacked()
         self.buffer.clear()
+        now = scored.scores[0] + (scored.scores - scored.scores[0]).mean()  # exact where all scores are equal
+        before = now.item() if self.mean_score is None else self.mean_score
+        self.mean_score = before + MEAN_RATE * (now.item() - before)
+        batch = Batch.of(scored, *advantages(scored, config, penalty, before))
         steps: list[dict[str, float]] = []
         for _ in range(config.ppo_epochs):
-            epoch = [self.optimizer_step(part) for part in minibatches(batch, config.minibatch_size, self.generator)]
+            parts = minibatches(batch, config.minibatch_size, self.order_generator)
+            epoch = [self.optimizer_step(part) for part in parts]
             steps += epoch
             if config.target_kl is not None and _mean([s.get("approx_kl", 0.0) for s in epoch]) > config.target_kl:
                 break
@@ -273,24 +334,51 @@ class APPOTrainer:
     def review_anchor(self, queries: Sequence[Query], score_fn: Callable[[list[str]], Sequence[float]]) -> AnchorReview:
         """Lets agent and anchor answer the same queries, compares their mean scores, and acts on it.
 
+        Scores alone do not show a collapse: an agent that writes nothing any more may be at chance, as its anchor is.
+        So what both wrote is compared too (`appo.anchor.collapse`), and an agent that has collapsed goes back.
+
         Args:
             queries: one per prompt to sample; built from training examples, like any query.
             score_fn: prompts to accuracies in [0, 1] on the *validation* split.
         """
-        policy_scores = list(score_fn(self.policy.decode(self.policy.sample(queries, self.generator))))
-        with self.anchor.in_place_of(self.policy):
-            prompts = self.policy.decode(self.policy.sample(queries, self.generator))
-        anchor_scores = list(score_fn(prompts))
         config = self.anchor_config
+        prompts, policy_health = self._written(queries)
+        policy_scores = list(score_fn(prompts))
+        with self.anchor.in_place_of(self.policy):
+            prompts, anchor_health = self._written(queries)
+        anchor_scores = list(score_fn(prompts))
         thresholds = (config.promote_threshold, config.rollback_threshold)
-        decision = decide(_mean(policy_scores), _mean(anchor_scores), *thresholds)
-        if decision is AnchorDecision.PROMOTE and config.promote:
+        policy_mean, anchor_mean = _mean(policy_scores), _mean(anchor_scores)
+        decision = decide(policy_mean, anchor_mean, *thresholds)
+        reason = f"mean score {policy_mean:.3f} against the anchor's {anchor_mean:.3f}"
+        if decision is AnchorDecision.KEEP and config.collapse and (sign := collapse(policy_health, anchor_health)):
+            decision, reason = AnchorDecision.ROLLBACK, f"the agent has collapsed: {sign}"
+        if decision is AnchorDecision.PROMOTE and config.promote and self.config.reference != "initial":
             self.anchor.promote(self.policy, self.optimizer)
         elif decision is AnchorDecision.ROLLBACK and config.rollback:
             self.anchor.rollback(self.policy, self.optimizer)
-        else:
-            decision = AnchorDecision.KEEP
-        return AnchorReview(decision, policy_scores, anchor_scores, *thresholds)
+        elif decision is not AnchorDecision.KEEP:
+            decision, reason = AnchorDecision.KEEP, f"{reason}; {decision} is switched off"
+        sides = (policy_scores, anchor_scores, *thresholds, policy_health, anchor_health)
+        return AnchorReview(decision, reason, *sides)
+
+    def _written(self, queries: Sequence[Query]) -> tuple[list[str], Health]:
+        """What the policy as it is now writes to the queries, for a review."""
+        rollout = self.policy.sample(queries, self.review_generator)
+        prompts = self.policy.decode(rollout)
+        return prompts, Health(
+            length=rollout.mask.sum(1).float().mean().item(),
+            empty_rate=prompts.count("") / len(prompts),
+            distinct_2=_mean([_distinct([prompt], 2) for prompt in prompts if len(prompt.split()) > 1] or [1.0]),
+            entropy=-masked_mean(rollout.logprobs, rollout.mask).item(),
+        )
+
+
+def _stream(parent: torch.Generator | None, name: str, device: torch.device) -> torch.Generator | None:
+    """A generator for one purpose, seeded by the parent's seed and the purpose's name; the parent stays as it is."""
+    if parent is None:
+        return None
+    return torch.Generator(device).manual_seed(random.Random(f"{parent.initial_seed()} {name}").getrandbits(63))
 
 
 def _distinct(prompts: Sequence[str], size: int) -> float:

@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from appo.config import APPOConfig, SamplingConfig
 from appo.policy import Policy
-from appo.rollout import Batch, Query, Rollout
+from appo.rollout import Batch, Query, Rollout, Scored
 from appo.trainer import APPOTrainer
 from experiments.config import RunConfig
 from experiments.lab import grammar
@@ -294,7 +294,8 @@ def as_batch(rollout: Rollout) -> Batch:
     """The rollout as a minibatch with made-up advantages."""
     advantages = torch.linspace(-1, 1, rollout.mask.numel(), device=rollout.mask.device).view(rollout.mask.shape)
     columns = (rollout.tokens, rollout.mask, rollout.logprobs, rollout.values)
-    return Batch(rollout.queries, *columns, rollout.logprobs, advantages, advantages + rollout.values)
+    scored = Scored(rollout.queries, *columns, rollout.logprobs, advantages[:, 0])
+    return Batch.of(scored, advantages, advantages + rollout.values)
 
 
 def our_update(trainer: APPOTrainer, rollout: Rollout) -> None:

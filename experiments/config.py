@@ -22,6 +22,7 @@ from tasks.catalogue import parse_yaml
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 LAB = "lab"
+Dtype = Literal["auto", "float32", "bfloat16"]
 RESUMABLE = ("steps", "epochs", "run", "checkpoint_every")  # what may differ when a run goes on
 
 
@@ -44,12 +45,12 @@ class ExamplesConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """R = accuracy_weight * accuracy + margin_weight * softmax margin; of text, metric_weight * metric."""
+    """R = accuracy_weight * accuracy + margin_weight * softmax margin, or metric_weight * metric of generated text."""
 
     accuracy_weight: float = 10.0  # c_a [P]
     margin_weight: float = 0.1  # c_s [P]
     metric_weight: float = 1.0  # of generated text: the paper's reward is the F1 itself
-    likelihood_weight: float = 0.0  # of generated text: > 0 breaks ties by how likely the right answer was; ours
+    likelihood_weight: float = 0.0  # of generated text: of how likely the right answer was, which breaks ties; ours
     answer_tokens: int = 50  # longest generated answer, in tokens of the target (APE, Zhou et al. 2023)
 
     def __post_init__(self) -> None:
@@ -72,10 +73,13 @@ class RunConfig:
     steps: int | None = None  # iterations; null: as many as the epochs take
     prompts: int = 4  # K, sampled per iteration, in mode tte per input [P, Table 6; the published code has 2 in TTE]
     pool: int = 5  # best prompts by training reward that are re-scored on validation at the end [P, 4.1]
+    few_shot: int = 0  # prompts with training pairs, behind the manual one, that stand for election beside the pool
+    headroom: int = 16  # prompts of the untrained agent that are looked at before training; 0: no look
     frozen: bool = False  # True: never update the agent, that is, best-of-N sampling; the control arm
     checkpoint_every: int = 10  # iterations between two checkpoints; a stop by signal and the end make one too
     device: str = "auto"  # auto: cuda where there is one, else cpu
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of agent and target
+    dtype: Dtype = "auto"  # the agent computes in; its weights stay float32. auto: bfloat16 on a GPU, float32 on a CPU
+    target_dtype: Dtype = "auto"  # of the frozen target. auto: bfloat16 where the device has instructions for it
     threads: int = 2  # CPU threads of torch; results repeat bit for bit only under the same number
     gradient_checkpointing: bool = False  # of the agent: a third more time for far less memory in updates
     agent_chat: bool | None = None  # use the agent's chat template; null: if it has one
@@ -88,7 +92,9 @@ class RunConfig:
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
 
     def __post_init__(self) -> None:
-        _at_least(self, seed=0, epochs=1, steps=1, prompts=1, pool=1, checkpoint_every=1, threads=1)
+        _at_least(
+            self, seed=0, epochs=1, steps=1, prompts=1, pool=1, checkpoint_every=1, threads=1, few_shot=0, headroom=0
+        )
 
 
 def _at_least(config: Any, **bounds: float) -> None:

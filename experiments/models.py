@@ -33,10 +33,13 @@ class LoadedModel(NamedTuple):
 def load_model(config: RunConfig, role: Literal["agent", "target"]) -> LoadedModel:
     """The model that `config.agent` or `config.target` names, on its device, in eval mode.
 
+    The agent's weights are float32 whatever it computes in (`compute_dtype`); the target's are what it computes in.
+
     Raises:
         ModelError: no such folder or hub id, a folder without config or safetensors weights, no such device.
     """
-    device = _device(config.device)
+    device = find_device(config.device)
+    dtype = torch.float32 if role == "agent" else compute_dtype(config.target_dtype, device)
     name = getattr(config, role)
     source = str(LAB_DIR / role) if name == LAB else name
     if Path(source).is_dir():
@@ -49,7 +52,7 @@ def load_model(config: RunConfig, role: Literal["agent", "target"]) -> LoadedMod
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, config.dtype), use_safetensors=True, output_loading_info=True, **options
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -80,7 +83,21 @@ def _nearest(path: Path) -> str:
     return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
 
 
-def _device(name: str) -> torch.device:
+def compute_dtype(name: str, device: torch.device, role: Literal["agent", "target"] = "target") -> torch.dtype:
+    """The type that "float32", "bfloat16" or "auto" stands for on a device.
+
+    On a CPU, auto leaves the agent in float32: in bfloat16 the ratios of PPO would start near 1 only.
+    """
+    if name != "auto":
+        found: torch.dtype = getattr(torch, name)
+        return found
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.bfloat16 if role == "target" and device.type == "cpu" and native else torch.float32
+
+
+def find_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -17,12 +17,13 @@ import torch
 import yaml
 
 from appo.policy import Policy
+from appo.rollout import Query
 from appo.trainer import APPOTrainer
 from experiments import checkpoint
 from experiments.config import LAB, ConfigError, RunConfig, build_config
 from experiments.editing import Editor
 from experiments.hacking import word_runs
-from experiments.models import LAB_DIR, load_model
+from experiments.models import LAB_DIR, compute_dtype, load_model
 from experiments.runlog import PromptPool, RunLog
 from rewards.reward import ClassificationReward, GenerationReward
 from rewards.target import TargetModel
@@ -92,7 +93,10 @@ def _assemble(config: RunConfig, log: RunLog) -> Run:
     options = config.examples
     data = load_task(config.task, data_source(config.task, config.data), options.shots, config.seed, options.test_limit)
     agent, target = (load_model(config, role) for role in ("agent", "target"))
-    policy = Policy(agent.model, agent.tokenizer, config.sampling, config.agent_chat, config.gradient_checkpointing)
+    computes_in = compute_dtype(config.dtype, agent.model.device, "agent")
+    policy = Policy(
+        agent.model, agent.tokenizer, config.sampling, config.agent_chat, config.gradient_checkpointing, computes_in
+    )
     scorer = TargetModel(target.model, target.tokenizer, data.spec.template, data.words, config.target_chat)
     run = Run(config, data, policy, _reward(config, data, scorer), log, fingerprint(data))
     _check_context(run)
@@ -132,8 +136,21 @@ def _check_context(run: Run) -> None:
     run.reward.target.check_fits(run.data.spec.manual_prompt, longest_input)
 
 
+def meta_query(run: Run, scored: Sequence[Example], rng: random.Random) -> Query:
+    """A meta-prompt of training pairs, by preference none that the prompts are about to be scored on."""
+    known = set(scored)
+    others = [example for example in run.data.train if example not in known]
+    count = min(run.config.examples.pairs, len(run.data.train))
+    pairs = rng.sample(others if len(others) >= count else run.data.train, count)
+    return run.policy.query(*meta_prompt(pairs))
+
+
 class Batches:
-    """Endless epochs of shuffled batches; the last of an epoch may be smaller."""
+    """Endless epochs of shuffled batches; the last of an epoch may be smaller.
+
+    Batches are as even over the right labels (or letters) as the examples are. Small targets lean to one label: a batch
+    with 11 of 16 such examples would pay every prompt that makes the target say it.
+    """
 
     def __init__(self, examples: Sequence[Example], size: int, rng: random.Random) -> None:
         self.examples, self.size, self.rng = examples, size, rng
@@ -142,9 +159,21 @@ class Batches:
     def next(self) -> list[Example]:
         """The next batch."""
         if not self.order:
-            self.order = self.rng.sample(range(len(self.examples)), len(self.examples))
+            self.order = self._epoch()
         taken, self.order = self.order[: self.size], self.order[self.size :]
         return [self.examples[i] for i in taken]
+
+    def _epoch(self) -> list[int]:
+        """All examples, shuffled, those of each label at even distances from one another."""
+        shuffled = self.rng.sample(range(len(self.examples)), len(self.examples))
+        of_label: dict[int | None, list[int]] = {}
+        for i in shuffled:
+            of_label.setdefault(self.examples[i].label, []).append(i)
+        place: dict[int, float] = {}
+        for members in of_label.values():
+            offset = self.rng.random()
+            place |= {i: (rank + offset) / len(members) for rank, i in enumerate(members)}
+        return sorted(shuffled, key=lambda i: place[i])
 
 
 class Session:
@@ -153,9 +182,10 @@ class Session:
     def __init__(self, run: Run) -> None:
         config = run.config
         self.run, self.pool, self.iteration = run, PromptPool(), 0
-        self.rng = random.Random(config.seed)
+        # A stream for each purpose, so that arms which differ in one see the same of the others.
+        self.streams = {name: stream(config.seed, name) for name in ("batches", "pairs", "review")}
         self.inputs = word_runs(example.input for example in run.data.train)
-        self.batches = Batches(run.data.train, config.examples.batch_size, self.rng)
+        self.batches = Batches(run.data.train, config.examples.batch_size, self.streams["batches"])
         generator = torch.Generator(run.policy.device).manual_seed(config.seed)
         self.trainer = APPOTrainer(run.policy, config.appo, config.anchor, generator)
 
@@ -170,7 +200,7 @@ class Session:
             "trainer": self.trainer.state_dict(),
             "target": self.run.reward.target.state_dict(),
             "pool": self.pool.state_dict(),
-            "rng": self.rng.getstate(),
+            "streams": {name: rng.getstate() for name, rng in self.streams.items()},
             "order": self.batches.order,
             "data": self.run.fingerprint,
             "environment": environment(self.run),
@@ -199,10 +229,16 @@ class Session:
         self.trainer.load_state_dict(state["trainer"])
         self.run.reward.target.load_state_dict(state["target"])
         self.pool.load_state_dict(state["pool"])
-        self.rng.setstate(state["rng"])
+        for name, rng in self.streams.items():
+            rng.setstate(state["streams"][name])
         self.batches.order = state["order"]
         self.run.log.truncate(state["log"])
         return notes
+
+
+def stream(seed: int, name: str) -> random.Random:
+    """The random numbers of a run for one purpose; those for another are independent of it."""
+    return random.Random(f"{seed} {name}")
 
 
 def fingerprint(data: TaskData) -> str:
@@ -217,6 +253,8 @@ def environment(run: Run) -> dict[str, Any]:
         **{package: version(package) for package in ("torch", "transformers", "datasets", "numpy")},
         "device": str(run.policy.device),
         "threads": torch.get_num_threads(),
+        "agent_computes_in": str(run.policy.compute_dtype).removeprefix("torch."),
+        "target_computes_in": str(run.reward.target.model.dtype).removeprefix("torch."),
         "agent_chat": run.policy.chat,
         "target_chat": run.reward.target.chat,
     }

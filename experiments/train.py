@@ -15,11 +15,12 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from appo.rollout import Query
 from appo.selfcheck import SelfCheckError, self_check
@@ -28,15 +29,19 @@ from experiments.checkpoint import CheckpointError
 from experiments.config import ConfigError, RunConfig, build_config, resumed_config, to_dict
 from experiments.console import Progress, summary
 from experiments.hacking import only_labels, overlap
+from experiments.headroom import look
 from experiments.models import ModelError, save_agent
 from experiments.report import render_report
 from experiments.runlog import PromptPool, RunExistsError
-from experiments.session import Run, Session, environment, prepare, stored_config
+from experiments.session import Run, Session, environment, meta_query, prepare, stored_config, stream
 from experiments.signals import Signals, StoppedError
+from experiments.statistics import compared, interval
+from rewards.reward import ClassificationReward, by_example
 from rewards.target import ContextTooLongError, out_of_memory
-from tasks.task import SPLITS, Example, TaskError, meta_prompt
+from tasks.task import SPLITS, Example, TaskError, shown
 
 EDITS_SHOWN = 5  # instructions for single inputs that the result quotes
+NO_BETTER = "no prompt better than the manual one was found"
 PAPER_POOL = 5  # prompts that the paper runs on test, to report the best of them [P, 4.1]
 LESS_MEMORY = "use dtype=bfloat16, gradient_checkpointing=true, fewer prompts or a lower sampling.max_new_tokens"
 USER_ERRORS = (CheckpointError, ConfigError, TaskError, ModelError, RunExistsError, ContextTooLongError)
@@ -57,6 +62,11 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
             print(f"note: {note}", file=sys.stderr)
     else:
         run.log.write_config(to_dict(config) | {"environment": environment(run)})
+        if config.headroom:
+            seen = look(run, config.headroom)
+            run.log.write_json("headroom.json", seen.as_json())
+            if not quiet:
+                print(*seen.lines(), sep="\n", file=sys.stderr, flush=True)
     progress = Progress(run.steps, run.reward.metric, quiet, done=session.iteration)
     with Signals() as signals:
         while session.iteration < run.steps:
@@ -81,7 +91,7 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
 def iterate(session: Session) -> dict[str, float]:
     """One iteration, logged; returns its statistics."""
     run, trainer, started = session.run, session.trainer, time.perf_counter()
-    queries, reward_fn = _ask(run, session.batches.next(), session.rng)
+    queries, reward_fn = _ask(run, session.batches.next(), session.streams["pairs"])
     if session.iteration == 1:
         generator = torch.Generator(run.policy.device).manual_seed(0)
         self_check(run.policy, trainer.anchor, run.policy.sample(queries, generator))
@@ -90,7 +100,7 @@ def iterate(session: Session) -> dict[str, float]:
     except DivergedError as error:
         _record(session, error.stats, None, time.perf_counter() - started)
         raise
-    review = _review(run, trainer, session.rng) if _review_due(run, session.iteration) else None
+    review = _review(run, trainer, session.streams["review"]) if _review_due(run, session.iteration) else None
     _record(session, stats, review, time.perf_counter() - started)
     return stats
 
@@ -106,19 +116,10 @@ def _ask(run: Run, batch: Sequence[Example], rng: random.Random) -> tuple[list[Q
     """What the agent is asked in one iteration, and what its answers are worth."""
     count = run.config.prompts
     if run.config.mode == "fixed":
-        return [_query(run, batch, rng)] * count, lambda prompts: run.reward(prompts, batch)
+        return [meta_query(run, batch, rng)] * count, lambda prompts: run.reward(prompts, batch)
     queries = [query for example in batch for query in [run.editor.query(example.input, rng)] * count]
     asked = [example for example in batch for _ in range(count)]
     return queries, lambda prompts: run.reward.each(prompts, asked)
-
-
-def _query(run: Run, batch: Sequence[Example], rng: random.Random) -> Query:
-    """A meta-prompt of training pairs, by preference none that the prompts are about to be scored on."""
-    scored = set(batch)
-    others = [example for example in run.data.train if example not in scored]
-    count = min(run.config.examples.pairs, len(run.data.train))
-    pairs = rng.sample(others if len(others) >= count else run.data.train, count)
-    return run.policy.query(*meta_prompt(pairs))
 
 
 def _review_due(run: Run, iteration: int) -> bool:
@@ -133,7 +134,7 @@ def _review(run: Run, trainer: APPOTrainer, rng: random.Random) -> AnchorReview:
         return trainer.review_anchor(
             queries, lambda prompts: run.reward.each(prompts, run.data.validation).metrics[run.reward.metric].tolist()
         )
-    queries = [_query(run, (), rng) for _ in range(run.config.anchor.prompts)]
+    queries = [meta_query(run, (), rng) for _ in range(run.config.anchor.prompts)]
     return trainer.review_anchor(
         queries, lambda prompts: run.reward(prompts, run.data.validation).metrics[run.reward.metric].tolist()
     )
@@ -150,7 +151,8 @@ def _record(session: Session, stats: dict[str, float], review: AnchorReview | No
     row: dict[str, Any] = {"iteration": session.iteration, **stats, "label_list_rate": bare}
     row |= {"seconds": seconds, "anchor": None}
     if review:
-        row |= {"anchor": review.decision.value, "review": vars(review) | {"decision": review.decision.value}}
+        sides = {side: getattr(review, side)._asdict() for side in ("policy_health", "anchor_health")}
+        row |= {"anchor": review.decision.value, "review": vars(review) | {"decision": review.decision.value} | sides}
     run.log.append("metrics.jsonl", [row])
     names = list(rewarded.metrics)
     rows = []
@@ -164,49 +166,84 @@ def _record(session: Session, stats: dict[str, float], review: AnchorReview | No
 def finish(run: Run, pool: PromptPool) -> dict[str, Any]:
     """Chooses the winner on validation and runs it on test; returns the result.
 
-    The winner alone is the result. The paper's own number, the best of the top five *on test*, is selection on
-    the test split; it stands beside the result under its name, to compare with published tables.
+    The manual prompt (and few-shot prompts, if wanted) stand for election too, so that nobody ends with less on
+    validation than they had; of equal ones the manual prompt wins. The winner alone is the result. The paper's own
+    number, the best of the top five *on test*, is selection on the test split; it stands beside the result under its
+    name, to compare with published tables.
     """
-    spec, test = run.data.spec, run.data.test
-    candidates = [entry.prompt for entry in pool.best(run.config.pool)] or [spec.manual_prompt]
-    validation = run.reward([*candidates, spec.manual_prompt], run.data.validation)
-    best = int(validation.scores[: len(candidates)].argmax())
-    published = candidates[:PAPER_POOL]
-    tested = run.reward([*published, candidates[best], spec.manual_prompt], test).metrics[run.reward.metric].tolist()
+    manual = run.data.spec.manual_prompt
+    tuned = [entry.prompt for entry in pool.best(run.config.pool)]
+    candidates = [manual, *few_shot_prompts(run), *tuned]
+    validation = by_example(run.reward, candidates, run.data.validation)
+    rewards = run.reward(candidates, run.data.validation).scores
+    best = max(range(len(candidates)), key=lambda i: (validation[i].mean().item(), rewards[i].item(), -i))
+    published = tuned[:PAPER_POOL] or [manual]
+    test = by_example(run.reward, [*published, manual, candidates[best]], run.data.test)
     return {
         "prompt": candidates[best],
+        "chosen": "manual" if best == 0 else "tuned" if candidates[best] in tuned else "few-shot",
         **_described(run),
-        "validation_score": validation.metrics[run.reward.metric][best].item(),
-        "test_score": tested[-2],
-        "manual_prompt": spec.manual_prompt,
-        "manual_validation_score": validation.metrics[run.reward.metric][-1].item(),
-        "manual_test_score": tested[-1],
+        **_scores({"validation": validation[best], "test": test[-1]}, {"validation": validation[0], "test": test[-2]}),
+        "answers_on_test": _answers(run, {"best": candidates[best], "manual": manual}),
         "paper_protocol": {
             "name": f"best of the top {len(published)} by training reward, chosen on test",
-            "test_score": max(tested[:-2]),
+            "test_score": test[:-2].mean(1).max().item(),
         },
     }
 
 
+def few_shot_prompts(run: Run) -> list[str]:
+    """The manual prompt with training pairs behind it, drawn anew for each."""
+    rng, count = stream(run.config.seed, "few-shot"), min(run.config.examples.pairs, len(run.data.train))
+    drawn = [rng.sample(run.data.train, count) for _ in range(run.config.few_shot)]
+    return [f"{run.data.spec.manual_prompt}\n{shown(pairs)}\n" for pairs in drawn]
+
+
 def finish_editing(run: Run) -> dict[str, Any]:
-    """Lets the agent write its likeliest instruction for every input of validation and test; returns the result."""
-    written = {split: run.editor.write([e.input for e in getattr(run.data, split)]) for split in SPLITS[1:]}
-    metric, manual = run.reward.metric, run.data.spec.manual_prompt
-    scores = {}
-    for split, prompts in written.items():
+    """Lets the agent write its likeliest instruction for every input of validation and test; returns the result.
+
+    Where the manual prompt does no worse on validation, it is the result: `prompt` holds it, in place of null.
+    """
+    written, edits, manual = {}, {}, {}
+    for split in SPLITS[1:]:
         examples = getattr(run.data, split)
-        scores[split] = run.reward.each(prompts, examples).metrics[metric].mean().item()
-        scores[f"manual {split}"] = run.reward([manual], examples).metrics[metric].item()
-    shown = zip(run.data.test[:EDITS_SHOWN], written["test"], strict=False)
+        written[split] = run.editor.write([example.input for example in examples])
+        edits[split] = run.reward.each(written[split], examples).metrics[run.reward.metric]
+        manual[split] = by_example(run.reward, [run.data.spec.manual_prompt], examples)[0]
+    better = edits["validation"].mean() > manual["validation"].mean()
+    shown_edits = zip(run.data.test[:EDITS_SHOWN], written["test"], strict=False)
     return {
-        "prompt": None,
-        "edits": [{"input": example.input, "prompt": prompt} for example, prompt in shown],
+        "prompt": None if better else run.data.spec.manual_prompt,
+        "chosen": "edits" if better else "manual",
+        "edits": [{"input": example.input, "prompt": prompt} for example, prompt in shown_edits],
+        "edits_validation_score": edits["validation"].mean().item(),
+        "edits_test_score": edits["test"].mean().item(),
         **_described(run),
-        "validation_score": scores["validation"],
-        "test_score": scores["test"],
-        "manual_prompt": manual,
-        "manual_validation_score": scores["manual validation"],
-        "manual_test_score": scores["manual test"],
+        **_scores(edits if better else manual, manual),
+    }
+
+
+def _scores(best: Mapping[str, Tensor], manual: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What validation and test say of the result and of the manual prompt; of each split the values of its rows."""
+    same = torch.equal(best["validation"], manual["validation"]) and torch.equal(best["test"], manual["test"])
+    scores: dict[str, Any] = {}
+    for split in SPLITS[1:]:
+        scores[f"{split}_rows"] = len(best[split])
+        for name, values in ((split, best[split]), (f"manual_{split}", manual[split])):
+            scores[f"{name}_score"] = values.mean().item()
+            scores[f"{name}_interval"] = interval(values.tolist())
+    scores["verdict"] = NO_BETTER if same else compared(best["test"].tolist(), manual["test"].tolist())
+    return scores
+
+
+def _answers(run: Run, prompts: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """How the target's answers on test are spread over the labels under some prompts, and what is right."""
+    if not isinstance(run.reward, ClassificationReward):
+        return {}
+    said = {name: run.reward.answers(prompt, run.data.test) for name, prompt in prompts.items()}
+    said["right"] = [example.answer for example in run.data.test]
+    return {
+        name: {word: answers.count(word) / len(answers) for word in run.data.words} for name, answers in said.items()
     }
 
 
@@ -221,6 +258,7 @@ def _described(run: Run) -> dict[str, Any]:
         "metric": run.reward.metric,
         "target": run.config.target,
         "seed": run.config.seed,
+        "manual_prompt": spec.manual_prompt,
     }
 
 

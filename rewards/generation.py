@@ -46,7 +46,7 @@ def _greedy(target: TargetModel, contexts: list[list[int]], max_new_tokens: int,
     written: list[list[int]] = [[] for _ in contexts]
     texts = [""] * len(contexts)
     active = list(range(len(contexts)))  # rows still in the batch
-    ends = _end_ids(target)
+    ends = packed.end_tokens(model, tokenizer)
     for _ in range(max_new_tokens):
         output = model(
             input_ids=ids,
@@ -80,15 +80,6 @@ def _cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     lead = len(text) - len(text.lstrip())
     places = [place for word in stop if (place := text.find(word, lead)) >= 0]
     return (text[: min(places)], True) if places else (text, False)
-
-
-def _end_ids(target: TargetModel) -> set[int]:
-    """All tokens that end a text: the tokenizer's, and those that the model's configuration names."""
-    ends = {target.tokenizer.eos_token_id}
-    for config in (target.model.config.get_text_config(), target.model.generation_config):
-        named = getattr(config, "eos_token_id", None)
-        ends |= set(named) if isinstance(named, list) else {named}
-    return ends - {None}
 
 
 @torch.inference_mode()

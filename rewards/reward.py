@@ -52,6 +52,12 @@ class ClassificationReward:
         result = self._result(logits, examples, mean=True)
         return result.pick([distinct.index(prompt) for prompt in prompts])
 
+    def answers(self, prompt: str, examples: Sequence[Example]) -> list[str]:
+        """The label word or letter that the target chooses for each example."""
+        (logits,) = self.target.class_logits([prompt], [example.input for example in examples])  # [N, C]
+        chosen = _offered(logits, examples).argmax(-1).tolist()
+        return [self.target.verbalizer.words[c] for c in chosen]
+
     def each(self, prompts: Sequence[str], examples: Sequence[Example]) -> RewardResult:
         """Scores B prompts, each on its own example."""
         logits = self.target.pair_logits(prompts, [example.input for example in examples])  # [B, C]
@@ -66,36 +72,50 @@ class ClassificationReward:
         return RewardResult(scores, metrics)
 
 
+def by_example(
+    reward: ClassificationReward | GenerationReward, prompts: Sequence[str], examples: Sequence[Example]
+) -> Tensor:
+    """[K, N]: the metric of every prompt on every example."""
+    values = reward.each([p for p in prompts for _ in examples], [e for _ in prompts for e in examples])
+    return values.metrics[reward.metric].view(len(prompts), len(examples))
+
+
+def _offered(logits: Tensor, examples: Sequence[Example]) -> Tensor:
+    """Logits [*, N, C], -inf for the classes that an example does not offer."""
+    absent = torch.zeros(logits.shape[-2:], dtype=torch.bool, device="cpu")
+    for row, example in enumerate(examples):
+        if example.choices is not None:
+            absent[row, example.choices :] = True
+    return logits.masked_fill(absent, -torch.inf)
+
+
 def _settle(logits: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """Leaves each example the classes that it offers and, of several right ones, the one the target prefers.
 
     Returns:
         [K, N, C] logits, -inf for classes out of question, and [K, N] labels.
     """
-    right = torch.zeros(logits.shape[1:], dtype=torch.bool)
-    absent = torch.zeros_like(right)
+    right = torch.zeros(logits.shape[1:], dtype=torch.bool, device="cpu")
     for row, example in enumerate(examples):
         right[row, [example.label, *example.also]] = True
-        if example.choices is not None:
-            absent[row, example.choices :] = True
     lowest = torch.finfo(logits.dtype).min  # an impossible right class still goes before the wrong ones
     labels = torch.where(right, logits.clamp(min=lowest), -torch.inf).argmax(-1)
     others = right & ~torch.zeros_like(logits, dtype=torch.bool).scatter(-1, labels.unsqueeze(-1), True)
-    return logits.masked_fill(others | absent, -torch.inf), labels
+    return _offered(logits, examples).masked_fill(others, -torch.inf), labels
 
 
 class GenerationReward:
-    """R = metric_weight * metric of what the target generates, mean over examples; the paper's F1 reward and its kin.
+    """R = metric_weight * metric + likelihood_weight * likelihood, means over examples; the paper's F1 and its kin.
 
-    The metric of an example is that against the accepted answer it likes best. Rewards that are mostly 0 teach
-    nothing, so that the likelihood of the right answer may break ties: R grows by likelihood_weight * the mean
-    probability per token of an accepted answer, on examples whose metric is 0.
+    The metric compares what the target generates with the accepted answer that it is nearest to. The likelihood is the
+    mean probability per token of the first accepted answer. It is ours, and 0 by default: rewards that are mostly 0
+    teach nothing, and the likelihood breaks their ties.
 
     Args:
         target: answers the examples.
         metric: a name in TEXT_METRICS.
         metric_weight: 1 in the paper.
-        likelihood_weight: 0: no tie-breaking.
+        likelihood_weight: 0 in the paper.
         answer_tokens: budget of an answer.
     """
 
@@ -129,10 +149,12 @@ class GenerationReward:
         inputs = [example.input for example in examples]
         said = generate(self.target, prompts, inputs, self.answer_tokens, STOPS)
         metric = TEXT_METRICS[self.metric]
-        values = torch.tensor([best(metric, text, e.answers) for text, e in zip(said, examples, strict=True)])
+        values = torch.tensor(
+            [best(metric, text, e.answers) for text, e in zip(said, examples, strict=True)], device="cpu"
+        )
         metrics, scores = {self.metric: values}, self.metric_weight * values
         if self.likelihood_weight:
             likely = answer_logprobs(self.target, prompts, inputs, [example.answer for example in examples]).exp()
             metrics["likelihood"] = likely
-            scores = scores + self.likelihood_weight * likely.masked_fill(values > 0, 1.0)
+            scores = scores + self.likelihood_weight * likely
         return RewardResult(scores, metrics)

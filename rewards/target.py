@@ -240,21 +240,31 @@ def _only_rows(model: PreTrainedModel, tokens: Sequence[int]) -> Iterator[list[i
     """Lets the model compute the logits of a few tokens only; yields the columns where they are then.
 
     What a model does to its logits (soft-capping, scaling) it still does. A head that is no plain linear layer
-    stays as it is.
+    stays as it is. The few rows are float32 also where the model is bfloat16, in which logits near 20 are 0.125 apart:
+    label words would tie, and the first one win.
     """
     head = model.get_output_embeddings()
     if type(head) not in (nn.Linear, linear.OneDNNLinear):
         yield list(tokens)
         return
-    rows = nn.Linear(head.in_features, len(tokens), bias=head.bias is not None, device="meta")
-    rows.weight = nn.Parameter(head.weight[list(tokens)], requires_grad=False)
-    if head.bias is not None:
-        rows.bias = nn.Parameter(head.bias[list(tokens)], requires_grad=False)
+    rows = _LabelRows(head, tokens)
     model.set_output_embeddings(rows)
     try:
         yield list(range(len(tokens)))
     finally:
         model.set_output_embeddings(head)
+
+
+class _LabelRows(nn.Module):
+    """Some rows of a linear head, in float32."""
+
+    def __init__(self, head: nn.Linear, tokens: Sequence[int]) -> None:
+        super().__init__()
+        self.weight = head.weight[list(tokens)].float()
+        self.bias = None if head.bias is None else head.bias[list(tokens)].float()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden.float(), self.weight, self.bias)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], chat: bool = False) -> list[list[int]]:

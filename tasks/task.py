@@ -372,7 +372,7 @@ def meta_prompt(pairs: Sequence[Example]) -> MetaPrompt:
     return MetaPrompt(
         f"I gave a friend an instruction and {count} {noun}.\n"
         "The friend read the instruction and wrote an output for every one of the inputs.\n"
-        f"Here are the input-output pairs:\n{_shown(pairs)}",
+        f"Here are the input-output pairs:\n{shown(pairs)}",
         "The instruction was :",
     )
 
@@ -389,11 +389,12 @@ def rewrite_prompt(pairs: Sequence[Example], text: str, instruction: str = "") -
     return MetaPrompt(
         "Look at the instruction and current input,\n"
         f"rewrite instruction for current input.\n{given}"
-        f"Here are the input-output pairs:\n{_shown(pairs)}\n"
+        f"Here are the input-output pairs:\n{shown(pairs)}\n"
         f"Current Input Here : {text}",
         "The Rewritten instruction was :",
     )
 
 
-def _shown(pairs: Sequence[Example]) -> str:
+def shown(pairs: Sequence[Example]) -> str:
+    """Input-output pairs as text, one a line."""
     return "\n".join(f"Input : {pair.input} Output : {pair.answer}" for pair in pairs)

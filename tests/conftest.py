@@ -18,6 +18,7 @@ from transformers import (
 torch.set_num_threads(1)  # a toy run takes 1 s with one thread and up to 57 s with two on a busy two-core machine
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+SPECIAL_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -40,13 +41,14 @@ def llama(vocabulary: int, seed: int = 0) -> PreTrainedModel:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
+        **SPECIAL_IDS,
     )
     return LlamaForCausalLM(config).eval()
 
 
 def gpt2(vocabulary: int, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=4, n_positions=512)
+    config = GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=4, n_positions=512, **SPECIAL_IDS)
     return GPT2LMHeadModel(config).eval()
 
 

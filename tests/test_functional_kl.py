@@ -65,6 +65,15 @@ def test_leave_one_out_by_hand() -> None:
     assert found.tolist() == [1.0 - 4.0, 5.0, 2.0 - 3.5, 6.0 - 1.5, 7.0]  # 5 and 7 are alone
 
 
+def test_a_score_alone_in_its_group_is_measured_against_the_given_baseline() -> None:
+    assert leave_one_out(torch.tensor([5.0, 1.0, 3.0]), torch.tensor([0, 1, 1]), 2.0).tolist() == [3.0, -2.0, 2.0]
+
+
+@given(st.floats(-1e6, 1e6, width=32), st.integers(2, 9))
+def test_equal_scores_leave_exactly_nothing(score: float, count: int) -> None:
+    assert leave_one_out(torch.full((count,), score), torch.zeros(count, dtype=torch.long)).tolist() == [0.0] * count
+
+
 @given(st.lists(st.tuples(st.floats(-100, 100), st.integers(0, 3)), min_size=1, max_size=12))
 def test_leave_one_out_takes_out_what_a_group_has_in_common(rows: list[tuple[float, int]]) -> None:
     scores, groups = torch.tensor([s for s, _ in rows], dtype=F64), torch.tensor([g for _, g in rows])

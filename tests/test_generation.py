@@ -163,15 +163,14 @@ def test_generation_reward_is_the_weighted_mean_metric(
     assert result.scores.tolist() == [2.0, 2.0, 2.0]
 
 
-def test_likelihood_breaks_ties_only_where_the_metric_is_0(
-    tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    # p(a) = e / (e + V - 1) for every token; " b" is two tokens of p = 1 / (e + V - 1) each.
+def test_likelihood_is_added_on_every_example(tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    # q = 1 / (e + V - 1) is the probability of every token but "a", which has e q. " a" is two tokens, the mean log
+    # is that of sqrt(q * e q); " b" is two tokens of q each.
     vocabulary = len(tokenizer)
     target = TargetModel(always(tiny_llama, tokenizer.convert_tokens_to_ids("a")), tokenizer, TEMPLATE, ())
     reward = GenerationReward(target, "exact_match", likelihood_weight=0.1, answer_tokens=1)
-    likelihood = 1 / (torch.e + vocabulary - 1)
-    assert reward(["p"], TEXTS).scores.item() == pytest.approx(0.5 + 0.1 * (1.0 + likelihood) / 2, rel=1e-5)
+    q = 1 / (torch.e + vocabulary - 1)
+    assert reward(["p"], TEXTS).scores.item() == pytest.approx(0.5 + 0.1 * (torch.e**0.5 * q + q) / 2, rel=1e-5)
 
 
 def table_target(table: list[list[float]]) -> TargetModel:

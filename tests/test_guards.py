@@ -13,8 +13,8 @@ from torch import Tensor
 
 from appo.config import APPOConfig, SamplingConfig
 from appo.policy import Policy
-from appo.rollout import Query
-from appo.trainer import FAULTS, APPOTrainer, DivergedError, _distinct
+from appo.rollout import Batch, Query
+from appo.trainer import FAULTS, APPOTrainer, DivergedError, _distinct, advantages
 from tests.conftest import byte_tokenizer, llama
 
 QUERIES = [Query((5, 6, 7))] * 4
@@ -77,7 +77,8 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
 def test_an_exploded_ratio_changes_nothing() -> None:
     appo = trainer(max_ratio=10.0)
     appo.collect(QUERIES, rewards(1.0, 5.0, 0.0, 2.0))
-    batch = appo.buffer.finish(0.0, 1.0, 0.95, True)
+    scored = appo.buffer.stacked()
+    batch = Batch.of(scored, *advantages(scored, appo.config, kl_coef=0.0))
     before = parameters(appo)
     assert appo.optimizer_step(replace(batch, logprobs=batch.logprobs - 3)) == {
         "skipped_steps": 1.0,

@@ -24,7 +24,7 @@ from appo import packed
 from appo.config import SamplingConfig
 from appo.packed import Branches
 from appo.policy import Policy
-from appo.rollout import Batch, Query
+from appo.rollout import Batch, Query, Scored
 from appo.trainer import APPOTrainer
 from experiments.plain import as_plain, plain_loss, plain_sample, plain_scores
 from rewards.target import TargetModel
@@ -246,7 +246,8 @@ def minibatch(trainer: APPOTrainer, responses: int) -> Batch:
     rollout = plain_sample(trainer.policy, query, responses, 12)
     columns = (rollout.tokens, rollout.mask, rollout.logprobs, rollout.values)
     advantages = torch.linspace(-1, 1, rollout.mask.numel()).view(rollout.mask.shape)
-    return Batch(rollout.queries, *columns, rollout.logprobs, advantages, advantages + 1)
+    scored = Scored(rollout.queries, *columns, rollout.logprobs, advantages[:, 0])
+    return Batch.of(scored, advantages, advantages + 1)
 
 
 def gradients(trainer: APPOTrainer, loss: Callable[[APPOTrainer, Batch], tuple[Tensor, Any]], batch: Batch) -> Tensor:

@@ -21,11 +21,15 @@ CHATML = (
 
 
 def make(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float = 1.0, length: int = 9
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    temperature: float = 1.0,
+    length: int = 9,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> Policy:
     with torch.no_grad():  # make endings likely, so that responses are ragged
         model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 4
-    return Policy(model, tokenizer, SamplingConfig(length, temperature))
+    return Policy(model, tokenizer, SamplingConfig(length, temperature), compute_dtype=compute_dtype)
 
 
 def ragged_queries(policy: Policy) -> list[Query]:
@@ -158,7 +162,7 @@ def test_gradients_reach_the_language_model(tiny_llama, tokenizer) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("column", ["logprobs", "values"])
 def test_tied_weights_get_an_ordinary_gradient_of_any_loss(column, dtype, tiny_gpt2, tokenizer) -> None:
-    policy = make(tiny_gpt2.to(dtype), tokenizer)
+    policy = make(tiny_gpt2, tokenizer, compute_dtype=dtype)
     torch.nn.init.normal_(policy.value_head.weight)
     rollout = policy.sample(ragged_queries(policy), seeded())
     getattr(policy.evaluate(rollout), column).sum().backward()

@@ -34,7 +34,7 @@ def finished(*lengths: int) -> Batch:
     buffer = RolloutBuffer()
     given = rollout(*lengths)
     buffer.add(given, torch.arange(len(lengths)).float(), torch.zeros_like(given.logprobs))
-    return buffer.finish(kl_coef=0.1)
+    return Batch.of(buffer.stacked(), given.logprobs + given.values, given.values)
 
 
 def test_empty_query_is_refused() -> None:
@@ -98,43 +98,15 @@ def test_several_collects_are_as_one() -> None:
     for ragged, part in ((first, scores[:2]), (second, scores[2:])):
         piece = Rollout.stack([QUERY] * len(ragged), ragged)
         parts.add(piece, part, torch.zeros_like(piece.logprobs))
-    for name in ("tokens", "mask", "logprobs", "values", "ref_logprobs", "advantages", "returns"):
-        assert_close(getattr(parts.finish(0.1), name), getattr(whole.finish(0.1), name), rtol=0, atol=0)
+    for name in ("tokens", "mask", "logprobs", "values", "ref_logprobs", "scores"):
+        assert_close(getattr(parts.stacked(), name), getattr(whole.stacked(), name), rtol=0, atol=0)
 
 
-def test_finish_equals_a_slow_twin() -> None:
-    given = rollout(3, 1)
-    ref, scores = given.logprobs.clone(), [2.0, -1.0]
-    ref[given.mask] -= 0.5  # so that KL is .5 on every token
+def test_responses_to_the_same_query_are_a_group() -> None:
+    given = replace(rollout(1, 1, 1), queries=(Query((1, 2)), Query((3,)), Query((1, 2))))
     buffer = RolloutBuffer()
-    buffer.add(given, torch.tensor(scores), ref)
-    batch = buffer.finish(kl_coef=0.2, gamma=0.9, lam=0.8)
-    advantages: list[float] = []
-    for response, score in zip(given.responses(), scores, strict=True):
-        values = [*response.values.tolist(), 0.0]
-        rewards = [-0.1] * len(response.tokens)
-        rewards[-1] += score
-        running, row = 0.0, []
-        for t in reversed(range(len(rewards))):
-            running = rewards[t] + 0.9 * values[t + 1] - values[t] + 0.9 * 0.8 * running
-            row.insert(0, running)
-        advantages += row
-    mean = sum(advantages) / 4
-    deviation = math.sqrt(sum((a - mean) ** 2 for a in advantages) / 3 + 1e-8)
-    expected = torch.tensor([(a - mean) / deviation for a in advantages])
-    assert_close(batch.advantages[batch.mask], expected, rtol=1e-5, atol=1e-5)
-    plain = buffer.finish(kl_coef=0.2, gamma=0.9, lam=0.8, whiten=False)
-    assert_close(plain.advantages[plain.mask], torch.tensor(advantages), rtol=1e-5, atol=1e-5)
-    assert_close(plain.returns, plain.advantages + plain.values)
-
-
-def test_the_baseline_is_that_of_the_responses_to_the_same_query() -> None:
-    given = rollout(1, 1, 1)
-    given = replace(given, queries=(Query((1, 2)), Query((3,)), Query((1, 2))), values=torch.zeros(3, 1))
-    buffer = RolloutBuffer()
-    buffer.add(given, torch.tensor([1.0, 10.0, 4.0]), given.logprobs)
-    batch = buffer.finish(0.0, whiten=False, baseline=True)
-    assert batch.advantages.flatten().tolist() == [-3.0, 10.0, 3.0]
+    buffer.add(given, torch.zeros(3), given.logprobs)
+    assert buffer.stacked().groups.tolist() == [0, 1, 0]
 
 
 def test_the_buffer_keeps_copies() -> None:
@@ -142,12 +114,13 @@ def test_the_buffer_keeps_copies() -> None:
     ref = torch.zeros_like(given.logprobs)
     buffer = RolloutBuffer()
     buffer.add(given, scores, ref)
-    before = buffer.finish(0.5, whiten=False)
+    before = buffer.stacked()
     scores += 100
     ref += 100
     given.values.add_(100)
     given.logprobs.add_(100)
-    assert_close(buffer.finish(0.5, whiten=False).returns, before.returns, rtol=0, atol=0)
+    for name in ("logprobs", "values", "ref_logprobs", "scores"):
+        assert_close(getattr(buffer.stacked(), name), getattr(before, name), rtol=0, atol=0)
 
 
 def test_a_reward_that_is_not_finite_is_refused_by_number() -> None:
@@ -162,11 +135,11 @@ def test_shapes_that_do_not_fit_the_rollout_are_refused(scores: int, width: int)
         RolloutBuffer().add(rollout(2, 2), torch.zeros(scores), torch.zeros(2, width))
 
 
-def test_an_empty_buffer_cannot_be_finished() -> None:
+def test_an_empty_buffer_has_nothing_to_stack() -> None:
     buffer = RolloutBuffer()
     given = rollout(2)
     buffer.add(given, torch.zeros(1), torch.zeros_like(given.logprobs))
     assert len(buffer) == 1
     buffer.clear()
     with pytest.raises(ValueError, match="empty"):
-        buffer.finish(0.1)
+        buffer.stacked()

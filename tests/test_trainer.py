@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from appo.anchor import AnchorDecision
 from appo.config import AnchorConfig, APPOConfig, SamplingConfig
 from appo.policy import Policy
-from appo.rollout import Query
-from appo.trainer import APPOTrainer
+from appo.rollout import Batch, Query
+from appo.trainer import APPOTrainer, advantages
 from tests.conftest import byte_tokenizer, llama
 
 
@@ -37,6 +37,11 @@ def make(length: int = 8, anchor: AnchorConfig | None = None, seed: int = 0, **c
 
 def queries(trainer: APPOTrainer, count: int = 8) -> list[Query]:
     return [trainer.policy.query("", text) for text in ("one", "another") for _ in range(count // 2)]
+
+
+def finished(trainer: APPOTrainer) -> Batch:
+    scored = trainer.buffer.stacked()
+    return Batch.of(scored, *advantages(scored, trainer.config, kl_coef=0.1))
 
 
 def flat(trainer: APPOTrainer) -> torch.Tensor:
@@ -104,8 +109,8 @@ def test_with_a_reference_the_coefficient_matters(reference: str) -> None:
 def test_penalty_of_plain_ppo_is_in_the_loss_only() -> None:
     trainer = make(reference="previous", kl_coef=3.0)
     trainer.collect(queries(trainer), share_of_a)
-    batch = trainer.buffer.finish(kl_coef=3.0, whiten=False)
-    assert_close(batch.ref_logprobs, batch.logprobs, rtol=0, atol=0)
+    scored = trainer.buffer.stacked()
+    assert_close(scored.ref_logprobs, scored.logprobs, rtol=0, atol=0)
     assert trainer.kl_in_loss
 
 
@@ -113,7 +118,7 @@ def test_kl_in_the_loss_adds_the_k3_estimate() -> None:
     trainer = make(kl_in_loss=True, kl_coef=0.5)
     trainer.step(queries(trainer), share_of_a)  # away from the anchor
     trainer.collect(queries(trainer), share_of_a)
-    batch = trainer.buffer.finish(0.0)
+    batch = finished(trainer)
     with_kl, _ = trainer.loss(batch)
     trainer.kl_controller.coef = 0.0
     without, _ = trainer.loss(batch)
@@ -127,7 +132,7 @@ def test_micro_batches_add_up_to_the_step_of_the_minibatch(micro: int) -> None:
     whole, parts = make(), make(micro_batch_size=micro)
     for trainer in (whole, parts):
         trainer.collect(queries(trainer), share_of_a)
-    results = [trainer.optimizer_step(trainer.buffer.finish(0.1)) for trainer in (whole, parts)]
+    results = [trainer.optimizer_step(finished(trainer)) for trainer in (whole, parts)]
     assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
     for one, other in zip(whole.policy.parameters(), parts.policy.parameters(), strict=True):
         assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
@@ -136,7 +141,7 @@ def test_micro_batches_add_up_to_the_step_of_the_minibatch(micro: int) -> None:
 def test_gradient_is_clipped_to_its_limit() -> None:
     trainer = make(max_grad_norm=1e-5)
     trainer.collect(queries(trainer), share_of_a)
-    assert trainer.optimizer_step(trainer.buffer.finish(0.1))["grad_norm"] > 1e-5
+    assert trainer.optimizer_step(finished(trainer))["grad_norm"] > 1e-5
     norm = torch.stack([p.grad.norm() for p in trainer.policy.parameters()]).norm()
     assert_close(norm.item(), 1e-5, rtol=2e-2, atol=0)  # torch divides by norm + 1e-6
 

@@ -1,0 +1,108 @@
+"""A look before training: do prompts matter to this target on this task, and how much is there to gain?
+
+The manual prompt, no prompt at all and a few prompts of the untrained agent answer the validation rows. Where the
+prompts do not differ by more than chance, training has nothing to climb, and says so before it begins.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from experiments.session import Run, meta_query, stream
+from experiments.statistics import LEVEL, Interval, interval, spread
+from rewards.reward import by_example
+from tasks.task import Example
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """Scores on the validation rows, all by the task's metric.
+
+    Attributes:
+        metric, rows: what is measured, on how many rows.
+        chance: score of the best constant answer; 0 where answers are text.
+        manual, manual_interval: score of the manual prompt, and its 95 % interval.
+        empty: score of the empty prompt.
+        sampled: scores of the agent's distinct prompts.
+        spread, noise, p: standard deviation of these scores, what chance alone would make it, and the p-value of a
+            permutation test that prompts have no effect; null for fewer than two distinct prompts.
+        verdict: the same in words.
+    """
+
+    metric: str
+    rows: int
+    chance: float
+    manual: float
+    manual_interval: Interval
+    empty: float
+    sampled: list[float]
+    spread: float | None
+    noise: float | None
+    p: float | None
+    verdict: str
+
+    def as_json(self) -> dict[str, Any]:
+        """What headroom.json holds."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """Four lines for a person."""
+        low, high = self.manual_interval
+        mean, best = sum(self.sampled) / len(self.sampled), max(self.sampled)
+        differ = "" if self.spread is None else f", spread {self.spread:.3f} (chance alone: {self.noise:.3f})"
+        return [
+            f"headroom: {self.metric} on {self.rows} validation rows; the best constant answer has {self.chance:.3f}",
+            f"  manual prompt {self.manual:.3f} ({low:.3f} to {high:.3f}), no prompt {self.empty:.3f}",
+            f"  {len(self.sampled)} prompts of the untrained agent: mean {mean:.3f}, best {best:.3f}{differ}",
+            f"  {self.verdict}",
+        ]
+
+
+def look(run: Run, count: int) -> Headroom:
+    """Scores the manual prompt, the empty one and `count` prompts of the untrained agent; changes nothing."""
+    rng = stream(run.config.seed, "headroom")
+    queries = [meta_query(run, (), rng) for _ in range(count)]
+    generator = torch.Generator(run.policy.device).manual_seed(rng.getrandbits(63))
+    written = run.policy.decode(run.policy.sample(queries, generator))
+    prompts = list(dict.fromkeys(written))
+    rows = run.data.validation
+    manual, empty, *table = by_example(run.reward, [run.data.spec.manual_prompt, "", *prompts], rows).tolist()
+    sampled = [_mean(row) for row in table]
+    seen = spread(table) if len(table) > 1 else None
+    return Headroom(
+        metric=run.reward.metric,
+        rows=len(rows),
+        chance=_chance(rows),
+        manual=_mean(manual),
+        manual_interval=interval(manual),
+        empty=_mean(empty),
+        sampled=sampled,
+        spread=seen and seen.between,
+        noise=seen and seen.noise,
+        p=seen and seen.p,
+        verdict=_verdict(seen.p if seen else None, sampled, _mean(manual)),
+    )
+
+
+def _verdict(p: float | None, sampled: Sequence[float], manual: float) -> str:
+    if p is None:
+        return "the agent wrote one prompt only: it has nothing to explore; raise sampling.temperature"
+    if p >= LEVEL:
+        return f"prompts hardly matter to this target: all within noise (p = {p:.2g}); expect little from training"
+    if max(sampled) <= manual:
+        return f"prompts matter (p = {p:.2g}); none of the sampled ones beats the manual prompt yet"
+    return f"prompts matter (p = {p:.2g}); the best of the sampled ones is ahead of the manual prompt by luck in part"
+
+
+def _chance(rows: Sequence[Example]) -> float:
+    labels = Counter(example.label for example in rows if example.label is not None)
+    return max(labels.values(), default=0) / len(rows)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
