@@ -10,7 +10,8 @@ import torch
 
 from appo.policy import Policy
 from appo.rollout import Query
-from tasks.task import Example, rewrite_prompt
+from tasks.meta_prompt import rewrite_prompt
+from tasks.spec import Example
 
 WRITTEN_AT_ONCE = 256  # instructions in one batch of the agent, when many are wanted
 

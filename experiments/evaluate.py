@@ -27,7 +27,7 @@ from experiments.train import USER_ERRORS
 from rewards.functional import best, normalise
 from rewards.generation import generate
 from rewards.reward import STOPS, TEXT_METRICS, GenerationReward
-from tasks.task import Example
+from tasks.spec import Example
 
 Vote = Literal["majority", "margin"]
 

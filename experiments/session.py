@@ -26,8 +26,10 @@ from experiments.models import LAB_DIR, load_model
 from experiments.runlog import PromptPool, RunLog
 from rewards.reward import ClassificationReward, GenerationReward
 from rewards.target import TargetModel
+from tasks.meta_prompt import meta_prompt, rewrite_prompt
 from tasks.sources import load_task
-from tasks.task import Example, TaskData, meta_prompt, rewrite_prompt
+from tasks.spec import Example
+from tasks.splits import TaskData
 
 
 @dataclass(frozen=True)

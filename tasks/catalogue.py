@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from tasks.task import TaskError, TaskSpec
+from tasks.spec import TaskError, TaskSpec
 
 SPEC_DIR = Path(__file__).parent / "specs"
 METRICS = ("exact_match", "exact_string", "exact_set", "contains", "f1")  # of text

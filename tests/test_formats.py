@@ -13,7 +13,8 @@ from experiments.tasks import main
 from experiments.train import main as train_main
 from tasks.catalogue import load_spec, task_names
 from tasks.sources import load_task
-from tasks.task import Example, TaskError, build_data
+from tasks.spec import Example, TaskError
+from tasks.splits import build_data
 from tests.test_sources import REAL, write
 
 INDUCTION = [

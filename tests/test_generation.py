@@ -13,7 +13,7 @@ from rewards.functional import best, contains, exact_match, exact_set, exact_str
 from rewards.generation import answer_logprobs, generate
 from rewards.reward import TEXT_METRICS, ClassificationReward, GenerationReward
 from rewards.target import TargetModel
-from tasks.task import Example
+from tasks.spec import Example
 from tests.conftest import sharpen
 
 TEMPLATE = "{prompt} Input : {input} Output :"

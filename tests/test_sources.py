@@ -15,8 +15,10 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from tasks.sources import load_task, read_rows
-from tasks.task import Example, TaskData, TaskError
+from tasks.rows import read_rows
+from tasks.sources import load_task
+from tasks.spec import Example, TaskError
+from tasks.splits import TaskData
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 SST2 = "sentence\tlabel\n"

@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from tasks.catalogue import load_spec, task_names
-from tasks.task import SPLITS, Example, TaskData, TaskError, TaskSpec, build_data, fill, meta_prompt
+from tasks.meta_prompt import meta_prompt
+from tasks.spec import SPLITS, Example, TaskError, TaskSpec, fill
+from tasks.splits import TaskData, build_data
 
 SPEC: dict[str, Any] = {
     "name": "mood",
