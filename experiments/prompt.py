@@ -22,8 +22,8 @@ from experiments.session import Run, open_run
 from experiments.train import USER_ERRORS
 from rewards.generation import generate
 from rewards.reward import STOPS, GenerationReward
+from tasks.errors import TaskError
 from tasks.rows import read_rows
-from tasks.spec import TaskError
 
 
 def instructions(run: Run, inputs: Sequence[str]) -> list[str]:

@@ -17,9 +17,10 @@ from collections.abc import Iterator, Sequence
 from experiments.models import LAB_DIR
 from experiments.session import data_source
 from tasks.catalogue import load_spec, task_names
+from tasks.errors import MissingFilesError, TaskError
 from tasks.meta_prompt import meta_prompt
-from tasks.sources import MissingFilesError, load_task
-from tasks.spec import TaskError, TaskSpec
+from tasks.sources import load_task
+from tasks.spec import TaskSpec
 from tasks.splits import TaskData
 
 ANSWERS_SHOWN = 6

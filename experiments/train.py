@@ -34,8 +34,9 @@ from experiments.runlog import PromptPool, RunExistsError
 from experiments.session import Run, Session, environment, prepare, stored_config
 from experiments.signals import Signals, StoppedError
 from rewards.target import ContextTooLongError, out_of_memory
+from tasks.errors import TaskError
 from tasks.meta_prompt import meta_prompt
-from tasks.spec import SPLITS, Example, TaskError
+from tasks.spec import SPLITS, Example
 
 EDITS_SHOWN = 5  # instructions for single inputs that the result quotes
 PAPER_POOL = 5  # prompts that the paper runs on test, to report the best of them [P, 4.1]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from tasks.catalogue import load_spec, task_names
-from tasks.rows import SUFFIXES, Row, load_json, read_rows
-from tasks.spec import SPLITS, Example, TaskError, TaskSpec
+from tasks.catalogue import load_spec
+from tasks.cells import Row
+from tasks.errors import MissingFilesError, TaskError, TooFewRowsError
+from tasks.rows import SUFFIXES, read_json, read_rows, read_text
+from tasks.spec import SPLITS, Example, TaskSpec
 from tasks.splits import TaskData, build_data
 
 USUAL_STEMS = {
@@ -18,10 +20,6 @@ USUAL_STEMS = {
 }
 MANUAL_PROMPT_FILE = "manual_prompt.txt"
 HUB_TRAIN_POOL = 5_000  # training rows rendered from a hub data set: plenty to draw k shots from
-
-
-class MissingFilesError(TaskError):
-    """A folder does not hold the files of a task."""
 
 
 def load_task(name: str, data: str, shots: int = 16, seed: int = 0, test_limit: int | None = None) -> TaskData:
@@ -36,49 +34,47 @@ def load_task(name: str, data: str, shots: int = 16, seed: int = 0, test_limit: 
         TaskError: unknown task, missing or malformed files, unknown labels, too few rows.
     """
     spec = load_spec(name)
-    if data == "hub":
-        rows = _hub_rows(spec)
-    else:
-        folder = _task_folder(spec, Path(data))
-        rows = _file_rows(spec, folder)
-        spec = replace(spec, manual_prompt=_manual_prompt(spec, folder))
-    return build_data(spec, rows, shots, seed, test_limit)
+    try:
+        if data == "hub":
+            rows, source = _hub_rows(spec), spec.hub["path"]
+        else:
+            folder = _task_folder(spec, Path(data))
+            rows, source = _file_rows(spec, folder), str(folder)
+            spec = replace(spec, manual_prompt=_manual_prompt(spec, folder))
+        return build_data(spec, rows, shots, seed, test_limit)
+    except TooFewRowsError as error:
+        raise TooFewRowsError(f"{source}: {error}") from None
+    except OSError as error:  # a path that no system takes, a folder that may not be looked into
+        raise TaskError(f"{spec.name}: {error}") from error
 
 
 # -- files -------------------------------------------------------------------------------------------------------
 
 
 def _task_folder(spec: TaskSpec, data: Path) -> Path:
+    """The folder of the task's files: within the data folder the one that the spec or its name says, or that itself."""
     if not data.is_dir():
         raise TaskError(f"no data folder {str(data.absolute())!r}; expected a folder, 'lab' or 'hub'")
-    within = (data / (spec.folder or spec.name), data / spec.name, data / spec.name.rsplit("/", 1)[-1])
+    within = (data / (spec.folder or spec.name), data / spec.name, data / spec.short_name)
     return next((folder for folder in within if folder.is_dir()), data)
 
 
 def _file_rows(spec: TaskSpec, folder: Path) -> dict[str, list[Example]]:
     found = {split: _find(spec, folder, split) for split in SPLITS}
-    one_pool = bool(spec.files.get("train")) and not spec.files.get("test")  # the spec says that there is no more
-    for split in ("train",) if one_pool else ("train", "test"):
-        if found[split] is None:
-            names = [*spec.files.get(split, []), f"{split}.jsonl (or {', '.join(SUFFIXES[1:])})"]
-            raise MissingFilesError(
-                f"{spec.name}: no {split} file in {str(folder.absolute())!r}; looked for {', '.join(names)}"
-            )
-    return {split: _examples(spec, read_rows(path, spec.columns)) for split, path in found.items() if path is not None}
+    for split, path in found.items():
+        # Without a word on files there are train and test; a spec that names one training file may have only that.
+        if path is None and (
+            spec.files.get(split) or split == "train" or (split == "test" and not spec.files.get("train"))
+        ):
+            raise MissingFilesError(_missing(spec, folder, split))
+    return {split: _kept(spec, path) for split, path in found.items() if path is not None}
 
 
-def _manual_prompt(spec: TaskSpec, folder: Path) -> str:
-    """The folder's own instruction, if it has one: its inputs may want another baseline than the spec's."""
-    for name in (MANUAL_PROMPT_FILE, *spec.files.get("manual", [])):
-        path = folder / name
-        if path.is_file() and path.suffix == ".json":
-            annotations = load_json(path).get("annotations")
-            if not isinstance(annotations, list) or not annotations:
-                raise TaskError(f"{path}: expected a list of instructions under 'annotations'")
-            return str(annotations[0]).strip()
-        if path.is_file():
-            return path.read_text(encoding="utf-8").strip()
-    return spec.manual_prompt
+def _kept(spec: TaskSpec, path: Path) -> list[Example]:
+    examples = _examples(spec, read_rows(path, spec.columns))
+    if not examples:
+        raise TaskError(f"{path}: no row is left; all have one of the labels {', '.join(spec.drop_labels)}")
+    return examples
 
 
 def _find(spec: TaskSpec, folder: Path, split: str) -> Path | None:
@@ -86,19 +82,41 @@ def _find(spec: TaskSpec, folder: Path, split: str) -> Path | None:
     for name in spec.files.get(split, []):
         if (folder / name).is_file():
             return folder / name
-    others = set(task_names()) - {spec.name}
-    usual = [
-        p
-        for p in folder.rglob("*")
-        if p.suffix in SUFFIXES
-        and p.stem in USUAL_STEMS[split]
-        and p.is_file()
-        and p.relative_to(folder).parts[0] not in others
-    ]
+    paths = folder.rglob("*") if _is_own(spec, folder) else folder.iterdir()
+    usual = [p for p in paths if p.stem in USUAL_STEMS[split] and p.suffix.lower() in SUFFIXES and p.is_file()]
     return min(usual, key=lambda path: (len(path.parts), str(path)), default=None)
 
 
-def _examples(spec: TaskSpec, rows: Iterator[tuple[str, Row]]) -> list[Example]:
+def _is_own(spec: TaskSpec, folder: Path) -> bool:
+    """Whether all that lies below a folder is the task's: it has the task's name, and the spec names no file to begin
+    with. In any other folder, files further down may be of anything."""
+    return folder.resolve().name == spec.short_name and not spec.files.get("train")
+
+
+def _missing(spec: TaskSpec, folder: Path, split: str) -> str:
+    names = [*spec.files.get(split, []), f"{split}.jsonl (or {', '.join(SUFFIXES[1:])})"]
+    message = f"{spec.name}: no {split} file in {str(folder.absolute())!r}; looked for {', '.join(names)}"
+    if not _is_own(spec, folder) and any(path.is_dir() for path in folder.iterdir()):
+        message += f"; what lies further down counts only in a folder of the name {spec.short_name!r}"
+    return message
+
+
+def _manual_prompt(spec: TaskSpec, folder: Path) -> str:
+    """The folder's own instruction, if it has one: its inputs may want another baseline than the spec's."""
+    for name in (MANUAL_PROMPT_FILE, *spec.files.get("manual", [])):
+        path = folder / name
+        if path.is_file() and path.suffix == ".json":
+            annotations = read_json(path)
+            found = annotations.get("annotations") if isinstance(annotations, dict) else None
+            if not isinstance(found, list) or not found or not isinstance(found[0], str):
+                raise TaskError(f"{path}: expected a list of instructions under 'annotations'")
+            return found[0].strip()
+        if path.is_file():
+            return read_text(path).strip()
+    return spec.manual_prompt
+
+
+def _examples(spec: TaskSpec, rows: Iterable[tuple[str, Row]]) -> list[Example]:
     return [example for where, row in rows if (example := spec.example(row, where)) is not None]
 
 
@@ -121,7 +139,7 @@ def _hub_rows(spec: TaskSpec) -> dict[str, list[Example]]:
         try:
             data = datasets.load_dataset(*source, split=spec.hub[split], revision=spec.hub.get("revision"))
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise TaskError(
                 f"{spec.name}: cannot load {spec.hub['path']!r} from the hub ({reason}); without a network put "
                 f"train and test files ({', '.join(SUFFIXES)}) into a folder and use data=DIR, or data=lab"

@@ -6,19 +6,16 @@ words (`verbalizer`), the letter of one of the choices that each input offers (`
 
 from __future__ import annotations
 
-import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from string import ascii_uppercase
 from typing import Any, Literal
 
+from tasks import cells
+from tasks.cells import LETTERS, Row
+from tasks.errors import TaskError, shown
+
 SPLITS = ("train", "validation", "test")
-LETTERS = tuple(ascii_uppercase)
-
-
-class TaskError(ValueError):
-    """A spec or a data file is not as it should be; the message names file, key or row, and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +94,16 @@ class TaskSpec:
         return "labels" if self.verbalizer else "choices" if self.choices else "text"
 
     @property
+    def short_name(self) -> str:
+        """The name without that of the family."""
+        return self.name.rsplit("/", 1)[-1]
+
+    @property
     def words(self) -> tuple[str, ...]:
         """The label words in class order."""
         return tuple(self.verbalizer.values())
 
-    def example(self, row: Mapping[str, Any], where: str) -> Example | None:
+    def example(self, row: Row, where: str) -> Example | None:
         """Renders one raw row; None for a row whose label is to be dropped.
 
         Args:
@@ -111,133 +113,67 @@ class TaskSpec:
         Raises:
             TaskError: a column is missing or empty, or the answer is none of those there are.
         """
-        values = {
-            name: _text(_column(row, [name, *others], where), name, where) for name, others in self.fields.items()
-        }
-        if self.kind == "labels":
-            label = self._label(_column(row, self.label, where), where)
-            if label is None:
-                return None
-            return Example(fill(self.input, values), label, self.words[label])
-        if self.kind == "choices":
-            return self._choice_example(row, values, where)
-        if self.shuffle:
-            values = dict(zip(values, _drawn_order(values.values()), strict=True))
-        answers = _accepted(row, self.answers, where)
-        return Example(fill(self.input, values), None, answers[0], answers=answers)
+        try:
+            values = {
+                name: cells.text_of(cells.column(row, [name, *others]), name) for name, others in self.fields.items()
+            }
+            if self.kind == "labels":
+                return self._labelled(cells.column(row, self.label), fill(self.input, values))
+            if self.kind == "choices":
+                return self._question(row, values)
+            return self._open_question(row, values)
+        except TaskError as error:
+            raise TaskError(f"{where}: {error}") from None
 
-    def _label(self, value: Any, where: str) -> int | None:
-        if isinstance(value, Mapping):
-            value = max(value, key=lambda name: value[name])
-        names = list(self.verbalizer)
-        if str(value) in self.drop_labels:
+    def _labelled(self, value: Any, text: str) -> Example | None:
+        given = cells.told_apart(value) if isinstance(value, Mapping) else [cells.written(value)]
+        if any(label in self.drop_labels for label in given):
             return None
-        if str(value) in names:
-            return names.index(str(value))
-        if re.fullmatch(r"\d+", str(value)) and int(value) < len(names):
-            return int(value)
-        allowed = ", ".join(names)
-        raise TaskError(f"{where}: label {value!r} is not in the verbalizer; expected one of {allowed}, or its index")
+        places = [place for label in given if (place := self._place(label)) is not None]
+        if len(places) < len(given):
+            allowed = ", ".join(self.verbalizer)
+            raise TaskError(f"label {shown(value)} is not in the verbalizer; expected one of {allowed}, or its index")
+        return Example(text, places[0], self.words[places[0]], also=tuple(places[1:]))
 
-    def _choice_example(self, row: Mapping[str, Any], values: dict[str, str], where: str) -> Example:
-        column = next((value for name in self.choices if (value := _find(row, name)) is not None), None)
-        choices = _choice_texts(column, row, where)
-        if not choices:  # they stand in the input itself
-            written = re.findall(r"^\(([A-Z])\)", fill(self.input, values | {"choices": ""}), re.MULTILINE)
-            if written != list(LETTERS[: len(written)]) or len(written) < 2:
-                raise TaskError(f"{where}: no column {' or '.join(map(repr, self.choices))}, no columns A and B")
-            choices = written
-        scores = next((v for v in (column, *(_find(row, name) for name in self.label)) if _is_scores(v)), None)
-        right = _right_choices(scores if scores else _column(row, self.label, where), choices, where)
-        order = list(range(len(choices)))
-        if self.shuffle:
-            order = [choices.index(choice) for choice in _drawn_order(choices)]
-        values["choices"] = "\n".join(f"({LETTERS[i]}) {choices[old]}" for i, old in enumerate(order))
+    def _place(self, label: str | None) -> int | None:
+        """The class of a label by its name or, if there is none of that name, by its index."""
+        for known in (list(self.verbalizer), list(map(str, range(len(self.words))))):
+            if label in known:
+                return known.index(label)
+        return None
+
+    def _question(self, row: Row, values: dict[str, str]) -> Example:
+        column = next((value for name in self.choices if (value := cells.find(row, name)) is not None), None)
+        choices = cells.offered(column, row)
+        order = None
+        if choices is None:  # they stand in the input itself
+            letters = list(LETTERS[: cells.lettered(fill(self.input, values | {"choices": ""}))])
+            if not letters:
+                raise TaskError(f"no column {' or '.join(map(repr, self.choices))}, no columns A and B")
+            choices = cells.Choices(letters, letters)
+        elif self.shuffle:
+            order = cells.drawn_order(choices.texts)
+        order = order or list(range(len(choices.texts)))
+        if not cells.is_scores(column):
+            if not self.label:
+                raise TaskError(
+                    "the choices have no scores, and the spec has no 'label' that names the right one's column"
+                )
+            column = cells.column(row, self.label)
+        right = cells.right_choices(column, choices)
+        values["choices"] = "\n".join(f"({LETTERS[i]}) {choices.texts[old]}" for i, old in enumerate(order))
         places = sorted(order.index(old) for old in right)
-        return Example(
-            fill(self.input, values), places[0], LETTERS[places[0]], also=tuple(places[1:]), choices=len(choices)
-        )
+        text, letter = fill(self.input, values), LETTERS[places[0]]
+        return Example(text, places[0], letter, also=tuple(places[1:]), choices=len(order))
+
+    def _open_question(self, row: Row, values: dict[str, str]) -> Example:
+        if self.shuffle:
+            texts = list(values.values())
+            values = {name: texts[i] for name, i in zip(values, cells.drawn_order(texts), strict=True)}
+        answers = cells.accepted(row, self.answers)
+        return Example(fill(self.input, values), None, answers[0], answers=answers)
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
     """Puts values for {names}; braces inside a value are just braces."""
     return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], template)
-
-
-# -- from raw columns --------------------------------------------------------------------------------------------
-
-
-def _find(row: Mapping[str, Any], name: str) -> Any:
-    """The column's value, or that of a dotted path into one; None if there is no such thing."""
-    if name in row:
-        return row[name]
-    value: Any = row
-    for part in name.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return None
-        value = value[part]
-    return value
-
-
-def _column(row: Mapping[str, Any], names: Sequence[str], where: str) -> Any:
-    for name in names:
-        if (value := _find(row, name)) is not None:
-            return value
-    empty = [name for name in names if name in row]
-    if empty:
-        raise TaskError(f"{where}: column {empty[0]!r} is null")
-    raise TaskError(f"{where}: no column {' or '.join(map(repr, names))}; the columns are {', '.join(map(str, row))}")
-
-
-def _text(value: Any, name: str, where: str) -> str:
-    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        value = ", ".join(value)
-    if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
-        raise TaskError(f"{where}: field {name!r} is {value!r}; expected some text")
-    return value.strip()
-
-
-def _accepted(row: Mapping[str, Any], names: Sequence[str], where: str) -> tuple[str, ...]:
-    """All accepted answers, each once: columns of a text, of a list of texts, or of scored texts (the highest)."""
-    found: list[str] = []
-    _column(row, names, where)  # one of them must be there
-    for name in names:
-        value = _find(row, name)
-        if _is_scores(value):
-            value = [text for text in value if value[text] == max(value.values())]
-        listed = [text for text in value if text != ""] if isinstance(value, list) else []
-        found += [_text(text, name, where) for text in listed or [value] if text is not None]
-    return tuple(dict.fromkeys(found))
-
-
-def _is_scores(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, int | float) for v in value.values())
-
-
-def _choice_texts(column: Any, row: Mapping[str, Any], where: str) -> list[str]:
-    """The choices of a row: a list of texts or of {text: ...}, {text: [...]}, scored texts, or the columns A, B, ..."""
-    if isinstance(column, Mapping):
-        column = column["text"] if isinstance(column.get("text"), list) else list(column)
-    if column is None:
-        column = [row[letter] for letter in LETTERS if letter in row]
-    if not isinstance(column, list):
-        raise TaskError(f"{where}: the choices are {column!r}; expected a list")
-    texts = [choice.get("text") if isinstance(choice, Mapping) else choice for choice in column]
-    return [_text(text, "choices", where) for text in texts]
-
-
-def _right_choices(value: Any, choices: Sequence[str], where: str) -> list[int]:
-    if _is_scores(value):
-        return [i for i, score in enumerate(value.values()) if score == max(value.values())]
-    letter = str(value).strip().strip("()")
-    if letter in LETTERS[: len(choices)]:
-        return [LETTERS.index(letter)]
-    if re.fullmatch(r"\d+", letter) and int(letter) < len(choices):
-        return [int(letter)]
-    raise TaskError(f"{where}: answer {value!r}; expected a letter up to {LETTERS[len(choices) - 1]}, or an index")
-
-
-def _drawn_order(texts: Iterable[str]) -> list[str]:
-    """The texts in an order that depends on nothing but the texts."""
-    given = list(texts)
-    return random.Random("\n".join(given)).sample(given, len(given))

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 
-from tasks.spec import LETTERS, Example, TaskError, TaskSpec
+from tasks.cells import LETTERS
+from tasks.errors import TaskError, TooFewRowsError
+from tasks.spec import Example, TaskSpec
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ def build_data(
             shares = 1 + (split == "train" and not rows.get("validation")) + (not test)  # splits still to be served
             chosen = _stratified(unique.values())[: min(2 * shots, len(unique) // shares)]
         if not chosen:
-            raise TaskError(f"{spec.name}: no examples left for {split}")
+            raise TooFewRowsError(f"{spec.name}: no examples left for {split}")
         rng.shuffle(chosen)
         taken |= _texts(chosen)
         drawn[split] = tuple(chosen)
@@ -84,7 +86,7 @@ def build_data(
         test = [e for e in rows["train"] if _normalise(e.input) not in taken]
         test = rng.sample(test, min(len(test), test_limit or len(test)))
     if not test:
-        raise TaskError(f"{spec.name}: no examples left for test")
+        raise TooFewRowsError(f"{spec.name}: no examples left for test")
     return TaskData(spec, drawn["train"], drawn["validation"], tuple(test))
 
 
@@ -93,9 +95,8 @@ def _balanced(spec: TaskSpec, pool: Sequence[Example], shots: int, split: str) -
     for label, word in enumerate(spec.words):
         mine = [example for example in pool if example.label == label]
         if len(mine) < shots:
-            raise TaskError(
-                f"{spec.name}: {len(mine)} examples left with label {word!r} for {split}; "
-                f"{shots} shots need {shots}; ask for fewer"
+            raise TooFewRowsError(
+                f"{spec.name}: {len(mine)} examples left with label {word!r} for {split}; {shots} shots need {shots}"
             )
         chosen += mine[:shots]
     return chosen
