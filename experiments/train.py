@@ -223,6 +223,7 @@ def _described(run: Run) -> dict[str, Any]:
         "metric": run.reward.metric,
         "target": run.config.target,
         "seed": run.config.seed,
+        "fingerprint": run.fingerprint,
     }
 
 
