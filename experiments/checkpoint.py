@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-SCHEMA = 2
+SCHEMA = 3
 KEPT = 2  # checkpoints; the newest may turn out to be damaged
 STATE, MANIFEST = "state.pt", "manifest.json"
 

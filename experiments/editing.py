@@ -10,7 +10,10 @@ import torch
 
 from appo.policy import Policy
 from appo.rollout import Query
-from tasks.task import Example, rewrite_prompt
+from rewards.target import ContextTooLongError
+from tasks.errors import shown
+from tasks.meta_prompt import rewrite_prompt
+from tasks.spec import Example
 
 WRITTEN_AT_ONCE = 256  # instructions in one batch of the agent, when many are wanted
 
@@ -44,8 +47,16 @@ class Editor:
             inputs: rendered inputs.
             seed: of the draw of pairs, which is the same for every input, whoever else is asked for.
             generator: of the sampling, on the agent's device; None: greedy.
+
+        Raises:
+            ContextTooLongError: an input is too long for the agent; nothing has been run.
         """
         queries = [self.query(text, random.Random(seed)) for text in inputs]
+        for text, query in zip(inputs, queries, strict=True):
+            try:
+                self.policy.check_fits(query)
+            except ValueError as error:
+                raise ContextTooLongError(f"the input {shown(text)}: {error}") from error
         written = []
         for start in range(0, len(queries), WRITTEN_AT_ONCE):
             part = queries[start : start + WRITTEN_AT_ONCE]

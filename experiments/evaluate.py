@@ -22,12 +22,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from experiments.fingerprint import changed_since
 from experiments.session import Run, open_run
 from experiments.train import USER_ERRORS
 from rewards.functional import best, normalise
 from rewards.generation import generate
 from rewards.reward import STOPS, TEXT_METRICS, GenerationReward
-from tasks.task import Example
+from tasks.spec import Example
 
 Vote = Literal["majority", "margin"]
 
@@ -132,7 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.votes < 1:
             raise ValueError(f"--votes is {options.votes}; expected at least 1")
         run = open_run(options.run)
+        if parts := changed_since(options.run, run.fingerprint):
+            print(f"note: the task is not what the run was made with; changed: {parts}", file=sys.stderr)
         result = evaluate(run, options.votes, options.vote, options.sampled, options.seed)
+        result["changed"] = parts or None
     except (*USER_ERRORS, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -16,7 +16,7 @@ import torch
 from experiments.session import Run, meta_query, stream
 from experiments.statistics import LEVEL, Interval, interval, spread
 from rewards.reward import by_example
-from tasks.task import Example
+from tasks.spec import Example
 
 
 @dataclass(frozen=True)

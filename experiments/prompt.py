@@ -4,7 +4,8 @@
     python -m experiments.prompt --run runs/mixed-... --file inputs.txt --answer > answers.jsonl
 
 A run in mode fixed has one instruction for all inputs, one in mode tte writes one for each. Inputs are texts as the
-target reads them; `\\n` stands for a line break. A file has one input per line, or "input" in each .jsonl row.
+target reads them; `\\n` stands for a line break. A file has one input per line, or
+(as .jsonl, .csv and so on) in a column "input".
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.fingerprint import changed_since
 from experiments.session import Run, open_run
 from experiments.train import USER_ERRORS
 from rewards.generation import generate
 from rewards.reward import STOPS, GenerationReward
-from tasks.sources import read_rows
-from tasks.task import TaskError
+from tasks.cells import Row, column, lettered, text_of
+from tasks.errors import TaskError, shown
+from tasks.rows import SUFFIXES, read_rows, read_text
 
 
 def instructions(run: Run, inputs: Sequence[str]) -> list[str]:
@@ -40,29 +43,70 @@ def answers(run: Run, prompts: Sequence[str], inputs: Sequence[str]) -> list[dic
     if isinstance(run.reward, GenerationReward):
         said = generate(target, prompts, inputs, run.reward.answer_tokens, STOPS)
         return [{"answer": text} for text in said]
-    rows = target.pair_logits(prompts, inputs).softmax(-1).tolist()
-    found = [dict(zip(run.data.words, row, strict=True)) for row in rows]
+    logits = target.pair_logits(prompts, inputs)
+    found = []
+    for row, text in zip(logits, inputs, strict=True):
+        words = offered_words(run, text)
+        found.append(dict(zip(words, row[: len(words)].softmax(-1).tolist(), strict=True)))
     return [{"answer": max(row, key=lambda word: row[word]), "probabilities": row} for row in found]
 
 
+def offered_words(run: Run, text: str) -> tuple[str, ...]:
+    """What an input can be answered with: the task's label words, or the letters of the choices that stand in it.
+
+    Raises:
+        TaskError: it offers no choices, or more than any input that the run knows.
+    """
+    words = run.data.words
+    if run.data.spec.kind != "choices":
+        return words
+    count = lettered(text)
+    if not 0 < count <= len(words):
+        raise TaskError(
+            f"the input {shown(text)} offers {count} choices, in lines (A), (B), ...; expected 2 to {len(words)}"
+        )
+    return words[:count]
+
+
+def check_answerable(run: Run, inputs: Sequence[str]) -> None:
+    """Refuses, before any work, inputs that the target cannot answer.
+
+    Raises:
+        ContextTooLongError: an input leaves the target no room for an instruction.
+        TaskError: an input lacks the choices to choose from.
+    """
+    text_answers = isinstance(run.reward, GenerationReward)
+    room = run.config.sampling.max_new_tokens + (run.config.reward.answer_tokens if text_answers else 0)
+    for text in inputs:
+        if not text_answers:
+            offered_words(run, text)
+        if run.config.mode == "tte":  # one instruction for all is known, and checked as it is run
+            run.reward.target.check_fits(room, text)
+
+
 def read_inputs(path: Path) -> list[str]:
-    """The inputs of a file.
+    """The inputs of a file: the column "input" of a file of rows, else a line each.
 
     Raises:
         TaskError: no such file, no inputs in it, or a row without one.
     """
     if not path.is_file():
         raise TaskError(f"no file {str(path)!r}")
-    if path.suffix == ".jsonl":
-        rows = list(read_rows(path))
-        bad = next((where for where, row in rows if not isinstance(row.get("input"), str)), None)
-        if bad:
-            raise TaskError(f"{bad}: no text under 'input'")
-        return [row["input"] for _, row in rows]
-    lines = [line.replace("\\n", "\n") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix.lower() in SUFFIXES:
+        return [_input(row, where) for where, row in read_rows(path)]
+    lines = [line.replace("\\n", "\n") for line in read_text(path).split("\n") if line.strip()]
     if not lines:
         raise TaskError(f"{path}: the file has no inputs")
     return lines
+
+
+def _input(row: Row, where: str) -> str:
+    try:
+        value = column(row, ["input"])
+        text = text_of(value, "input")
+    except TaskError as error:
+        raise TaskError(f"{where}: {error}") from None
+    return value if isinstance(value, str) else text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,12 +115,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--input", help="one input")
-    group.add_argument("--file", type=Path, help="one input per line, or .jsonl")
+    group.add_argument("--file", type=Path, help="one input per line, or rows with a column 'input': .jsonl, .csv, ...")
     parser.add_argument("--answer", action="store_true", help="the target's answer as well")
     options = parser.parse_args(argv)
     try:
         inputs = [options.input.replace("\\n", "\n")] if options.input is not None else read_inputs(options.file)
         run = open_run(options.run)
+        if parts := changed_since(options.run, run.fingerprint):
+            print(f"note: the task is not what the run was made with; changed: {parts}", file=sys.stderr)
+        if options.answer:
+            check_answerable(run, inputs)
         started = time.perf_counter()
         prompts = instructions(run, inputs)
         replies = answers(run, prompts, inputs) if options.answer else [{} for _ in inputs]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import platform
 import random
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from appo.policy import Policy
 from appo.rollout import Query
@@ -22,13 +22,18 @@ from appo.trainer import APPOTrainer
 from experiments import checkpoint
 from experiments.config import LAB, ConfigError, RunConfig, build_config
 from experiments.editing import Editor
+from experiments.fingerprint import Fingerprint, differing, fingerprint
 from experiments.hacking import word_runs
 from experiments.models import LAB_DIR, compute_dtype, load_model
 from experiments.runlog import PromptPool, RunLog
 from rewards.reward import ClassificationReward, GenerationReward
-from rewards.target import TargetModel
+from rewards.target import ContextTooLongError, TargetModel
+from tasks.catalogue import is_spec_file
+from tasks.errors import TooFewRowsError, shown
+from tasks.meta_prompt import meta_prompt, rewrite_prompt
 from tasks.sources import load_task
-from tasks.task import Example, TaskData, meta_prompt, rewrite_prompt
+from tasks.spec import SPLITS, Example
+from tasks.splits import TaskData
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Run:
     policy: Policy
     reward: ClassificationReward | GenerationReward
     log: RunLog
-    fingerprint: str  # of the data
+    fingerprint: Fingerprint  # of the task
 
     @property
     def steps_per_epoch(self) -> int:
@@ -90,24 +95,34 @@ def prepare(config: RunConfig, resume: bool = False) -> Run:
 def _assemble(config: RunConfig, log: RunLog) -> Run:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    options = config.examples
-    data = load_task(config.task, data_source(config.task, config.data), options.shots, config.seed, options.test_limit)
+    data = _load_data(config)
     agent, target = (load_model(config, role) for role in ("agent", "target"))
     computes_in = compute_dtype(config.dtype, agent.model.device, "agent")
     policy = Policy(
         agent.model, agent.tokenizer, config.sampling, config.agent_chat, config.gradient_checkpointing, computes_in
     )
-    scorer = TargetModel(target.model, target.tokenizer, data.spec.template, data.words, config.target_chat)
+    inputs = [example.input for example in data.train]
+    scorer = TargetModel(
+        target.model, target.tokenizer, data.spec.template, data.words, config.target_chat, inputs=inputs
+    )
     run = Run(config, data, policy, _reward(config, data, scorer), log, fingerprint(data))
     _check_context(run)
     return run
+
+
+def _load_data(config: RunConfig) -> TaskData:
+    source, options = data_source(config.task, config.data), config.examples
+    try:
+        return load_task(config.task, source, options.shots, config.seed, options.test_limit)
+    except TooFewRowsError as error:
+        raise ConfigError(f"{error}; ask for fewer with examples.shots") from error
 
 
 def data_source(task: str, data: str) -> str:
     """Where a task's data are: the lab's folder for "lab", except that a spec of one's own lies beside its files."""
     if data != LAB:
         return data
-    return str(Path(task).parent) if task.endswith((".yaml", ".yml")) else str(LAB_DIR / "data")
+    return str(Path(task).parent) if is_spec_file(task) else str(LAB_DIR / "data")
 
 
 def _reward(config: RunConfig, data: TaskData, target: TargetModel) -> ClassificationReward | GenerationReward:
@@ -121,19 +136,29 @@ def _reward(config: RunConfig, data: TaskData, target: TargetModel) -> Classific
 
 def _check_context(run: Run) -> None:
     """Refuses meta-prompts that do not fit the agent, and inputs that leave the target no room for a prompt."""
-    longest = sorted(run.data.train, key=lambda e: -len(e.input))[: run.config.examples.pairs]
-    every = (example.input for split in (run.data.train, run.data.validation, run.data.test) for example in split)
-    longest_input = max(every, key=len)
-    asked = meta_prompt(longest)
-    if run.config.mode == "tte":
-        asked = rewrite_prompt(longest, longest_input, run.editor.instruction)
+    config, data, target = run.config, run.data, run.reward.target
+    every = [example for split in SPLITS for example in getattr(data, split)]
+    pairs = _by_length(run.policy.tokenizer, data.train)[: config.examples.pairs]
+    asked = meta_prompt(pairs)
+    if config.mode == "tte":
+        asked = rewrite_prompt(pairs, _by_length(run.policy.tokenizer, every)[0].input, run.editor.instruction)
     try:
         run.policy.check_fits(run.policy.query(*asked))
     except ValueError as error:
         raise ConfigError(f"{error}; use fewer examples.pairs or a lower sampling.max_new_tokens") from error
-    answer = run.config.reward.answer_tokens if run.data.spec.kind == "text" else 0
-    run.reward.target.check_fits(run.config.sampling.max_new_tokens + answer, longest_input)
-    run.reward.target.check_fits(run.data.spec.manual_prompt, longest_input)
+    answer = config.reward.answer_tokens if data.spec.kind == "text" else 0
+    longest = _by_length(target.tokenizer, every)[0].input
+    try:
+        target.check_fits(config.sampling.max_new_tokens + answer, longest)
+        target.check_fits(data.spec.manual_prompt, longest)
+    except ContextTooLongError as error:
+        raise ContextTooLongError(f"{error}; the longest input is {shown(longest)}") from error
+
+
+def _by_length(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Example]:
+    """The examples, those of most tokens first: of two texts the longer one may well have fewer."""
+    tokens = tokenizer([f"{example.input} {example.answer}" for example in examples])["input_ids"]
+    return [examples[i] for i in sorted(range(len(examples)), key=lambda i: -len(tokens[i]))]
 
 
 def meta_query(run: Run, scored: Sequence[Example], rng: random.Random) -> Query:
@@ -218,8 +243,8 @@ class Session:
             CheckpointError: there is no whole one, or the data are not those that it was made with.
         """
         state, notes = checkpoint.load(self.run.log.folder / "checkpoint")
-        if state["data"] != self.run.fingerprint:
-            raise checkpoint.CheckpointError("the data are not those that the run was begun with")
+        if parts := differing(state["data"], self.run.fingerprint):
+            raise checkpoint.CheckpointError(f"the data are not those that the run was begun with; changed: {parts}")
         now = environment(self.run)
         before = state["environment"]
         changed = [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]
@@ -239,11 +264,6 @@ class Session:
 def stream(seed: int, name: str) -> random.Random:
     """The random numbers of a run for one purpose; those for another are independent of it."""
     return random.Random(f"{seed} {name}")
-
-
-def fingerprint(data: TaskData) -> str:
-    """A hash of all examples; that of another seed or of changed files is another."""
-    return hashlib.sha256(repr((data.train, data.validation, data.test)).encode()).hexdigest()
 
 
 def environment(run: Run) -> dict[str, Any]:

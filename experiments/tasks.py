@@ -17,8 +17,11 @@ from collections.abc import Iterator, Sequence
 from experiments.models import LAB_DIR
 from experiments.session import data_source
 from tasks.catalogue import load_spec, task_names
-from tasks.sources import MissingFilesError, load_task
-from tasks.task import TaskData, TaskError, TaskSpec, meta_prompt
+from tasks.errors import MissingFilesError, TaskError, printable
+from tasks.meta_prompt import meta_prompt
+from tasks.sources import load_task
+from tasks.spec import TaskSpec, fill
+from tasks.splits import TaskData
 
 ANSWERS_SHOWN = 6
 
@@ -33,7 +36,15 @@ def overview() -> Iterator[str]:
 
 
 def show(name: str, source: str) -> Iterator[str]:
-    """One task: what its spec says and, where its data are at hand, sizes and a filled example."""
+    """One task: what its spec says and, where its data are at hand, sizes and a filled example.
+
+    No line holds anything that a terminal would obey, whatever stands in the data.
+    """
+    for part in _described(name, source):
+        yield "\n".join(map(printable, part.split("\n")))
+
+
+def _described(name: str, source: str) -> Iterator[str]:
     spec = load_spec(name)
     data: TaskData | str
     try:
@@ -55,7 +66,7 @@ def show(name: str, source: str) -> Iterator[str]:
     yield f"sizes     {len(data.train)} train, {len(data.validation)} validation, {len(data.test)} test"
     example = data.train[0]
     shown = " | ".join(example.answers[:ANSWERS_SHOWN]) or example.answer
-    filled = spec.template.replace("{prompt}", spec.manual_prompt).replace("{input}", example.input)
+    filled = fill(spec.template, {"prompt": spec.manual_prompt, "input": example.input})
     yield f"\nWhat the target reads under the manual prompt, and what is right:\n\n{filled} [{shown}]"
     yield f"\nWhat the agent reads:\n\n{' '.join(meta_prompt(data.train[:2]))}"
 

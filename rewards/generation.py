@@ -32,10 +32,14 @@ def generate(
 
     Returns:
         B texts, stripped.
+
+    Raises:
+        ContextTooLongError: a filled template and the longest answer do not fit into the target's context.
     """
     texts = [target.context(prompt, text) for prompt, text in zip(prompts, inputs, strict=True)]
     contexts = encode(target.tokenizer, texts, target.chat)
     widths = [len(ids) + max_new_tokens for ids in contexts]
+    target.check_width(max(widths, default=0))
     return _batched(target, widths, lambda rows: _greedy(target, [contexts[r] for r in rows], max_new_tokens, stop))
 
 
@@ -96,6 +100,9 @@ def answer_logprobs(
 
     Returns:
         [B] float32 on the CPU, at most 0.
+
+    Raises:
+        ContextTooLongError: a filled template and its answer do not fit into the target's context.
     """
     contexts = [target.context(prompt, text) for prompt, text in zip(prompts, inputs, strict=True)]
     wholes = [
@@ -103,6 +110,7 @@ def answer_logprobs(
         for context, answer in zip(contexts, answers, strict=True)
     ]
     before, after = (encode(target.tokenizer, texts, target.chat) for texts in (contexts, wholes))
+    target.check_width(max(map(len, after), default=0))
     lengths = [len(w) - packed.common_prefix([b, w]) for b, w in zip(before, after, strict=True)]
 
     def means(rows: list[int]) -> list[float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from rewards.functional import accuracy, best, contains, exact_match, exact_set, exact_string, f1, softmax_margin
 from rewards.generation import answer_logprobs, generate
 from rewards.target import TargetModel
-from tasks.task import Example
+from tasks.spec import Example
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ REMEMBERED = 100_000  # pairs; some 20 MB
 
 
 class ContextTooLongError(ValueError):
-    """A prompt and its input do not fit into the target's context."""
+    """A text does not fit into the context of the model that is to read it."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,10 @@ class TargetModel:
         chat: put the filled template into a user turn of the tokenizer's chat template.
         max_batch_tokens: upper bound on the tokens of one forward pass, halved whenever memory runs out; default: 2048
             on the CPU, where more only leave its caches, 32768 elsewhere.
+        inputs: some of the task's inputs. Where the template ends in one, the label words follow its last character.
+
+    Raises:
+        ValueError: the tokenizer does not know a label word, or cannot tell two apart.
 
     Attributes:
         scored: class logits [C] of the (prompt, input) pairs of this run.
@@ -99,6 +103,7 @@ class TargetModel:
         words: Sequence[str],
         chat: bool = False,
         max_batch_tokens: int | None = None,
+        inputs: Sequence[str] = ("input",),
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         linear.install(model)
@@ -108,7 +113,12 @@ class TargetModel:
         self.chat = chat
         self.max_batch_tokens = max_batch_tokens or (2048 if model.device.type == "cpu" else 32_768)
         self.scored: dict[tuple[str, str], Tensor] = {}
-        self.verbalizer = Verbalizer.build(tokenizer, self.context("", ""), words, chat)
+        # The words are tokenised as they will stand there: behind a filled template, not an empty one.
+        self.verbalizer, *others = {
+            Verbalizer.build(tokenizer, self.context("prompt", text), words, chat): None for text in inputs
+        }
+        if others:
+            raise ValueError("behind different inputs a label word is different tokens; let the template end in a text")
         # A word of several tokens needs the log-probability of each, hence a row that holds all but its last.
         self._stems = list(dict.fromkeys(ids[:-1] for ids in self.verbalizer.tokens)) or [()]
 
@@ -170,7 +180,7 @@ class TargetModel:
         """The filled templates as tokens, each cut where what it shares with the others of its prompt ends."""
         texts = [self.context(prompt, text) for prompt, text in pairs]
         contexts = [ids[: len(ids) - self.verbalizer.overlap] for ids in encode(self.tokenizer, texts, self.chat)]
-        self._check_width(max(map(len, contexts)) + max(map(len, self._stems)))
+        self.check_width(max(map(len, contexts)) + max(map(len, self._stems)))
         of_prompt: dict[str, list[list[int]]] = {}
         for (prompt, _), ids in zip(pairs, contexts, strict=True):
             of_prompt.setdefault(prompt, []).append(ids)
@@ -218,9 +228,10 @@ class TargetModel:
         """Raises ContextTooLongError if the input leaves no room for the prompt, or for one of so many tokens."""
         room, written = (prompt, "") if isinstance(prompt, int) else (0, prompt)
         (ids,) = encode(self.tokenizer, [self.context(written, text)], self.chat)
-        self._check_width(len(ids) - self.verbalizer.overlap + room + max(map(len, self._stems)))
+        self.check_width(len(ids) - self.verbalizer.overlap + room + max(map(len, self._stems)))
 
-    def _check_width(self, width: int) -> None:
+    def check_width(self, width: int) -> None:
+        """Raises ContextTooLongError if the context holds fewer tokens than these."""
         config = self.model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None)
         if limit is not None and width > limit:

@@ -7,7 +7,7 @@ them, {member} standing for the last part of its name and {subject} for the same
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import cache
@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from tasks.task import TaskError, TaskSpec
+from tasks.errors import TaskError, shown
+from tasks.spec import SPLITS, TaskSpec
 
 SPEC_DIR = Path(__file__).parent / "specs"
 METRICS = ("exact_match", "exact_string", "exact_set", "contains", "f1")  # of text
@@ -28,7 +29,7 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[Any, int] = {}
-        for key_node, _ in node.value:
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
             if not isinstance(key, Hashable):
                 continue  # the safe loader has an error for it
@@ -39,16 +40,26 @@ class _StrictLoader(yaml.SafeLoader):
             lines[key] = line
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            raise yaml.constructor.ConstructorError(None, None, "half a character, which is no text", node.start_mark)
+        return value
+
 
 def parse_yaml(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        yaml.YAMLError: it is none, holds anything but plain values, or a key twice.
+        yaml.YAMLError: it is none, holds anything but plain values, a key twice, or more than can be read.
     """
     loader = _StrictLoader(text)
     try:
         return loader.get_single_data()
+    except RecursionError as error:
+        raise yaml.YAMLError("values are nested too deeply") from error
+    except (ValueError, LookupError, AttributeError, OverflowError) as error:  # a 30th of February, !!bool maybe, ...
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from error
     finally:
         loader.dispose()
 
@@ -68,28 +79,41 @@ def _catalogue() -> dict[str, Path]:
     return found
 
 
+def is_spec_file(name: str) -> bool:
+    """Whether a task is named by the path of its spec."""
+    return name.lower().endswith((".yaml", ".yml"))
+
+
 def load_spec(name: str) -> TaskSpec:
     """The spec of a task by name, or from a YAML file of the same form by its path.
 
     Raises:
         TaskError: no such task (the nearest names are in the message), or a spec that is not well formed.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else _catalogue().get(name)
-    if path is None or not path.is_file():
+    if is_spec_file(name):
+        path = Path(name)
+        data = _read(path)
+        if "members" in data:
+            raise TaskError(f"{path}: a family of tasks; name one of its members in a file of its own")
+        return _check_spec(path, data)
+    if name not in _catalogue():
         known = task_names()
         near = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        shown = [task for task in known if "/" not in task]  # families' members with a prefix are many
-        raise TaskError(f"unknown task {name!r}; {hint}tasks are {', '.join(shown)} and those of mmlu/")
+        names = [task for task in known if "/" not in task]  # families' members with a prefix are many
+        raise TaskError(f"unknown task {shown(name)}; {hint}tasks are {', '.join(names)} and those of mmlu/")
+    path = _catalogue()[name]
     data = _read(path)
-    if "members" in data:
-        data = _member(path, data, name)
-    return _check_spec(path, data)
+    return _check_spec(path, _member(data, name) if "members" in data else data)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TaskError(f"no spec file {str(path.absolute())!r}") from None
+    except OSError as error:
+        raise TaskError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise TaskError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
@@ -97,11 +121,9 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _member(path: Path, data: dict[str, Any], name: str) -> dict[str, Any]:
+def _member(data: dict[str, Any], name: str) -> dict[str, Any]:
     """The spec of one member of a family: the family's keys, then its own."""
     members = data["members"]
-    if name not in members:
-        raise TaskError(f"{path}: a family of tasks; name one of its members in a file of its own")
     own = members[name] if isinstance(members, dict) else {}
     member = name.rsplit("/", 1)[-1]
     merged = {key: value for key, value in data.items() if key != "members"} | {"name": name} | (own or {})
@@ -120,60 +142,108 @@ def _substitute(value: Any, names: Mapping[str, str]) -> Any:
     return [_substitute(item, names) for item in value] if isinstance(value, list) else value
 
 
+# -- what a spec must be -----------------------------------------------------------------------------------------
+
+KINDS = {  # type of a key of TaskSpec -> what its value is called
+    "str": "text",
+    "bool": "true or false",
+    "int | None": "a whole number",
+    "list[str]": "a list of texts",
+    "dict[str, str]": "names with a text each",
+    "dict[str, list[str]]": "names with a list of texts each",
+}
+REQUIRED = ("name", "description", "fields", "input", "manual_prompt")
+INNER_KEYS = {"files": (*SPLITS, "manual"), "hub": ("path", "name", "revision", *SPLITS)}
+
+
 def _check_spec(path: Path, data: dict[str, Any]) -> TaskSpec:
-    known = {f.name: f for f in fields(TaskSpec)}
-    for key in data:
-        if key not in known:
-            near = get_close_matches(str(key), list(known), n=1)
-            raise TaskError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    missing = [key for key in ("name", "description", "fields", "input", "manual_prompt") if key not in data]
-    if missing:
-        raise TaskError(f"{path}: missing key {missing[0]!r}")
-    _check_types(path, data)
-    given = [key for key in ANSWERS if data.get(key)]
-    if len(given) != 1:
-        raise TaskError(f"{path}: expected exactly one of {', '.join(ANSWERS)}; found {', '.join(given) or 'none'}")
-    spec = TaskSpec(**data)
-    _check_answers(path, spec)
-    used = set(re.findall(r"\{(\w+)\}", spec.input))
-    allowed = {*spec.fields, "choices"} if spec.kind == "choices" else set(spec.fields)
-    if not used or not used <= allowed:
-        raise TaskError(f"{path}: 'input' uses {sorted(used)}; the fields are {sorted(allowed)}")
-    if sorted(re.findall(r"\{(\w+)\}", spec.template)) != ["input", "prompt"]:
-        raise TaskError(f"{path}: 'template' needs {{prompt}} and {{input}}, once each")
+    try:
+        _check_keys(data)
+        spec = TaskSpec(**data)
+        _check_name(spec.name)
+        _check_answers(spec, data)
+        _check_templates(spec)
+    except TaskError as error:
+        raise TaskError(f"{path}: {error}") from None
     return spec
 
 
-def _check_answers(path: Path, spec: TaskSpec) -> None:
-    for label, word in spec.verbalizer.items():
-        if not isinstance(label, str) or not isinstance(word, str):
-            raise TaskError(f"{path}: verbalizer {label!r}: {word!r} is not text; write words such as yes in quotes")
+def _check_keys(data: dict[Any, Any]) -> None:
+    known = {f.name: str(f.type) for f in fields(TaskSpec)}
+    for key in data:
+        _check_known(key, known, "key")
+    missing = [key for key in REQUIRED if key not in data]
+    if missing:
+        raise TaskError(f"missing key {missing[0]!r}")
+    _check_verbalizer(data.get("verbalizer", {}))
+    for key, value in data.items():
+        if not _is_a(known[key], value):
+            raise TaskError(f"{key!r} is {shown(value)}; expected {KINDS[known[key]]}")
+    for key, allowed in INNER_KEYS.items():
+        for inner in data.get(key, {}):
+            _check_known(inner, allowed, f"key of {key!r}:")
+
+
+def _check_known(key: str, known: Collection[str], what: str) -> None:
+    if key not in known:
+        near = get_close_matches(str(key), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+        raise TaskError(f"unknown {what} {shown(key)}; {hint}")
+
+
+def _check_verbalizer(verbalizer: object) -> None:
+    """Says where quotes are missing: YAML reads a bare no as false, and 0 as a number."""
+    for label, word in verbalizer.items() if isinstance(verbalizer, dict) else ():
+        for role, value in (("label", label), ("word", word)):
+            if not isinstance(value, str):
+                entry = f"{shown(label)}: {shown(word)}"
+                raise TaskError(f"verbalizer {entry}: the {role} is not text; write the {role} in quotes")
+        if not word or word != word.strip():
+            raise TaskError(f"verbalizer {label!r}: {word!r}: expected a word without white space around it")
+
+
+def _is_a(kind: str, value: object) -> bool:
+    """Whether a value is of the type that a key of TaskSpec is declared with."""
+    if kind.startswith("dict"):
+        inner = kind.removeprefix("dict[str, ").removesuffix("]")
+        return isinstance(value, dict) and all(isinstance(k, str) and _is_a(inner, v) for k, v in value.items())
+    if kind == "list[str]":
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if kind == "int | None":
+        return value is None or type(value) is int
+    return isinstance(value, bool if kind == "bool" else str)
+
+
+def _check_name(name: str) -> None:
+    parts = name.split("/")  # the name is that of the task's folder too
+    if any(part.strip(". ") == "" for part in parts):
+        raise TaskError(f"the name {name!r} cannot be that of a folder")
+
+
+def _check_answers(spec: TaskSpec, data: Mapping[str, Any]) -> None:
+    given = [key for key in ANSWERS if data.get(key)]
+    if len(given) != 1:
+        raise TaskError(f"expected exactly one of {', '.join(ANSWERS)}; found {', '.join(given) or 'none'}")
     words = spec.words
     if words and (len(words) < 2 or len(set(words)) < len(words)):
-        raise TaskError(f"{path}: the verbalizer needs two or more different words")
+        raise TaskError("the verbalizer needs two or more different words")
     if words and not spec.label:
-        raise TaskError(f"{path}: missing key 'label'")
+        raise TaskError("missing key 'label'")
+    if spec.kind == "text" and "metric" not in data:
+        raise TaskError(f"missing key 'metric'; expected {' or '.join(METRICS)}")
     metrics = METRICS if spec.kind == "text" else ("accuracy",)
     if spec.metric not in metrics:
-        raise TaskError(f"{path}: unknown metric {spec.metric!r}; expected {' or '.join(metrics)}")
+        raise TaskError(f"unknown metric {spec.metric!r}; expected {' or '.join(metrics)}")
     if spec.max_shots is not None and spec.max_shots < 1:
-        raise TaskError(f"{path}: 'max_shots' is {spec.max_shots}; expected 1 or more")
+        raise TaskError(f"'max_shots' is {spec.max_shots}; expected 1 or more")
 
 
-def _check_types(path: Path, data: dict[str, Any]) -> None:
-    known = {f.name: str(f.type) for f in fields(TaskSpec)}
-    kinds: dict[str, tuple[type[Any], ...]] = {
-        "str": (str,), "dict": (dict,), "list": (list,), "bool": (bool,), "int | None": (int, type(None)),
-    }  # fmt: skip
-    for key, value in data.items():
-        kind = known[key].split("[")[0]
-        if not isinstance(value, kinds[kind]):
-            raise TaskError(f"{path}: {key!r} is {value!r}; expected a {kind}")
-        parts = value.values() if isinstance(value, dict) else [value] if isinstance(value, list) else []
-        texts = [[*parts]] if key == "hub" else parts
-        if key != "verbalizer" and not all(map(_is_list_of_text, texts)):
-            raise TaskError(f"{path}: {key!r} is {value!r}; expected a {known[key]}")
-
-
-def _is_list_of_text(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+def _check_templates(spec: TaskSpec) -> None:
+    if spec.kind == "choices" and "choices" in spec.fields:
+        raise TaskError("a field is called 'choices', which stands for the lettered choices; give it another name")
+    used = set(re.findall(r"\{(\w+)\}", spec.input))
+    allowed = {*spec.fields, "choices"} if spec.kind == "choices" else set(spec.fields)
+    if not used or not used <= allowed:
+        raise TaskError(f"'input' uses {sorted(used)}; the fields are {sorted(allowed)}")
+    if sorted(re.findall(r"\{(\w+)\}", spec.template)) != ["input", "prompt"]:
+        raise TaskError("'template' needs {prompt} and {input}, once each")

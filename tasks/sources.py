@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from tasks.catalogue import load_spec, task_names
-from tasks.task import SPLITS, Example, TaskData, TaskError, TaskSpec, build_data
+from tasks.catalogue import load_spec
+from tasks.cells import Row
+from tasks.errors import MissingFilesError, TaskError, TooFewRowsError
+from tasks.rows import SUFFIXES, read_json, read_rows, read_text
+from tasks.spec import SPLITS, Example, TaskSpec
+from tasks.splits import TaskData, build_data
 
 USUAL_STEMS = {
     "train": ("train",),
     "validation": ("validation", "valid", "val", "dev", "validation_matched", "dev_matched"),
     "test": ("test",),
 }
-SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
 MANUAL_PROMPT_FILE = "manual_prompt.txt"
 HUB_TRAIN_POOL = 5_000  # training rows rendered from a hub data set: plenty to draw k shots from
-
-Row = dict[str, Any]
-
-
-class MissingFilesError(TaskError):
-    """A folder does not hold the files of a task."""
 
 
 def load_task(name: str, data: str, shots: int = 16, seed: int = 0, test_limit: int | None = None) -> TaskData:
@@ -41,49 +34,47 @@ def load_task(name: str, data: str, shots: int = 16, seed: int = 0, test_limit: 
         TaskError: unknown task, missing or malformed files, unknown labels, too few rows.
     """
     spec = load_spec(name)
-    if data == "hub":
-        rows = _hub_rows(spec)
-    else:
-        folder = _task_folder(spec, Path(data))
-        rows = _file_rows(spec, folder)
-        spec = replace(spec, manual_prompt=_manual_prompt(spec, folder))
-    return build_data(spec, rows, shots, seed, test_limit)
+    try:
+        if data == "hub":
+            rows, source = _hub_rows(spec), spec.hub["path"]
+        else:
+            folder = _task_folder(spec, Path(data))
+            rows, source = _file_rows(spec, folder), str(folder)
+            spec = replace(spec, manual_prompt=_manual_prompt(spec, folder))
+        return build_data(spec, rows, shots, seed, test_limit)
+    except TooFewRowsError as error:
+        raise TooFewRowsError(f"{source}: {error}") from None
+    except OSError as error:  # a path that no system takes, a folder that may not be looked into
+        raise TaskError(f"{spec.name}: {error}") from error
 
 
 # -- files -------------------------------------------------------------------------------------------------------
 
 
 def _task_folder(spec: TaskSpec, data: Path) -> Path:
+    """The folder of the task's files: within the data folder the one that the spec or its name says, or that itself."""
     if not data.is_dir():
         raise TaskError(f"no data folder {str(data.absolute())!r}; expected a folder, 'lab' or 'hub'")
-    within = (data / (spec.folder or spec.name), data / spec.name, data / spec.name.rsplit("/", 1)[-1])
+    within = (data / (spec.folder or spec.name), data / spec.name, data / spec.short_name)
     return next((folder for folder in within if folder.is_dir()), data)
 
 
 def _file_rows(spec: TaskSpec, folder: Path) -> dict[str, list[Example]]:
     found = {split: _find(spec, folder, split) for split in SPLITS}
-    one_pool = bool(spec.files.get("train")) and not spec.files.get("test")  # the spec says that there is no more
-    for split in ("train",) if one_pool else ("train", "test"):
-        if found[split] is None:
-            names = [*spec.files.get(split, []), f"{split}.jsonl (or {', '.join(SUFFIXES[1:])})"]
-            raise MissingFilesError(
-                f"{spec.name}: no {split} file in {str(folder.absolute())!r}; looked for {', '.join(names)}"
-            )
-    return {split: _examples(spec, read_rows(path, spec.columns)) for split, path in found.items() if path is not None}
+    for split, path in found.items():
+        # Without a word on files there are train and test; a spec that names one training file may have only that.
+        if path is None and (
+            spec.files.get(split) or split == "train" or (split == "test" and not spec.files.get("train"))
+        ):
+            raise MissingFilesError(_missing(spec, folder, split))
+    return {split: _kept(spec, path) for split, path in found.items() if path is not None}
 
 
-def _manual_prompt(spec: TaskSpec, folder: Path) -> str:
-    """The folder's own instruction, if it has one: its inputs may want another baseline than the spec's."""
-    for name in (MANUAL_PROMPT_FILE, *spec.files.get("manual", [])):
-        path = folder / name
-        if path.is_file() and path.suffix == ".json":
-            annotations = _load_json(path).get("annotations")
-            if not isinstance(annotations, list) or not annotations:
-                raise TaskError(f"{path}: expected a list of instructions under 'annotations'")
-            return str(annotations[0]).strip()
-        if path.is_file():
-            return path.read_text(encoding="utf-8").strip()
-    return spec.manual_prompt
+def _kept(spec: TaskSpec, path: Path) -> list[Example]:
+    examples = _examples(spec, read_rows(path, spec.columns))
+    if not examples:
+        raise TaskError(f"{path}: no row is left; all have one of the labels {', '.join(spec.drop_labels)}")
+    return examples
 
 
 def _find(spec: TaskSpec, folder: Path, split: str) -> Path | None:
@@ -91,137 +82,42 @@ def _find(spec: TaskSpec, folder: Path, split: str) -> Path | None:
     for name in spec.files.get(split, []):
         if (folder / name).is_file():
             return folder / name
-    others = set(task_names()) - {spec.name}
-    usual = [
-        p
-        for p in folder.rglob("*")
-        if p.suffix in SUFFIXES
-        and p.stem in USUAL_STEMS[split]
-        and p.is_file()
-        and p.relative_to(folder).parts[0] not in others
-    ]
+    paths = folder.rglob("*") if _is_own(spec, folder) else folder.iterdir()
+    usual = [p for p in paths if p.stem in USUAL_STEMS[split] and p.suffix.lower() in SUFFIXES and p.is_file()]
     return min(usual, key=lambda path: (len(path.parts), str(path)), default=None)
 
 
-def _examples(spec: TaskSpec, rows: Iterator[tuple[str, Row]]) -> list[Example]:
+def _is_own(spec: TaskSpec, folder: Path) -> bool:
+    """Whether all that lies below a folder is the task's: it has the task's name, and the spec names no file to begin
+    with. In any other folder, files further down may be of anything."""
+    return folder.resolve().name == spec.short_name and not spec.files.get("train")
+
+
+def _missing(spec: TaskSpec, folder: Path, split: str) -> str:
+    names = [*spec.files.get(split, []), f"{split}.jsonl (or {', '.join(SUFFIXES[1:])})"]
+    message = f"{spec.name}: no {split} file in {str(folder.absolute())!r}; looked for {', '.join(names)}"
+    if not _is_own(spec, folder) and any(path.is_dir() for path in folder.iterdir()):
+        message += f"; what lies further down counts only in a folder of the name {spec.short_name!r}"
+    return message
+
+
+def _manual_prompt(spec: TaskSpec, folder: Path) -> str:
+    """The folder's own instruction, if it has one: its inputs may want another baseline than the spec's."""
+    for name in (MANUAL_PROMPT_FILE, *spec.files.get("manual", [])):
+        path = folder / name
+        if path.is_file() and path.suffix == ".json":
+            annotations = read_json(path)
+            found = annotations.get("annotations") if isinstance(annotations, dict) else None
+            if not isinstance(found, list) or not found or not isinstance(found[0], str):
+                raise TaskError(f"{path}: expected a list of instructions under 'annotations'")
+            return found[0].strip()
+        if path.is_file():
+            return read_text(path).strip()
+    return spec.manual_prompt
+
+
+def _examples(spec: TaskSpec, rows: Iterable[tuple[str, Row]]) -> list[Example]:
     return [example for where, row in rows if (example := spec.example(row, where)) is not None]
-
-
-def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
-    """Yields (file and row, columns -> values) of a .jsonl, .json, .tsv, .csv or .parquet file.
-
-    Args:
-        path: the file.
-        columns: the names of the columns of a .tsv or .csv without header.
-
-    Raises:
-        TaskError: the file has no rows, or one of them is malformed.
-    """
-    readers: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
-        ".jsonl": _read_jsonl,
-        ".json": _read_json,
-        ".tsv": partial(_read_tsv, columns=columns),
-        ".csv": partial(_read_csv, columns=columns),
-        ".parquet": _read_parquet,
-    }
-    empty = True
-    try:
-        for number, row in readers[path.suffix](path):
-            empty = False
-            yield f"{path}:{number}", row
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{path}: not UTF-8 at byte {_bad_byte(path)}") from error
-    if empty:
-        raise TaskError(f"{path}: the file has no rows")
-
-
-def _bad_byte(path: Path) -> int:
-    """Where a file stops being UTF-8; the decoder of an open file counts from its last block."""
-    try:
-        path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        return error.start
-    return 0
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise TaskError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from error
-            if not isinstance(row, dict):
-                raise TaskError(f"{path}:{number}: expected an object, found {type(row).__name__}")
-            yield number, row
-
-
-def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
-    """A list of objects, or an object with such a list, or such numbered objects, under "examples"."""
-    rows = _load_json(path)["examples"]
-    for number, row in enumerate(rows.values() if isinstance(rows, dict) else rows, 1):
-        if not isinstance(row, dict):
-            raise TaskError(f"{path}:{number}: expected an object, found {type(row).__name__}")
-        yield number, row
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{path}: not UTF-8 at byte {_bad_byte(path)}") from error
-    if isinstance(data, list):
-        return {"examples": data}
-    if isinstance(data, dict) and isinstance(data.get("examples", []), list | dict):
-        return {"examples": []} | data
-    raise TaskError(f"{path}: expected a list of objects, or an object with 'examples'")
-
-
-def _read_tsv(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Row]]:
-    # GLUE's files hold stray quotes, so nothing is quoted; SNLI's rows may be longer than the header, by further
-    # annotators' labels before the gold one, so the last field is always the last column.
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        try:
-            header = list(columns) or next(reader, [])
-            if not header and reader.line_num:
-                raise TaskError(f"{path}:1: the header is an empty line")
-            for row in reader:
-                _check_width(path, reader.line_num, len(row), len(header), longer=True)
-                yield reader.line_num, {**dict(zip(header[:-1], row, strict=False)), header[-1]: row[-1]}
-        except csv.Error as error:
-            raise TaskError(f"{path}:{reader.line_num}: not TSV: {error}") from error
-
-
-def _read_csv(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Row]]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, strict=True)
-        try:
-            header = list(columns) or next(reader, [])
-            for row in reader:
-                _check_width(path, reader.line_num, len(row), len(header))
-                yield reader.line_num, dict(zip(header, row, strict=True))
-        except csv.Error as error:
-            raise TaskError(f"{path}:{reader.line_num}: not CSV: {error}") from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
-    import pyarrow.parquet  # comes with `datasets`; half a second to import
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise TaskError(f"{path}: not a readable parquet file: {error}") from error
-    yield from enumerate(rows, 1)
-
-
-def _check_width(path: Path, line: int, found: int, expected: int, longer: bool = False) -> None:
-    if found < expected or (found > expected and not longer):
-        raise TaskError(f"{path}:{line}: {found} fields; the header has {expected} columns")
 
 
 # -- hub ---------------------------------------------------------------------------------------------------------
@@ -243,7 +139,7 @@ def _hub_rows(spec: TaskSpec) -> dict[str, list[Example]]:
         try:
             data = datasets.load_dataset(*source, split=spec.hub[split], revision=spec.hub.get("revision"))
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise TaskError(
                 f"{spec.name}: cannot load {spec.hub['path']!r} from the hub ({reason}); without a network put "
                 f"train and test files ({', '.join(SUFFIXES)}) into a folder and use data=DIR, or data=lab"

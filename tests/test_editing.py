@@ -25,7 +25,8 @@ from experiments.session import Run, open_run, prepare
 from experiments.train import train
 from rewards.reward import ClassificationReward, GenerationReward
 from rewards.target import TargetModel
-from tasks.task import Example, rewrite_prompt
+from tasks.meta_prompt import rewrite_prompt
+from tasks.spec import Example
 from tests.conftest import sharpen
 
 TEMPLATE = "{prompt} Input : {input} Output :"

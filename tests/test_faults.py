@@ -7,6 +7,7 @@ Faults that are tested where they belong are in `ELSEWHERE`, those that cannot c
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -68,12 +69,30 @@ def cut_weights(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def own(row: str, **keys: str) -> Callable[[Path], list[str]]:
+    """A task of one's own: `SPEC` with lines replaced or added, and one row."""
+
+    def build(folder: Path) -> list[str]:
+        write(folder / "rows.jsonl", row)
+        lines = {line.split(":")[0]: line for line in SPEC.splitlines()} | {k: f"{k}: {v}" for k, v in keys.items()}
+        return ["--task", str(write(folder / "mood.yaml", "\n".join(lines.values())))]
+
+    return build
+
+
+QUIZ = {"verbalizer": "{}", "choices": "[opts]", "input": '"{text}{choices}"'}
+OPEN = {"verbalizer": "{}", "answers": "[label]", "metric": "f1"}
 HEADER = "sentence\tlabel\n"
 FAULTS: list[tuple[str, Callable[[Path], list[str]], list[str]]] = [
     ("1 unknown key", config("appo: {learnin_rate: 1e-5}"), ["conf.yaml", "learnin_rate", "learning_rate"]),
     ("2 key in the wrong section", config("appo: {shots: 4}"), ["conf.yaml", "shots"]),
     ("3 not a number", options("appo.learning_rate=fast"), ["appo.learning_rate", "'fast'"]),
     ("4 label words that YAML takes for booleans", spec(SPEC.replace('"no"', "no")), ["verbalizer", "in quotes"]),
+    (
+        "4 labels that YAML takes for numbers",
+        spec(SPEC.replace('"0"', "0")),
+        ["verbalizer 0: 'no': the label", "in quotes"],
+    ),
     ("5 duplicate key", config("seed: 1\nprompts: 3\nseed: 2"), ["'seed'", "line 1", "line 3"]),
     ("6 bad indent", config("appo:\n\tlam: 1"), ["conf.yaml", "line 2"]),
     ("6 not a mapping", config("- 1"), ["conf.yaml", "list"]),
@@ -83,13 +102,33 @@ FAULTS: list[tuple[str, Callable[[Path], list[str]], list[str]]] = [
     ("8 lam above 1", options("appo.lam=1.5"), ["lam", "between 0 and 1"]),
     ("8 no epochs", options("appo.ppo_epochs=0"), ["ppo_epochs", "at least 1"]),
     ("9 nan", options("appo.learning_rate=.nan"), ["learning_rate", "nan"]),
+    ("6 nested too deeply", spec("a: " + "[" * 5000), ["mood.yaml", "nested too deeply"]),
+    ("6 no such date", spec("name: 2001-02-30"), ["mood.yaml", "not readable as YAML"]),
+    ("6 a number of thousands of digits", spec("max_shots: " + "9" * 5000), ["mood.yaml", "not readable as YAML"]),
+    ("6 half a character", spec('name: "\\ud800"'), ["mood.yaml", "half a character"]),
+    ("1 a split of another name", own("{}", files="{val: [a.csv]}"), ["mood.yaml", "'val'", "validation"]),
+    ("1 a family for a task", own("{}", members="5"), ["mood.yaml", "a family of tasks"]),
+    ("1 text without a metric", own("{}", verbalizer="{}", answers="[a]"), ["mood.yaml", "missing key 'metric'"]),
     ("12 empty value", options("appo.lam="), ["appo.lam=", "key=value"]),
     ("12 no equals sign", options("appo.lam"), ["appo.lam", "key=value"]),
     ("12 unknown path", options("appa.lam=1"), ["appa", "appo"]),
     ("13 unknown task", options("--task", "mnIi"), ["mnIi", "did you mean 'mnli'?"]),
+    ("13 no spec file", options("--task", "no/such/mood.yaml"), ["no spec file", "no/such/mood.yaml"]),
     ("14 resume of nothing", options("--resume"), ["--resume needs --run"]),
     ("18 no data folder", options("--data", "nowhere/at/all"), ["nowhere/at/all"]),
     ("18 no file", lambda folder: ["--task", "sst2", "--data", str(folder)], ["no train file", "train.jsonl"]),
+    (
+        "18 another kind of file",
+        own("{}", files="{train: [rows.txt, mood.yaml]}"),
+        ["mood.yaml", "unknown kind of file"],
+    ),
+    (
+        "18 a foreign file further down",
+        lambda folder: ["--task", "sst2", "--data", str(sst2_folder(folder / "data" / "sub").parent)],
+        ["no train file", "further down", "'sst2'"],
+    ),
+    ("19 nested too deeply", data("test.jsonl", "[" * 100_000), ["test.jsonl:1", "nested too deeply"]),
+    ("19 too many digits", data("test.jsonl", '{"label": ' + "9" * 5000 + "}"), ["test.jsonl:1", "too many digits"]),
     (
         "19 broken JSON line",
         data("test.jsonl", '{"sentence": "a", "label": 0}\n{"a": \n'),
@@ -103,11 +142,33 @@ FAULTS: list[tuple[str, Callable[[Path], list[str]], list[str]]] = [
         data("test.jsonl", '{"sentence": "a", "label": 7}\n'),
         ["test.jsonl:1", "label 7", "negative"],
     ),
+    ("21 no scores", own('{"text": "a", "label": {}}'), ["rows.jsonl:1", "a number for each name"]),
+    ("21 null scores", own('{"text": "a", "label": {"0": null}}'), ["rows.jsonl:1", "a number for each name"]),
+    ("21 equal scores", own('{"text": "a", "label": {"0": 1, "1": 1}}'), ["rows.jsonl:1", "expected a highest one"]),
+    ("21 no answer", own('{"text": "a", "label": [null]}', **OPEN), ["rows.jsonl:1", "no answer in column 'label'"]),
+    ("21 one choice", own('{"text": "a", "opts": ["b"], "label": 0}', **QUIZ), ["rows.jsonl:1", "choices is 1"]),
+    (
+        "21 too many choices",
+        own(json.dumps({"text": "a", "opts": [f"{i}" for i in range(27)], "label": 0}), **QUIZ),
+        ["rows.jsonl:1", "choices is 27", "2 to 26"],
+    ),
+    (
+        "21 scores of other choices",
+        own('{"text": "a", "opts": ["b", "c"], "label": {"b": 1}}', **QUIZ),
+        ["rows.jsonl:1", "one for each of b, c"],
+    ),
+    (
+        "22 a text that no context holds",
+        own(json.dumps({"text": "a" * 10**7})),
+        ["rows.jsonl:1", "10000000 characters"],
+    ),
     ("22 white space for text", data("test.tsv", HEADER + "  \t0\n"), ["test.tsv:2", "expected some text"]),
     ("23 not UTF-8", data("test.tsv", HEADER.encode() + b"a\xff\t0\n"), ["test.tsv", "not UTF-8 at byte 16"]),
     ("24 too few columns", data("test.tsv", HEADER + "a\n"), ["test.tsv:2", "1 fields", "2 columns"]),
     ("24 unbalanced quote", data("test.csv", 'sentence,label\n"a,0\n'), ["test.csv", "not CSV"]),
     ("25 no rows", data("test.tsv", HEADER), ["test.tsv", "no rows"]),
+    ("24 two columns of one name", data("test.tsv", "sentence\tlabel\tlabel\n"), ["test.tsv:1", "two columns"]),
+    ("25 too few rows", data("train.tsv", HEADER + "a\t0\nb\t1\n"), ["data: sst2: 1 examples", "examples.shots"]),
     ("25 a class is missing", data("train.tsv", HEADER + "a\t0\nb\t0\n"), ["sst2", "label 'no'"]),
     ("33 no such model", options("--target", "./no/such/model"), ["target", "no/such/model"]),
     ("33 a folder without weights", model(lambda f: (f / "model.safetensors").unlink()), ["target", "no weights"]),
@@ -140,7 +201,7 @@ ELSEWHERE = {
     27: "test_tasks.py::test_a_text_with_two_labels_is_drawn_at_most_once",
     29: "test_target.py::test_a_special_token_that_is_spelt_out_is_none",
     30: "test_sources.py::test_a_hub_that_fails_is_one_clear_line",
-    32: "test_resume.py::test_resuming_with_other_data_is_refused",
+    32: "test_own_task.py::test_resuming_an_edited_task_is_refused_by_what_changed",
     34: "test_models.py::test_a_models_own_code_runs_only_if_trusted",
     35: "test_policy.py::test_a_pad_token_that_is_the_end_of_sequence_token_changes_nothing",
     36: "test_policy.py::test_plain_query_is_request_newline_opening",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 from experiments.tasks import main
 from experiments.train import main as train_main
 from tasks.catalogue import load_spec, task_names
+from tasks.errors import TaskError
 from tasks.sources import load_task
-from tasks.task import Example, TaskError, build_data
+from tasks.spec import Example, TaskSpec
+from tasks.splits import build_data
 from tests.test_sources import REAL, write
 
 INDUCTION = [
@@ -77,8 +80,9 @@ def test_a_member_is_filled_with_its_name() -> None:
     assert spec.files["test"] == ["test/high_school_us_history_test.csv"]
 
 
-def test_a_family_of_ones_own_is_told_to_be_single(tmp_path: Path) -> None:
-    path = write(tmp_path / "mine.yaml", "members: [a, b]\ndescription: d\n")
+@pytest.mark.parametrize("members", ["[a, b]", "5", "{a: 3}", "null", "&x [*x]"])
+def test_a_family_of_ones_own_is_told_to_be_single(members: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.yaml", f"members: {members}\ndescription: d\n")
     with pytest.raises(TaskError, match="a family of tasks"):
         load_spec(str(path))
 
@@ -126,6 +130,80 @@ def test_scored_choices_may_be_of_any_number_with_several_right() -> None:
     assert example("ruin_names", row) == Example("i\nChoice :\n(A) x\n(B) y\n(C) z", 1, "B", also=(2,), choices=3)
 
 
+OWN_QUESTION = {"question": "q", "opts": ["wrong", "right"]}
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> TaskSpec:
+    """A questionnaire of one's own: choices in one column, the answer in another."""
+    return load_spec(str(write(tmp_path / "quiz.yaml", QUIZ)))
+
+
+QUIZ = """name: quiz
+description: Which is right?
+fields: {question: []}
+choices: [opts]
+label: [ans]
+input: "{question}\\n{choices}"
+manual_prompt: Which is right?
+"""
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{"right": 1, "wrong": 0}, {"wrong": 0, "right": 1}, {"B": 1, "A": 0}, {" right": True, "wrong ": False}, "B", 1],
+)
+def test_scores_are_matched_by_the_choices_text_or_letter(answer: Any, own: TaskSpec) -> None:
+    assert own.example(OWN_QUESTION | {"ans": answer}, "row 1") == Example("q\n(A) wrong\n(B) right", 1, "B", choices=2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "fragment"),
+    [
+        ({"right": 1}, "the scores are {'right': 1}; expected one for each of wrong, right"),
+        ({"right": 1, "wrong": 0, "other": 0}, "expected one for each of wrong, right"),
+        ({"rihgt": 1, "wrong": 0}, "expected one for each of wrong, right"),
+        ({"right": 1, "wrong": 1}, "expected a highest one"),
+        ({"right": 1, "wrong": None}, "expected a number for each name"),
+        ({}, "expected a number for each name"),
+    ],
+)
+def test_scores_that_are_not_those_of_the_choices_are_refused(answer: Any, fragment: str, own: TaskSpec) -> None:
+    with pytest.raises(TaskError) as caught:
+        own.example(OWN_QUESTION | {"ans": answer}, "row 1")
+    assert str(caught.value).startswith("row 1: the scores are ") and fragment in str(caught.value)
+
+
+# ARC's choices are called "1", "2", ... in some rows: the answer "1" is the first one, not the one of index 1.
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"text": ["one", "two"], "label": ["1", "2"]},
+        [{"text": "one", "label": "1"}, {"text": "two", "label": "2"}],
+    ],
+)
+def test_an_answer_is_called_what_the_row_calls_its_choices(choices: Any, own: TaskSpec) -> None:
+    found = own.example({"question": "q", "opts": choices, "ans": "1"}, "row 1")
+    assert found == Example("q\n(A) one\n(B) two", 0, "A", choices=2)
+
+
+def test_choices_by_letter_are_their_texts(own: TaskSpec) -> None:
+    found = own.example({"question": "q", "opts": {"A": "one", "B": "two"}, "ans": "B"}, "row 1")
+    assert found == Example("q\n(A) one\n(B) two", 1, "B", choices=2)
+
+
+def test_equal_choices_keep_their_letters_when_their_order_is_drawn(own: TaskSpec) -> None:
+    rows = [{"question": f"{i}", "opts": ["a", "a", f"b {i}"], "ans": 2} for i in range(20)]
+    found = [replace(own, shuffle=True).example(row, "row 1") for row in rows]
+    assert {e.label for e in found if e} == {0, 1, 2}
+    assert all(e and f"({e.answer}) b {i}" in e.input.splitlines() for i, e in enumerate(found))
+
+
+def test_choices_without_scores_need_a_column_of_answers(own: TaskSpec) -> None:
+    with pytest.raises(TaskError, match="the choices have no scores, and the spec has no 'label'"):
+        replace(own, label=[]).example(OWN_QUESTION, "row 1")
+
+
 def test_scored_choices_of_a_fixed_list_are_labels() -> None:
     assert example("navigate", {"input": "i", "target_scores": {"True": 0, "False": 1}}) == Example("i", 1, "False")
 
@@ -153,6 +231,17 @@ def test_an_order_that_gives_the_answer_away_is_drawn_for_each_row_and_stays() -
         ({"question": "q", "choices": 7, "answer": "A"}, "row 1: the choices are 7; expected a list"),
         ({"question": "q", "choices": ["a", ""], "answer": "A"}, "row 1: field 'choices' is ''; expected some text"),
         ({"question": "q", "choices": ["a", "b"]}, "row 1: no column 'answer'"),
+        (
+            {"question": "q", "choices": [*"abcdefghijklmnopqrstuvwxyz0"], "answer": 0},
+            "row 1: the number of choices is 27",
+        ),
+        ({"question": "q", "choices": ["a"], "answer": "A"}, "row 1: the number of choices is 1; expected 2 to 26"),
+        ({"question": "q", "choices": [], "answer": "A"}, "row 1: the number of choices is 0"),
+        ({"question": "q", "choices": [None, "b"], "answer": "A"}, "row 1: field 'choices' is None"),
+        ({"question": "q", "choices": {"x": "one", "y": "two"}, "answer": "A"}, "row 1: the choices are {'x': 'one'"),
+        ({"question": "q", "choices": ["a", "b"], "answer": [0]}, "row 1: answer [0]; expected a letter up to B"),
+        ({"question": "q", "choices": ["a", "b"], "answer": "9" * 5000}, "row 1: answer '999"),
+        ({"question": "q", "A": "1", "C": "3", "answer": "C"}, "row 1: the columns of choices are A, C"),
     ],
 )
 def test_a_malformed_question_names_row_and_fault(row: dict[str, Any], fragment: str) -> None:
@@ -188,6 +277,15 @@ def test_cause_and_effect_change_places() -> None:
     orders = [e.input == f"Sentence 1: c{i} Sentence 2: e{i}" for i, e in enumerate(found)]
     assert {*orders} == {True, False}
     assert [e.answers for e in found] == [(f"c{i}",) for i in range(40)]
+
+
+@pytest.mark.parametrize("answer", [[], [None], [""], "", {}, {"a": None}, {"a": float("nan")}, [["a", {}]], True])
+def test_an_answer_that_says_nothing_is_refused(answer: Any) -> None:
+    assert complaint("sum", {"input": "1 2", "output": answer}).startswith("row 1: ")
+
+
+def test_numbers_are_answers() -> None:
+    assert example("sum", {"input": "1 2", "output": 3}).answers == ("3",)
 
 
 def test_a_row_without_an_answer_is_named() -> None:

@@ -15,8 +15,9 @@ from experiments import checkpoint
 from experiments.checkpoint import MANIFEST, STATE, CheckpointError
 from experiments.config import ConfigError, build_config
 from tasks.catalogue import load_spec
-from tasks.sources import load_task, read_rows
-from tasks.task import TaskError
+from tasks.errors import TaskError
+from tasks.rows import read_rows
+from tasks.sources import load_task
 from tests.test_report import elements, prompt, render, row
 from tests.test_sources import sst2_folder
 from tests.test_tasks import SPEC

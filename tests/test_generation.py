@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rewards.functional import best, contains, exact_match, exact_set, exact_string, f1, normalise
 from rewards.generation import answer_logprobs, generate
 from rewards.reward import TEXT_METRICS, ClassificationReward, GenerationReward
-from rewards.target import TargetModel
-from tasks.task import Example
+from rewards.target import ContextTooLongError, TargetModel
+from tasks.spec import Example
 from tests.conftest import sharpen
 
 TEMPLATE = "{prompt} Input : {input} Output :"
@@ -75,6 +75,18 @@ def test_the_models_generation_config_changes_nothing(
     before = generate(target, PROMPTS, INPUTS, BUDGET, ())
     tiny_llama.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=50.0, min_new_tokens=3)
     assert generate(target, PROMPTS, INPUTS, BUDGET, ()) == before
+
+
+def test_what_does_not_fit_into_the_context_is_refused_before_it_is_run(
+    tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    # ' Input : x Output :' has 19 bytes; the context holds 512.
+    target = TargetModel(tiny_lm, tokenizer, TEMPLATE, ())
+    assert len(generate(target, ["p" * (512 - 19 - BUDGET)], ["x"], BUDGET, ())) == 1
+    with pytest.raises(ContextTooLongError, match="up to 513 tokens"):
+        generate(target, ["p", "p" * (512 - 19 - BUDGET + 1)], ["x", "x"], BUDGET, ())
+    with pytest.raises(ContextTooLongError, match="up to 514 tokens"):
+        answer_logprobs(target, ["p" * (512 - 19)], ["x"], ["a"])  # and a space before the answer
 
 
 @pytest.mark.parametrize("max_batch_tokens", [16_384, 1])

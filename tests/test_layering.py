@@ -189,15 +189,15 @@ def test_every_file_keeps_the_rule(rule: Callable[[str, str], Iterator[str]]) ->
 
 # A file that breaks each rule: a rule that sees nothing would pass for ever.
 FAULTS = [
-    (wrong_rank, "appo/x.py", "from tasks.task import Example"),
+    (wrong_rank, "appo/x.py", "from tasks.spec import Example"),
     (wrong_rank, "appo/x.py", "import rewards.reward"),
     (wrong_rank, "appo/x.py", "def f():\n    import experiments.config"),
     (wrong_rank, "rewards/x.py", "from appo.policy import Policy"),
     (wrong_rank, "tasks/x.py", "from rewards.reward import RewardResult"),
     (wrong_rank, "tasks/x.py", "import experiments"),
-    (relative_import, "appo/x.py", "from ..tasks import task"),
-    (more_than_example, "rewards/x.py", "from tasks.task import Example, TaskSpec"),
-    (more_than_example, "rewards/x.py", "import tasks.task"),
+    (relative_import, "appo/x.py", "from ..tasks import spec"),
+    (more_than_example, "rewards/x.py", "from tasks.spec import Example, TaskSpec"),
+    (more_than_example, "rewards/x.py", "import tasks.spec"),
     (outside_package, "appo/trainer.py", "import transformers"),
     (outside_package, "rewards/reward.py", "from transformers import AutoModel"),
     (outside_package, "rewards/x.py", "import datasets"),

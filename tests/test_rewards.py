@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rewards.functional import accuracy, softmax_margin
 from rewards.reward import ClassificationReward
 from rewards.target import TargetModel
-from tasks.task import Example
+from tasks.spec import Example
 from tests.conftest import sharpen
 
 EXAMPLES = (

@@ -15,8 +15,11 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from tasks.sources import load_task, read_rows
-from tasks.task import Example, TaskData, TaskError
+from tasks.errors import TaskError
+from tasks.rows import read_rows
+from tasks.sources import load_task
+from tasks.spec import Example
+from tasks.splits import TaskData
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 SST2 = "sentence\tlabel\n"
@@ -102,6 +105,16 @@ def test_half_a_character_in_json_is_refused(tmp_path: Path) -> None:
     assert complaint("sst2", tmp_path, shots=1).startswith(f"{path}:1: ")
 
 
+# What Python's own JSON reader does not refuse by its own error.
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [("[" * 100_000, "values are nested too deeply"), ("9" * 5000, "a number has too many digits")],
+)
+def test_json_that_cannot_be_read_is_named(value: str, reason: str, tmp_path: Path) -> None:
+    assert refusal(write(tmp_path / "a.jsonl", f'{{"s": "a"}}\n{{"s": {value}}}\n')) == f"a.jsonl:2: {reason}"
+    assert refusal(write(tmp_path / "a.json", f'[{{"s": {value}}}]')) == f"a.json:1: {reason}"
+
+
 # -- tsv ---------------------------------------------------------------------------------------------------------
 
 TSV = [
@@ -137,9 +150,28 @@ def test_a_tsv_row_with_too_few_fields_is_named(tmp_path: Path) -> None:
     assert message == "a.tsv:3: 2 fields; the header has 3 columns"
 
 
-def test_an_endless_tsv_field_is_named(tmp_path: Path) -> None:
-    # Python's csv module takes fields of up to 131072 characters: what is longer is one clear error, as in CSV.
-    assert refusal(write(tmp_path / "a.tsv", "s\tn\na\t1\n" + "b" * 140_000 + "\t1\n")).startswith("a.tsv:")
+@pytest.mark.parametrize("suffix", ["tsv", "csv"])
+def test_a_long_cell_is_read_whole(suffix: str, tmp_path: Path) -> None:
+    # Python's csv module takes cells of up to 131072 characters, unless it is told otherwise.
+    path = write(tmp_path / f"a.{suffix}", "s\n" + "b" * 140_000 + "\n")
+    assert values(path) == [{"s": "b" * 140_000}]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("suffix", ["tsv", "csv"])
+def test_empty_lines_of_a_table_are_no_rows(suffix: str, end: str, tmp_path: Path) -> None:
+    separator = {"tsv": "\t", "csv": ","}[suffix]
+    text = end.join(["s,n", "a,1", "", "b,2", "", ""]).replace(",", separator)
+    path = write(tmp_path / f"a.{suffix}", text)
+    assert values(path) == [{"s": "a", "n": "1"}, {"s": "b", "n": "2"}]
+    assert places(path) == [f"a.{suffix}:2", f"a.{suffix}:4"]
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv"])
+def test_two_columns_of_one_name_are_refused(suffix: str, tmp_path: Path) -> None:
+    # The last one would win without a word.
+    text = "s,label,label\na,1,0\n".replace(",", {"tsv": "\t", "csv": ","}[suffix])
+    assert refusal(write(tmp_path / f"a.{suffix}", text)) == f"a.{suffix}:1: 'label' is the name of two columns"
 
 
 def test_a_tsv_file_whose_header_is_an_empty_line_is_refused(tmp_path: Path) -> None:
@@ -202,6 +234,19 @@ def test_a_file_that_is_no_parquet_is_named(content: bytes, tmp_path: Path) -> N
     assert refusal(write(tmp_path / "a.parquet", content)).startswith("a.parquet: not a readable parquet file: ")
 
 
+@pytest.mark.parametrize("place", range(0, 900, 9))
+def test_a_damaged_parquet_file_is_read_or_refused(place: int, tmp_path: Path) -> None:
+    rows = [{"s": f"text {i}", "n": i, "scores": {"a": 0.5}, "many": ["x"]} for i in range(20)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[place % len(content)] ^= 255
+    path = write(tmp_path / "a.parquet", bytes(content))
+    try:
+        values(path)
+    except TaskError as error:
+        assert str(error).startswith(f"{path}: ")
+
+
 # -- any file ----------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +261,22 @@ def test_a_file_without_rows_is_refused(name: str, content: str, tmp_path: Path)
 def test_a_parquet_file_without_rows_is_refused(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"s": pyarrow.array([], pyarrow.string())}), tmp_path / "a.parquet")
     assert refusal(tmp_path / "a.parquet") == "a.parquet: the file has no rows"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a", "a.xlsx"])
+def test_another_kind_of_file_is_refused(name: str, tmp_path: Path) -> None:
+    expected = f"{name}: unknown kind of file; expected .jsonl, .json, .tsv, .csv, .parquet"
+    assert refusal(write(tmp_path / name, "s,n\na,1\n")) == expected
+
+
+def test_a_suffix_may_be_in_capitals(tmp_path: Path) -> None:
+    assert values(write(tmp_path / "a.CSV", "s\na\n")) == [{"s": "a"}]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "tsv", "csv", "parquet"])
+def test_a_file_that_cannot_be_opened_is_named(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"a.{suffix}").mkdir()
+    assert refusal(tmp_path / f"a.{suffix}").startswith(f"a.{suffix}: ")
 
 
 # (file, header, a good row); and how many good rows come first: files are read in blocks of some thousand bytes.
@@ -282,17 +343,86 @@ def test_validation_has_its_own_file_under_any_usual_name(stem: str, tmp_path: P
 
 
 def test_the_least_deeply_nested_file_is_taken(tmp_path: Path) -> None:
-    sst2_folder(tmp_path)
-    write(tmp_path / "a" / "test.tsv", f"{SST2}nested\t0\n")
+    sst2_folder(tmp_path / "sst2")
+    write(tmp_path / "sst2" / "a" / "test.tsv", f"{SST2}nested\t0\n")
     assert "nested" not in texts(load_task("sst2", str(tmp_path), shots=1), "test")
 
 
-def test_of_equally_nested_files_the_first_by_name_is_taken(tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", [".", "sst2"])
+def test_of_equally_nested_files_the_first_by_name_is_taken(data: str, tmp_path: Path) -> None:
     for seed in ("16-21", "16-100", "16-13"):
-        write(tmp_path / seed / "train.tsv", f"{SST2}{seed} a\t0\n{seed} b\t1\n{seed} c\t0\n{seed} d\t1\n")
-    write(tmp_path / "test.tsv", f"{SST2}t\t0\n")
-    train = texts(load_task("sst2", str(tmp_path), shots=1), "train")
+        rows = f"{seed} a\t0\n{seed} b\t1\n{seed} c\t0\n{seed} d\t1\n"
+        write(tmp_path / "sst2" / "16-shot" / seed / "train.tsv", f"{SST2}{rows}")
+    write(tmp_path / "sst2" / "test.tsv", f"{SST2}t\t0\n")
+    train = texts(load_task("sst2", str(tmp_path / data), shots=1), "train")
     assert {text.split()[0] for text in train} == {"16-100"}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_what_lies_further_down_in_a_folder_of_another_name_does_not_count(split: str, tmp_path: Path) -> None:
+    sst2_folder(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / f"{split}.tsv").rename(tmp_path / "sub" / f"{split}.tsv")
+    message = complaint("sst2", tmp_path, shots=1)
+    assert message.startswith(f"sst2: no {split} file in ")
+    assert message.endswith("; what lies further down counts only in a folder of the name 'sst2'")
+
+
+def own_spec(folder: Path, **changes: Any) -> str:
+    """A spec of one's own, that names one file of rows, beside the file; its path."""
+    spec = yaml.safe_load((Path(__file__).parents[1] / "tasks" / "specs" / "sst2.yaml").read_text(encoding="utf-8"))
+    spec |= {"name": "reviews", "files": {"train": ["reviews.jsonl"]}} | changes
+    rows = [{"sentence": f"own {label} {i}", "label": label} for label in (0, 1) for i in range(4)]
+    write(folder / "reviews.jsonl", "\n".join(map(json.dumps, rows)))
+    return str(write(folder / "reviews.yaml", yaml.safe_dump(spec)))
+
+
+@pytest.mark.parametrize("folder", ["my", "reviews"])
+@pytest.mark.parametrize("stem", ["test", "validation"])
+def test_a_foreign_file_below_a_task_of_ones_own_is_no_split_of_it(folder: str, stem: str, tmp_path: Path) -> None:
+    name = own_spec(tmp_path / folder)
+    write(tmp_path / folder / "sub" / f"{stem}.tsv", f"{SST2}foreign 0\t0\nforeign 1\t1\n")
+    data = load_task(name, str(tmp_path / folder), shots=1)
+    assert {text.split()[0] for split in ("validation", "test") for text in texts(data, split)} == {"own"}
+
+
+def test_a_validation_file_that_the_spec_names_and_that_is_not_there_is_missed(tmp_path: Path) -> None:
+    # Else the split would be cut from train, without a word.
+    name = own_spec(tmp_path, files={"train": ["reviews.jsonl"], "validation": ["held_out.jsonl"]})
+    assert complaint(name, tmp_path).startswith("reviews: no validation file in ")
+
+
+def test_a_file_of_which_no_row_is_left_is_refused(tmp_path: Path) -> None:
+    header = "premise\thypothesis\tgold_label\n"
+    write(tmp_path / "train.tsv", header + "".join(f"p\th{i}\t{i % 3}\n" for i in range(6)))
+    path = write(tmp_path / "test.tsv", header + "p\tq\t-\n")
+    assert complaint("snli", tmp_path, shots=1) == f"{path}: no row is left; all have one of the labels -1, -"
+
+
+def test_a_path_that_no_system_takes_is_refused(tmp_path: Path) -> None:
+    name = own_spec(tmp_path, files={"train": ["a" * 300]})
+    assert "File name too long" in complaint(name, tmp_path)
+    assert "no data folder" in complaint("sst2", "\0")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"caf\xe9", "not UTF-8 at byte 3"), (b"\xef\xbb\xbfSay yes.", "")],
+    ids=["Latin-1", "byte order mark"],
+)
+def test_a_manual_prompt_file_is_read_or_refused(content: bytes, reason: str, tmp_path: Path) -> None:
+    path = write(sst2_folder(tmp_path) / "manual_prompt.txt", content)
+    if reason:
+        assert complaint("sst2", tmp_path, shots=1) == f"{path}: {reason}"
+    else:
+        assert load_task("sst2", str(tmp_path), shots=1).spec.manual_prompt == "Say yes."
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"annotations": []}', '{"annotations": [3]}', '{"annotations": "x"}'])
+def test_annotations_that_are_none_are_refused(content: str, tmp_path: Path) -> None:
+    name = own_spec(tmp_path, files={"train": ["reviews.jsonl"], "manual": ["notes.json"]})
+    path = write(tmp_path / "notes.json", content)
+    assert complaint(name, tmp_path, shots=1) == f"{path}: expected a list of instructions under 'annotations'"
 
 
 def test_a_file_that_the_spec_names_goes_before_the_usual_ones(tmp_path: Path) -> None:
@@ -300,14 +430,6 @@ def test_a_file_that_the_spec_names_goes_before_the_usual_ones(tmp_path: Path) -
     write(tmp_path / "train.tsv", "premise\thypothesis\tlabel\n" + "".join(f"p\th{i}\t{i % 3}\n" for i in range(6)))
     write(tmp_path / "dev_generative-nli.jsonl", '{"premise": "P", "hypothesis": "H", "label": "neutral"}\n')
     assert texts(load_task("mnli", str(tmp_path), shots=1), "test") == {"premise : P\nhypothesis : H"}
-
-
-def test_another_tasks_folder_is_not_searched(tmp_path: Path) -> None:
-    # mnli's columns are snli's too: rows of the one would pass for the other without a word.
-    lines = "".join(f"p\th{i}\t{i % 3}\n" for i in range(6))
-    write(tmp_path / "mnli" / "train.tsv", f"premise\thypothesis\tlabel\n{lines}")
-    write(tmp_path / "mnli" / "test.tsv", "premise\thypothesis\tlabel\np\tq\t0\n")
-    assert complaint("snli", tmp_path, shots=1).startswith("snli: no train file")
 
 
 def test_a_missing_folder_is_named_with_what_else_there_is(tmp_path: Path) -> None:
@@ -373,6 +495,11 @@ def test_shots_and_test_limit_reach_the_splits(
 ) -> None:
     data = load_task("sst2", str(sst2_folder(tmp_path)), **options)
     assert (len(data.train), len(data.validation), len(data.test)) == sizes
+
+
+def test_too_few_rows_name_where_they_come_from(tmp_path: Path) -> None:
+    expected = f"{tmp_path}: sst2: 4 examples left with label 'no' for train; 16 shots need 16"
+    assert complaint("sst2", sst2_folder(tmp_path)) == expected
 
 
 def test_the_seed_reaches_the_splits(tmp_path: Path) -> None:

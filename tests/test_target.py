@@ -375,6 +375,27 @@ def test_words_of_several_pieces_keep_all_of_them() -> None:
     assert tokens == tuple(tuple(tokenizer.convert_tokens_to_ids(list(pieces))) for pieces in expected)
 
 
+# A template may end in the input: what a label word follows is the input's last character.
+@pytest.mark.parametrize(("inputs", "token"), [(["a film", "b."], "Ġyes"), (["a film\n"], "yes")])
+def test_label_words_follow_a_filled_template(inputs: list[str], token: str) -> None:
+    target = TargetModel(llama(len(BPE)), BPE, "{prompt}\n{input}", ("yes", "no"), inputs=inputs)
+    assert target.verbalizer.tokens[0] == (BPE.convert_tokens_to_ids(token),)
+    assert target.verbalizer.overlap == 0
+
+
+def test_a_template_that_ends_in_the_input_scores_the_text_as_it_reads() -> None:
+    model = sharpen(llama(len(BPE)))
+    target = TargetModel(model, BPE, "{prompt}\n{input}", ("yes", "no"))
+    context, words = BPE("p\nx")["input_ids"], [BPE(" yes")["input_ids"], BPE(" no")["input_ids"]]
+    expected = torch.tensor([[[loglik(model, context, word) for word in words]]])
+    assert_close(among_classes(target.class_logits(["p"], ["x"])), among_classes(expected), rtol=0, atol=1e-5)
+
+
+def test_label_words_that_change_with_the_input_are_refused() -> None:
+    with pytest.raises(ValueError, match="let the template end in a text"):
+        TargetModel(llama(len(BPE)), BPE, "{prompt}\n{input}", ("yes", "no"), inputs=["a", "b\n"])
+
+
 @pytest.mark.parametrize("tokenizer", [WORD_LEVEL, UNIGRAM])
 def test_a_word_unknown_to_the_tokenizer_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ValueError, match="no token for the label word 'Ω'"):

@@ -12,7 +12,10 @@ import pytest
 import yaml
 
 from tasks.catalogue import load_spec, task_names
-from tasks.task import SPLITS, Example, TaskData, TaskError, TaskSpec, build_data, fill, meta_prompt
+from tasks.errors import TaskError
+from tasks.meta_prompt import meta_prompt
+from tasks.spec import SPLITS, Example, TaskSpec, fill
+from tasks.splits import TaskData, build_data
 
 SPEC: dict[str, Any] = {
     "name": "mood",
@@ -213,10 +216,70 @@ def test_a_missing_column_names_row_and_columns() -> None:
     assert str(caught.value) == expected
 
 
-@pytest.mark.parametrize("text", ["", " \n\t", 7, ["a", 1]])
+@pytest.mark.parametrize(
+    "text", ["", " \n\t", [], [""], ["a", ["b"]], {}, {"a": "b"}, True, float("nan"), [None], "\ud800"]
+)
 def test_a_field_without_text_names_row_and_field(text: Any) -> None:
     with pytest.raises(TaskError, match=r"rows\.csv:2: field 'sentence' is .*; expected some text"):
         load_spec("sst2").example({"sentence": text, "label": 0}, "rows.csv:2")
+
+
+# What a .csv holds as text is a number in JSON and .parquet.
+@pytest.mark.parametrize(
+    ("value", "text"), [(7, "7"), (-1.5, "-1.5"), ("7", "7"), (["a", 1], "a, 1"), (10**400, "1" + 400 * "0")]
+)
+def test_numbers_are_texts(value: Any, text: str) -> None:
+    assert load_spec("sst2").example({"sentence": value, "label": 0}, "row 1") == Example(text, 0, "no")
+
+
+def test_a_text_that_no_context_holds_is_refused() -> None:
+    with pytest.raises(TaskError, match=r"row 1: field 'sentence' has 10000000 characters; expected at most 1000000"):
+        load_spec("sst2").example({"sentence": "a" * 10**7, "label": 0}, "row 1")
+
+
+# A column of scores says which label is right; where it does not, no label is made up.
+@pytest.mark.parametrize(
+    ("scores", "fragment"),
+    [
+        ({}, "the scores are {}; expected a number for each name"),
+        ({"negative": None}, "the scores are {'negative': None}; expected a number"),
+        ({"negative": None, "positive": 1}, "expected a number for each name"),
+        ({"negative": float("nan"), "positive": 1}, "expected a number for each name"),
+        ({"negative": "1", "positive": "0"}, "expected a number for each name"),
+        ({"negative": 0, "positive": 0}, "expected a highest one"),
+        ({"negative": 0, "neutral": 1}, "is not in the verbalizer"),
+    ],
+)
+def test_scores_that_name_no_label_are_refused(scores: dict[str, Any], fragment: str) -> None:
+    with pytest.raises(TaskError) as caught:
+        load_spec("sst2").example({"sentence": "s", "label": scores}, "row 1")
+    assert str(caught.value).startswith("row 1: ") and fragment in str(caught.value)
+
+
+def test_labels_that_share_the_highest_score_are_all_right() -> None:
+    found = load_spec("mnli").example(
+        {"premise": "p", "hypothesis": "h", "label": {"entailment": 0, "neutral": 1, "contradiction": 1}}, "row 1"
+    )
+    assert found == Example("premise : p\nhypothesis : h", 1, "maybe", also=(2,))
+
+
+@pytest.mark.parametrize("label", ["9" * 5000, 10**400, [0], "٣", "00"])
+def test_a_label_of_any_kind_is_read_or_refused(label: Any) -> None:
+    with pytest.raises(TaskError, match="is not in the verbalizer"):
+        load_spec("sst2").example({"sentence": "s", "label": label}, "row 1")
+
+
+def test_a_message_is_one_printable_line_whatever_it_quotes() -> None:
+    with pytest.raises(TaskError) as caught:
+        load_spec("sst2").example({"\x1b[2J\n\ud800": "s", "label": "\x1b]0;hi\x07"}, "rows.csv:2")
+    assert str(caught.value).isprintable()
+
+
+def test_a_message_quotes_only_the_beginning_of_what_is_long() -> None:
+    row = {f"column {i}" * 50: "s" for i in range(5000)}
+    with pytest.raises(TaskError) as caught:
+        load_spec("sst2").example(row, "rows.csv:2")
+    assert len(str(caught.value)) < 2500
 
 
 def test_a_null_label_is_not_called_a_missing_column() -> None:
@@ -253,8 +316,9 @@ def test_an_unknown_task_gets_the_list_of_all_but_for_the_subjects() -> None:
     assert refusal("xxxxxxxx") == f"unknown task 'xxxxxxxx'; tasks are {', '.join(short)} and those of mmlu/"
 
 
-def test_a_spec_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    assert str(tmp_path / "none.yaml") in refusal(str(tmp_path / "none.yaml"))
+@pytest.mark.parametrize("name", ["none.yaml", "none.YML"])
+def test_a_spec_file_that_is_not_there_is_not_called_an_unknown_task(name: str, tmp_path: Path) -> None:
+    assert refusal(str(tmp_path / name)) == f"no spec file {str(tmp_path / name)!r}"
 
 
 def test_a_users_own_spec_loads_by_its_path(tmp_path: Path) -> None:
@@ -284,15 +348,31 @@ def test_an_unknown_key_gets_the_nearest_one(tmp_path: Path) -> None:
 
 def test_an_unknown_key_like_no_other_is_refused_all_the_same(tmp_path: Path) -> None:
     path = write_spec(tmp_path, zzz=1)
-    assert refusal(path) == f"{path}: unknown key 'zzz'"
+    assert refusal(path).startswith(f"{path}: unknown key 'zzz'; expected one of name, description, ")
 
 
-# YAML 1.1 reads bare yes, no, on, off as booleans: as a word and as a label.
-@pytest.mark.parametrize("verbalizer", ["{sad: no, happy: yes}", "{no: bad, yes: good}", "{0: bad, 1: good}"])
-def test_a_verbalizer_that_yaml_does_not_read_as_text_is_told_to_use_quotes(verbalizer: str, tmp_path: Path) -> None:
+# YAML 1.1 reads bare yes, no, on, off as booleans, and digits as numbers: as a word and as a label.
+@pytest.mark.parametrize(
+    ("verbalizer", "fragment"),
+    [
+        ("{sad: no, happy: yes}", "verbalizer 'sad': False: the word is not text; write the word in quotes"),
+        ("{no: bad, yes: good}", "verbalizer False: 'bad': the label is not text; write the label in quotes"),
+        ('{0: "no", 1: "yes"}', "verbalizer 0: 'no': the label is not text; write the label in quotes"),
+        ('{null: "no", a: "yes"}', "verbalizer None: 'no': the label is not text"),
+    ],
+)
+def test_a_verbalizer_that_yaml_does_not_read_as_text_is_told_what_needs_quotes(
+    verbalizer: str, fragment: str, tmp_path: Path
+) -> None:
     lines = yaml.safe_dump({key: value for key, value in SPEC.items() if key != "verbalizer"})
     path = write_text(tmp_path, f"{lines}verbalizer: {verbalizer}\n")
-    assert "is not text; write words such as yes in quotes" in refusal(path)
+    assert fragment in refusal(path)
+
+
+@pytest.mark.parametrize("word", ["", " ", " no", "no\n"])
+def test_a_word_is_not_white_space_nor_has_it_around(word: str, tmp_path: Path) -> None:
+    path = write_spec(tmp_path, verbalizer={"sad": word, "happy": "yes"})
+    assert "expected a word without white space around it" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -302,23 +382,28 @@ def test_a_verbalizer_needs_two_different_words(verbalizer: dict[str, str], tmp_
     assert "needs two or more different words" in refusal(write_spec(tmp_path, verbalizer=verbalizer))
 
 
+TEXT, LIST, LISTS = "text", "a list of texts", "names with a list of texts each"
+
+
 @pytest.mark.parametrize(
     ("key", "value", "kind"),
     [
-        ("name", 3, "str"),
-        ("input", ["{text}"], "str"),
-        ("manual_prompt", {"a": "b"}, "str"),
-        ("label", "label", "list"),
-        ("fields", ["text"], "dict"),
-        ("verbalizer", ["no", "yes"], "dict"),
-        ("hub", "nyu-mll/glue", "dict"),
-        ("files", [], "dict"),
-        ("drop_labels", "-1", "list"),
+        ("name", 3, TEXT),
+        ("input", ["{text}"], TEXT),
+        ("manual_prompt", {"a": "b"}, TEXT),
+        ("label", "label", LIST),
+        ("fields", ["text"], LISTS),
+        ("verbalizer", ["no", "yes"], "names with a text each"),
+        ("hub", "nyu-mll/glue", "names with a text each"),
+        ("files", [], LISTS),
+        ("drop_labels", "-1", LIST),
+        ("max_shots", True, "a whole number"),
+        ("shuffle", 1, "true or false"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_named(key: str, value: Any, kind: str, tmp_path: Path) -> None:
     path = write_spec(tmp_path, **{key: value})
-    assert refusal(path) == f"{path}: {key!r} is {value!r}; expected a {kind}"
+    assert refusal(path) == f"{path}: {key!r} is {value!r}; expected {kind}"
 
 
 # One level down: a name where a list of names belongs would be read letter by letter, null would fail at the first
@@ -327,6 +412,7 @@ def test_a_value_of_the_wrong_type_is_named(key: str, value: Any, kind: str, tmp
     ("key", "value"),
     [
         ("fields", {"text": "sentence"}),
+        ("fields", {1: ["sentence"]}),
         ("fields", {"text": None}),
         ("files", {"test": "mine.jsonl"}),
         ("hub", {"path": "a/b", "train": 3, "test": "test"}),
@@ -351,6 +437,34 @@ def test_a_template_needs_prompt_and_input_once_each(template: str, tmp_path: Pa
     assert refusal(path) == f"{path}: 'template' needs {{prompt}} and {{input}}, once each"
 
 
+# A split that the spec calls by another name would never be read, without a word.
+@pytest.mark.parametrize(
+    ("key", "value", "fragment"),
+    [
+        ("files", {"val": ["a.csv"]}, "unknown key of 'files': 'val'; expected one of train, validation, test, manual"),
+        ("files", {"tests": ["a.csv"]}, "unknown key of 'files': 'tests'; did you mean 'test'?"),
+        ("hub", {"path": "a/b", "split": "train"}, "unknown key of 'hub': 'split'; expected one of path, name"),
+    ],
+)
+def test_an_unknown_split_is_refused(key: str, value: dict[str, Any], fragment: str, tmp_path: Path) -> None:
+    assert fragment in refusal(write_spec(tmp_path, **{key: value}))
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "a//b", "/etc", "a/../b"])
+def test_a_name_is_that_of_a_folder(name: str, tmp_path: Path) -> None:
+    assert "cannot be that of a folder" in refusal(write_spec(tmp_path, name=name))
+
+
+def test_a_field_named_like_the_lettered_choices_is_refused(tmp_path: Path) -> None:
+    path = write_spec(tmp_path, verbalizer=None, choices=["opts"], fields={"choices": []}, input="{choices}")
+    assert "a field is called 'choices'" in refusal(path)
+
+
+def test_a_text_task_without_a_metric_is_told_to_name_one(tmp_path: Path) -> None:
+    path = write_spec(tmp_path, verbalizer=None, answers=["output"])
+    assert refusal(path).startswith(f"{path}: missing key 'metric'; expected exact_match or ")
+
+
 def test_an_unknown_metric_is_refused(tmp_path: Path) -> None:
     assert "unknown metric 'f1'; expected accuracy" in refusal(write_spec(tmp_path, metric="f1"))
 
@@ -365,6 +479,23 @@ BROKEN = [
     "name: [mood\n",
     "fields:\n\ttext: []\n",  # a tab for indentation
     "name: !!python/object/apply:os.abort []\n",  # a tag that would run code
+    'name: "\\ud800"\n',  # half a character
+]
+# Texts on which PyYAML itself fails with something else than its own error.
+UNREADABLE = [
+    "a: " + "[" * 5000,
+    "".join(" " * i + "a:\n" for i in range(3000)),
+    "a: 1" + "0" * 5000,
+    "a: 2001-02-30",
+    "a: !!bool maybe",
+    "a: !!int ''",
+    "a: !!float ''",
+    "a: !!timestamp soon",
+    "a: 0x_",
+    "!!set [a]",
+    "!!map xy",
+    "a: !!binary é",
+    "? [a]\n: b",
 ]
 
 
@@ -373,6 +504,21 @@ def test_broken_yaml_is_one_line_that_says_where(text: str, tmp_path: Path) -> N
     path = write_text(tmp_path, text)
     # One line: `.` matches no line break, and re.fullmatch takes all of the text.
     assert re.fullmatch(rf"{re.escape(path)}: not readable as YAML: .*line \d, column \d+.*", refusal(path))
+
+
+@pytest.mark.parametrize("text", UNREADABLE, ids=range(len(UNREADABLE)))
+def test_yaml_that_cannot_be_read_is_one_line(text: str, tmp_path: Path) -> None:
+    path = write_text(tmp_path, text)
+    assert refusal(path).startswith(f"{path}: not readable as YAML: ")
+
+
+def test_a_spec_that_is_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mood.yaml").mkdir()
+    assert refusal(str(tmp_path / "mood.yaml")) == f"{tmp_path / 'mood.yaml'}: cannot be read: Is a directory"
+
+
+def test_a_spec_with_a_name_too_long_for_any_file_is_refused() -> None:
+    assert "cannot be read: File name too long" in refusal("a" * 300 + ".yaml")
 
 
 def test_a_spec_that_is_not_utf8_is_refused(tmp_path: Path) -> None:

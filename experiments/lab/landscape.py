@@ -23,8 +23,9 @@ from experiments.lab import grammar
 from experiments.models import LAB_DIR, load_model
 from rewards.reward import ClassificationReward
 from rewards.target import TargetModel
+from tasks.meta_prompt import meta_prompt
 from tasks.sources import load_task
-from tasks.task import TaskData, meta_prompt
+from tasks.splits import TaskData
 
 WORDINGS = 3  # drawn for every kind of instruction
 Writer = Callable[[random.Random, str], str]

@@ -35,7 +35,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from experiments.lab import grammar, wordplay
 from experiments.lab.packing import Packed, fit, pack
 from tasks.catalogue import load_spec
-from tasks.task import Example, MetaPrompt, TaskSpec, meta_prompt, rewrite_prompt
+from tasks.meta_prompt import MetaPrompt, meta_prompt, rewrite_prompt
+from tasks.spec import Example, TaskSpec
 
 LAB_DIR = Path(__file__).parent
 TRAIN_ROWS, TEST_ROWS = 400, 600
@@ -380,8 +381,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of the training times, to try the recipe quickly")
     options = parser.parse_args()
     parts = options.parts or ["data", "target", "agent"]
-    unknown = set(parts) - {"data", "target", "agent"}
-    if unknown:
+    if unknown := set(parts) - {"data", "target", "agent"}:
         parser.error(f"unknown part {min(unknown)!r}; parts are data, target, agent")
     if "data" in parts:
         write_data(options.folder / "data")

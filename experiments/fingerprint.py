@@ -1,0 +1,37 @@
+"""Whether a run's task is still what the run was made with: its rows, and of its spec what the numbers depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from tasks.spec import SPLITS
+from tasks.splits import TaskData
+
+Fingerprint = dict[str, str]  # part of the task -> hash
+
+
+def fingerprint(data: TaskData) -> Fingerprint:
+    """A hash of each part; other rows, another seed or another template give another."""
+    spec = data.spec
+    parts = {
+        "template": spec.template,
+        "manual prompt": spec.manual_prompt,
+        "metric": spec.metric,
+        "label words": (list(spec.verbalizer.items()), data.words),
+        **{f"{split} rows": getattr(data, split) for split in SPLITS},
+    }
+    return {name: hashlib.sha256(repr(part).encode()).hexdigest() for name, part in parts.items()}
+
+
+def differing(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The parts that differ, by name; empty if none does."""
+    return ", ".join(name for name in now if before.get(name) != now[name])
+
+
+def changed_since(folder: Path, now: Mapping[str, str]) -> str:
+    """The parts that are not as they were when a finished run was made; empty if all are, or if it did not say."""
+    result = json.loads((folder / "best_prompt.json").read_text(encoding="utf-8"))
+    return differing(result.get("fingerprint", now), now)

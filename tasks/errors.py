@@ -1,0 +1,47 @@
+"""What a person is told whose spec or data are not as they should be: always one printable line, never a long one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from reprlib import Repr
+
+LONGEST = 2_000  # characters of a message
+QUOTED = 100  # characters of a value in it
+NAMED = 30  # columns and the like in it
+
+
+class TaskError(ValueError):
+    """A spec or a data file is not as it should be; the message names file, key or row, and what was expected.
+
+    A message quotes what stands in files, and a terminal obeys escape sequences, so that the message escapes them.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message if len(message) <= LONGEST else f"{message[:LONGEST]}..."))
+
+
+class MissingFilesError(TaskError):
+    """A folder does not hold the files of a task, or the task has no data set on the hub."""
+
+
+class TooFewRowsError(TaskError):
+    """The data have fewer rows than are to be drawn."""
+
+
+def printable(text: str) -> str:
+    """The text on one line, with an escape for every character that a terminal would not print as itself."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def shown(value: object) -> str:
+    """A value as messages quote it: cut where it is long or deep."""
+    short = Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 3, QUOTED, QUOTED, QUOTED
+    return short.repr(value)
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names with commas between them; the first ones of many."""
+    first = [str(name)[:QUOTED] for name in islice(names, NAMED + 1)]
+    return ", ".join(first[:NAMED]) + (", ..." if len(first) > NAMED else "")

@@ -1,0 +1,52 @@
+"""The meta-prompts: what shows the agent a task's examples and asks it for an instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tasks.spec import Example
+
+NUMBER_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+class MetaPrompt(NamedTuple):
+    """What the agent is asked, and the opening of the answer that it is to go on with."""
+
+    request: str
+    opening: str
+
+
+def meta_prompt(pairs: Sequence[Example]) -> MetaPrompt:
+    """The fixed meta-prompt of the paper (Figure 6), filled with input-output pairs."""
+    count = NUMBER_WORDS[len(pairs)] if len(pairs) < len(NUMBER_WORDS) else str(len(pairs))
+    noun = "input" if len(pairs) == 1 else "inputs"
+    return MetaPrompt(
+        f"I gave a friend an instruction and {count} {noun}.\n"
+        "The friend read the instruction and wrote an output for every one of the inputs.\n"
+        f"Here are the input-output pairs:\n{as_lines(pairs)}",
+        "The instruction was :",
+    )
+
+
+def rewrite_prompt(pairs: Sequence[Example], text: str, instruction: str = "") -> MetaPrompt:
+    """The meta-prompt of test-time editing (Figure 6): pairs, then the one input that the instruction is to be for.
+
+    Args:
+        pairs: examples to show.
+        text: the current input, rendered.
+        instruction: a manual prompt to start from; left out when empty.
+    """
+    given = f"Instruction : {instruction}\n" if instruction else ""
+    return MetaPrompt(
+        "Look at the instruction and current input,\n"
+        f"rewrite instruction for current input.\n{given}"
+        f"Here are the input-output pairs:\n{as_lines(pairs)}\n"
+        f"Current Input Here : {text}",
+        "The Rewritten instruction was :",
+    )
+
+
+def as_lines(pairs: Sequence[Example]) -> str:
+    """Input-output pairs as text, one a line."""
+    return "\n".join(f"Input : {pair.input} Output : {pair.answer}" for pair in pairs)

@@ -1,0 +1,187 @@
+"""Files of rows: .jsonl, .json, .tsv, .csv and .parquet, each row as columns and values with the place it stands at."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import TaskError, shown
+
+SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
+
+Row = dict[str, Any]
+
+
+csv.field_size_limit(2**31 - 1)  # a cell may be a document; the csv module stops at 128 kB of itself
+
+
+def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
+    """Yields (file and row, columns -> values) of a .jsonl, .json, .tsv, .csv or .parquet file.
+
+    Args:
+        path: the file.
+        columns: the names of the columns of a .tsv or .csv without header.
+
+    Raises:
+        TaskError: the file cannot be read, has no rows, or one of them is malformed.
+    """
+    readers: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".tsv": partial(_read_tsv, columns=columns),
+        ".csv": partial(_read_csv, columns=columns),
+        ".parquet": _read_parquet,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise TaskError(f"{path}: unknown kind of file; expected {', '.join(SUFFIXES)}")
+    empty = True
+    with _reading(path):
+        for number, row in reader(path):
+            empty = False
+            yield f"{path}:{number}", row
+    if empty:
+        raise TaskError(f"{path}: the file has no rows")
+
+
+def read_text(path: Path) -> str:
+    """All of a text file.
+
+    Raises:
+        TaskError: it cannot be read, or is not UTF-8.
+    """
+    with _reading(path):
+        return path.read_text(encoding="utf-8-sig")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a .json file.
+
+    Raises:
+        TaskError: it cannot be read, or is not JSON.
+    """
+    return _parse_json(read_text(path), path, 1)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Says in one line why a file cannot be read."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path}: not UTF-8 at byte {_bad_byte(path)}") from error
+    except OSError as error:
+        raise TaskError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _bad_byte(path: Path) -> int:
+    """Where a file stops being UTF-8; the decoder of an open file counts from its last block."""
+    try:
+        path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return 0
+
+
+# -- JSON --------------------------------------------------------------------------------------------------------
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, _object(_parse_json(line.rstrip("\n"), path, number), path, number)
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
+    """A list of objects, or an object with such a list, or such numbered objects, under "examples"."""
+    data = read_json(path)
+    rows = data.get("examples", []) if isinstance(data, dict) else data
+    if not isinstance(rows, list | dict):
+        raise TaskError(f"{path}: expected a list of objects, or an object with 'examples'")
+    for number, row in enumerate(rows.values() if isinstance(rows, dict) else rows, 1):
+        yield number, _object(row, path, number)
+
+
+def _parse_json(text: str, path: Path, line: int) -> Any:
+    """The value of a JSON text that begins in this line of the file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{path}:{line + error.lineno - 1}"
+        raise TaskError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise TaskError(f"{path}:{line}: values are nested too deeply") from error
+    except ValueError as error:  # Python reads no whole numbers of more than 4300 digits
+        raise TaskError(f"{path}:{line}: a number has too many digits") from error
+
+
+def _object(row: Any, path: Path, number: int) -> Row:
+    if not isinstance(row, dict):
+        raise TaskError(f"{path}:{number}: expected an object, found {type(row).__name__}")
+    return row
+
+
+# -- tables ------------------------------------------------------------------------------------------------------
+
+
+def _read_tsv(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Row]]:
+    # GLUE's files hold stray quotes, so nothing is quoted; SNLI's rows may be longer than the header, by further
+    # annotators' labels before the gold one, so the last field is always the last column.
+    with path.open(encoding="utf-8-sig") as lines:
+        table = (
+            (number, line.rstrip("\n").split("\t") if line != "\n" else []) for number, line in enumerate(lines, 1)
+        )
+        header = _header(path, table, columns)
+        for number, row in table:
+            if row:
+                _check_width(path, number, len(row), len(header), longer=True)
+                yield number, {**dict(zip(header[:-1], row, strict=False)), header[-1]: row[-1]}
+
+
+def _read_csv(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Row]]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, strict=True)
+        table = ((reader.line_num, row) for row in reader)
+        try:
+            header = _header(path, table, columns)
+            for number, row in table:
+                if row:
+                    _check_width(path, number, len(row), len(header))
+                    yield number, dict(zip(header, row, strict=True))
+        except csv.Error as error:
+            raise TaskError(f"{path}:{reader.line_num}: not CSV: {error}") from error
+
+
+def _header(path: Path, table: Iterator[tuple[int, list[str]]], columns: Sequence[str]) -> list[str]:
+    """The names of the columns; those that are given, or else the table's first row."""
+    if columns:
+        return list(columns)
+    _, header = next(table, (0, None))
+    if header == []:
+        raise TaskError(f"{path}:1: the header is an empty line")
+    repeated = [name for name, count in Counter(header).items() if name and count > 1]
+    if repeated:
+        raise TaskError(f"{path}:1: {shown(repeated[0])} is the name of two columns")
+    return header or []
+
+
+def _check_width(path: Path, line: int, found: int, expected: int, longer: bool = False) -> None:
+    if found < expected or (found > expected and not longer):
+        raise TaskError(f"{path}:{line}: {found} fields; the header has {expected} columns")
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
+    import pyarrow.parquet  # comes with `datasets`; half a second to import
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise TaskError(f"{path}: not a readable parquet file: {error}") from error
+    yield from enumerate(rows, 1)

@@ -1,0 +1,118 @@
+"""The examples of a run: train and validation drawn with a seed, and all splits kept out of one another."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+
+from tasks.cells import LETTERS
+from tasks.errors import TaskError, TooFewRowsError
+from tasks.spec import Example, TaskSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The examples of a run. Disjoint by normalised text; train and validation balanced over labels."""
+
+    spec: TaskSpec
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What the target chooses from, in class order: label words, or letters. Empty where the answer is text."""
+        if self.spec.kind == "labels":
+            return self.spec.words
+        every = chain(self.train, self.validation, self.test)
+        return LETTERS[: max((example.choices or 0 for example in every), default=0)]
+
+    def __post_init__(self) -> None:
+        for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
+            shared = _texts(getattr(self, one)) & _texts(getattr(self, other))
+            if shared:
+                raise TaskError(f"{self.spec.name}: {one} and {other} share the input {sorted(shared)[0]!r}")
+
+
+def build_data(
+    spec: TaskSpec, rows: Mapping[str, Sequence[Example]], shots: int = 16, seed: int = 0, test_limit: int | None = None
+) -> TaskData:
+    """Draws train and validation, seeded, and keeps them out of one another and of test.
+
+    With a verbalizer both hold `shots` examples of each label. Choices and texts have no labels to balance: there it
+    is 2 * shots examples as for two labels, fewer if the data are few, and right letters as even as can be.
+
+    Args:
+        spec: the task.
+        rows: examples of "train", and of "validation" and "test" if the source has them; what is missing is cut from
+            "train". Test is then all that is left.
+        shots: examples per label in train, and as many in validation; no more than the spec's max_shots.
+        seed: of the draw.
+        test_limit: at most so many test examples, drawn with the same seed; None keeps all.
+
+    Raises:
+        TaskError: too few examples.
+    """
+    rng = random.Random(seed)
+    shots = min(shots, spec.max_shots or shots)
+    test = list(rows.get("test") or ())
+    if test_limit is not None and test_limit < len(test):
+        test = rng.sample(test, test_limit)
+    taken = _texts(test)
+    repeated = len(taken & _texts(rows["train"]))
+    if repeated:
+        log.warning("%s: %d inputs of train are in test as well; left out of train", spec.name, repeated)
+    drawn = {}
+    for split in ("train", "validation"):
+        pool = list(rows.get(split) or rows["train"])
+        rng.shuffle(pool)
+        unique = {_normalise(e.input): e for e in pool if _normalise(e.input) not in taken}
+        if spec.kind == "labels":
+            chosen = _balanced(spec, list(unique.values()), shots, split)
+        else:
+            shares = 1 + (split == "train" and not rows.get("validation")) + (not test)  # splits still to be served
+            chosen = _stratified(unique.values())[: min(2 * shots, len(unique) // shares)]
+        if not chosen:
+            raise TooFewRowsError(f"{spec.name}: no examples left for {split}")
+        rng.shuffle(chosen)
+        taken |= _texts(chosen)
+        drawn[split] = tuple(chosen)
+    if not test:
+        test = [e for e in rows["train"] if _normalise(e.input) not in taken]
+        test = rng.sample(test, min(len(test), test_limit or len(test)))
+    if not test:
+        raise TooFewRowsError(f"{spec.name}: no examples left for test")
+    return TaskData(spec, drawn["train"], drawn["validation"], tuple(test))
+
+
+def _balanced(spec: TaskSpec, pool: Sequence[Example], shots: int, split: str) -> list[Example]:
+    chosen: list[Example] = []
+    for label, word in enumerate(spec.words):
+        mine = [example for example in pool if example.label == label]
+        if len(mine) < shots:
+            raise TooFewRowsError(
+                f"{spec.name}: {len(mine)} examples left with label {word!r} for {split}; {shots} shots need {shots}"
+            )
+        chosen += mine[:shots]
+    return chosen
+
+
+def _stratified(pool: Iterable[Example]) -> list[Example]:
+    """The examples in such an order that every beginning of it has its right letters as even as can be."""
+    groups: dict[int | None, list[Example]] = {}
+    for example in pool:
+        groups.setdefault(example.label, []).append(example)
+    return [example for example in chain.from_iterable(zip_longest(*groups.values())) if example is not None]
+
+
+def _normalise(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _texts(examples: Iterable[Example]) -> set[str]:
+    return {_normalise(example.input) for example in examples}
