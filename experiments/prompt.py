@@ -1,7 +1,7 @@
 """Uses a finished run: the instruction for an input, and what the target makes of it.
 
-    python -m experiments.prompt --run runs/mixed-... --input "premise : ... focus : place" --answer
-    python -m experiments.prompt --run runs/mixed-... --file inputs.txt --answer > answers.jsonl
+    appo prompt --run runs/mixed-... --input "premise : ... focus : place" --answer
+    appo prompt --run runs/mixed-... --file inputs.txt --answer > answers.jsonl
 
 A run in mode fixed has one instruction for all inputs, one in mode tte writes one for each. Inputs are texts as the
 target reads them; `\\n` stands for a line break. A file has one input per line, or "input" in each .jsonl row.
@@ -9,19 +9,19 @@ target reads them; `\\n` stands for a line break. A file has one input per line,
 
 from __future__ import annotations
 
-import argparse
 import json
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.command import Parser, in_order
+from experiments.runlog import read_result
 from experiments.session import Run, open_run
-from experiments.train import USER_ERRORS
 from rewards.generation import generate
 from rewards.reward import STOPS, GenerationReward
+from rewards.target import NO_NUMBERS
 from tasks.sources import read_rows
 from tasks.task import TaskError
 
@@ -30,8 +30,7 @@ def instructions(run: Run, inputs: Sequence[str]) -> list[str]:
     """The run's instruction for each input."""
     if run.config.mode == "tte":
         return run.editor.write(inputs)
-    prompt = json.loads((run.log.folder / "best_prompt.json").read_text(encoding="utf-8"))["prompt"]
-    return [prompt] * len(inputs)
+    return [read_result(run.log.folder)["prompt"]] * len(inputs)
 
 
 def answers(run: Run, prompts: Sequence[str], inputs: Sequence[str]) -> list[dict[str, Any]]:
@@ -40,7 +39,10 @@ def answers(run: Run, prompts: Sequence[str], inputs: Sequence[str]) -> list[dic
     if isinstance(run.reward, GenerationReward):
         said = generate(target, prompts, inputs, run.reward.answer_tokens, STOPS)
         return [{"answer": text} for text in said]
-    rows = target.pair_logits(prompts, inputs).softmax(-1).tolist()
+    logits = target.pair_logits(prompts, inputs)
+    if logits.isnan().any():
+        raise FloatingPointError(NO_NUMBERS)
+    rows = logits.softmax(-1).tolist()
     found = [dict(zip(run.data.words, row, strict=True)) for row in rows]
     return [{"answer": max(row, key=lambda word: row[word]), "probabilities": row} for row in found]
 
@@ -55,34 +57,40 @@ def read_inputs(path: Path) -> list[str]:
         raise TaskError(f"no file {str(path)!r}")
     if path.suffix == ".jsonl":
         rows = list(read_rows(path))
-        bad = next((where for where, row in rows if not isinstance(row.get("input"), str)), None)
+        bad = next((where for where, row in rows if not _is_text(row.get("input"))), None)
         if bad:
             raise TaskError(f"{bad}: no text under 'input'")
         return [row["input"] for _, row in rows]
-    lines = [line.replace("\\n", "\n") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path}: not UTF-8 at byte {error.start}") from error
+    lines = [line.replace("\\n", "\n") for line in text.splitlines() if line.strip()]
     if not lines:
         raise TaskError(f"{path}: the file has no inputs")
     return lines
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)  # no half characters
+
+
+@in_order
+def main(argv: Sequence[str]) -> int:
     """Prints the instruction for one input, or a JSON line for each of a file; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.prompt", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="appo prompt", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--input", help="one input")
     group.add_argument("--file", type=Path, help="one input per line, or .jsonl")
     parser.add_argument("--answer", action="store_true", help="the target's answer as well")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
     options = parser.parse_args(argv)
-    try:
-        inputs = [options.input.replace("\\n", "\n")] if options.input is not None else read_inputs(options.file)
-        run = open_run(options.run)
-        started = time.perf_counter()
-        prompts = instructions(run, inputs)
-        replies = answers(run, prompts, inputs) if options.answer else [{} for _ in inputs]
-    except (*USER_ERRORS, UnicodeDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    inputs = [options.input.replace("\\n", "\n")] if options.input is not None else read_inputs(options.file)
+    run = open_run(options.run, options.trust_remote_code)
+    started = time.perf_counter()
+    prompts = instructions(run, inputs)
+    replies = answers(run, prompts, inputs) if options.answer else [{} for _ in inputs]
     seconds = time.perf_counter() - started
     print(f"{1000 * seconds / len(inputs):.1f} ms per input, {len(inputs)} in all, after loading", file=sys.stderr)
     if options.input is None:
@@ -97,5 +105,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     sys.exit(main())
