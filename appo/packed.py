@@ -73,6 +73,7 @@ def install(model: PreTrainedModel) -> bool:
         return packs(model)
     before = model.config._attn_implementation
     trial = Branches([[1, 2, 3, 4], [5]], [[6, 7, 8], [9], [3, 2]], [0, 0, 1])
+    model.set_attn_implementation("eager")  # the model's definition; SDPA may leave a soft cap out without a word
     plain = run(model, trial).logits
     model.set_attn_implementation(NAME)
     if packs(model):

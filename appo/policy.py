@@ -82,7 +82,8 @@ class Policy(nn.Module):
         self.sampling = sampling or SamplingConfig()
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
-            model.activation_checkpointing_enable()
+            # The name that transformers has now, else the one it had before.
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         embedding = model.get_input_embeddings()
         if embedding.weight is model.get_output_embeddings().weight and embedding.weight.requires_grad:
             # The head's gradient is as large as the vocabulary: that of the few tokens read is added to it, where a

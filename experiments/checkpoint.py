@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from experiments.files import writing
+
 SCHEMA = 3
 KEPT = 2  # checkpoints; the newest may turn out to be damaged
 STATE, MANIFEST = "state.pt", "manifest.json"
@@ -41,20 +43,21 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     final = folder / f"step-{step:06d}"
     part = folder / f"{final.name}.tmp-{os.getpid()}"
     try:
-        part.mkdir(parents=True, exist_ok=True)
-        with (part / STATE).open("wb") as file:  # a path would lose the OSError, and with it the file's name
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        size, digest = (part / STATE).stat().st_size, _sha256(part / STATE)
-        with (part / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump({"schema": SCHEMA, "step": step, "size": size, "sha256": digest}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_folder(part)
-        shutil.rmtree(final, ignore_errors=True)  # of the same iteration, so of the same state
-        part.replace(final)
-        _sync_folder(folder)
+        with writing(final):
+            part.mkdir(parents=True, exist_ok=True)
+            with (part / STATE).open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            size, digest = (part / STATE).stat().st_size, _sha256(part / STATE)
+            with (part / MANIFEST).open("w", encoding="utf-8") as file:
+                json.dump({"schema": SCHEMA, "step": step, "size": size, "sha256": digest}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            _sync_folder(part)
+            shutil.rmtree(final, ignore_errors=True)  # of the same iteration, so of the same state
+            part.replace(final)
+            _sync_folder(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)  # there only if something went wrong
     for old in _found(folder)[KEPT:]:
@@ -72,30 +75,48 @@ def load(folder: Path) -> Loaded:
         shutil.rmtree(leftover, ignore_errors=True)
     damaged: list[str] = []
     for path in _found(folder):
-        fault = _fault(path)
-        if fault is None:
-            return Loaded(torch.load(path / STATE, map_location="cpu", weights_only=True), damaged)
-        damaged.append(f"{path}: {fault}")
+        try:
+            return Loaded(_whole(path), damaged)
+        except CheckpointError as error:
+            damaged.append(f"{path}: {error}")
     raise CheckpointError("; ".join(damaged) or f"no checkpoint in {str(folder)!r}")
 
 
+def any_in(folder: Path) -> bool:
+    """Whether there is a checkpoint, be it damaged."""
+    return bool(_found(folder))
+
+
 def _found(folder: Path) -> list[Path]:
-    """Checkpoints by name, newest first; leftovers of a killed writer are none."""
-    return sorted((p for p in folder.glob("step-*") if p.suffix == "" and p.is_dir()), reverse=True)
+    """Checkpoints, newest first; leftovers of a killed writer are none."""
+    steps = (p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdecimal() and p.is_dir())
+    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def _fault(path: Path) -> str | None:
+def _whole(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint; a CheckpointError says why it is none."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["schema"] != SCHEMA:
-            return f"schema {manifest['schema']}; this version reads {SCHEMA}"
+            raise CheckpointError(f"schema {manifest['schema']}; this version reads {SCHEMA}")
         if (path / STATE).stat().st_size != manifest["size"]:
-            return f"{STATE} is {(path / STATE).stat().st_size} bytes long, not {manifest['size']}"
+            raise CheckpointError(f"{STATE} is {(path / STATE).stat().st_size} bytes long, not {manifest['size']}")
         if _sha256(path / STATE) != manifest["sha256"]:
-            return f"{STATE} is not what was written (sha256)"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"no sound manifest ({type(error).__name__}: {error})"
-    return None
+            raise CheckpointError(f"{STATE} is not what was written (sha256)")
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"no sound manifest ({type(error).__name__}: {error})") from error
+    try:
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # torch falls over a file that is none of its own in every way there is
+        what = type(error).__name__  # and advises to load it unsafely
+        raise CheckpointError(f"{STATE} cannot be read, or holds more than plain values ({what})") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{STATE} holds no state, but {type(state).__name__}")
+    return state
 
 
 def _sha256(path: Path) -> str:

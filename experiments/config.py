@@ -7,27 +7,21 @@ of range is a `ConfigError` that names it, before anything is loaded.
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from appo.config import AnchorConfig, APPOConfig, SamplingConfig
-from tasks.catalogue import parse_yaml
+from experiments.strict import ConfigError, Tree, assigned, construct, merge, read_yaml, shown
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 LAB = "lab"
 Dtype = Literal["auto", "float32", "bfloat16"]
-RESUMABLE = ("steps", "epochs", "run", "checkpoint_every")  # what may differ when a run goes on
-
-
-class ConfigError(ValueError):
-    """A configuration is not as it should be; the message names file, key and what was expected."""
+LAB_DIR = Path(__file__).parent / "lab"
+MAX_THREADS = 1024  # torch crashes where the system has no more of them to give
+RESUMABLE = ("steps", "epochs", "run", "checkpoint_every", "trust_remote_code")  # what may differ when a run goes on
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ class RunConfig:
     gradient_checkpointing: bool = False  # of the agent: a third more time for far less memory in updates
     agent_chat: bool | None = None  # use the agent's chat template; null: if it has one
     target_chat: bool = False  # likewise the target's; the paper's template is plain text
-    trust_remote_code: bool = False  # run code that comes with a model
+    trust_remote_code: bool = False  # run code that comes with a model; counts on the command line of a call only
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -92,9 +86,10 @@ class RunConfig:
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
 
     def __post_init__(self) -> None:
-        _at_least(
-            self, seed=0, epochs=1, steps=1, prompts=1, pool=1, checkpoint_every=1, threads=1, few_shot=0, headroom=0
-        )
+        _at_least(self, seed=0, epochs=1, steps=1, prompts=1, pool=1, checkpoint_every=1, threads=1)
+        _at_least(self, few_shot=0, headroom=0)
+        if self.threads > MAX_THREADS:
+            raise ValueError(f"threads is {self.threads}; expected at most {MAX_THREADS}")
 
 
 def _at_least(config: Any, **bounds: float) -> None:
@@ -121,53 +116,53 @@ def build_config(
     Raises:
         ConfigError: unknown key or preset, wrong type, value out of range, file not readable.
     """
-    tree = _read_yaml(Path(file)) if file else {}
-    origins = [(file or "", tree)]
-    assigned: dict[str, Any] = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key or not text:
-            raise ConfigError(f"{assignment!r}: expected key=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{key}: cannot read the value {text!r}") from error
-        _put(assigned, key.split("."), value)
-    origins.append(("", {k: v for k, v in (options or {}).items() if v is not None}))
-    origins.append(("", assigned))
-    preset = None
+    tree = read_yaml(Path(file)) if file else {}
+    if tree.get("trust_remote_code"):
+        raise ConfigError(f"{file}: trust_remote_code counts on the command line only, as trust_remote_code=true")
+    origins = [(file or "", tree), ("", _given(options)), ("", assigned(assignments))]
+    preset: object = None
     agent, mode = LAB, "fixed"
     for _, source in origins:
         preset = source.pop("preset", preset)
         agent, mode = source.get("agent", agent), source.get("mode", mode)
-    if agent == LAB:
-        preset = preset or (f"{LAB}_tte" if mode == "tte" else LAB)
-    merged: dict[str, Any] = {}
-    if preset:
-        path = CONFIG_DIR / f"{preset}.yaml"
-        if not path.is_file():
-            presets = sorted(p.stem for p in CONFIG_DIR.glob("*.yaml"))
-            raise ConfigError(
-                f"unknown preset {preset!r}; {_hint(str(preset), presets)}presets are {', '.join(presets)}"
-            )
-        origins.insert(0, (str(path), _read_yaml(path)))
+    if agent == LAB and preset is None:
+        preset = f"{LAB}_tte" if mode == "tte" else LAB
+    if preset is not None:
+        path = _preset(preset)
+        origins.insert(0, (str(path), read_yaml(path)))
+    merged: Tree = {}
     for origin, source in origins:
-        _merge(merged, source, RunConfig, origin)
-    return _construct(RunConfig, merged, "")
+        merge(merged, source, RunConfig, origin)
+    return construct(RunConfig, merged)
+
+
+def read_config(path: Path) -> RunConfig:
+    """The configuration that a run left in its folder. Whether code that comes with a model is run, it does not decide.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not what a run writes.
+    """
+    tree = {key: value for key, value in read_yaml(path).items() if key not in ("environment", "trust_remote_code")}
+    merged: Tree = {}
+    merge(merged, tree, RunConfig, str(path))
+    return construct(RunConfig, merged, f"{path}: ")
 
 
 def resumed_config(
-    stored: Mapping[str, Any], options: Mapping[str, Any], file: str | None, assignments: Sequence[str]
+    before: RunConfig, options: Mapping[str, Any], file: str | None, assignments: Sequence[str]
 ) -> RunConfig:
-    """The configuration of a run that goes on: what was stored, and of what is asked for now only more steps.
+    """The configuration of a run that goes on: what it was begun with, and of what is asked for now only RESUMABLE.
 
     Raises:
         ConfigError: something else would change; all such keys are named.
     """
-    before = build_config(stored)
-    after = build_config({**to_dict(before), **options}, None, assignments) if not file else None
-    if after is None:
-        raise ConfigError("--resume takes no --config; the run's own configuration holds")
+    asked = (_given(options), assigned(assignments))
+    if file or any("preset" in source for source in asked):
+        raise ConfigError("--resume takes no --config and no preset; the run's own configuration holds")
+    tree = to_dict(before)
+    for source in asked:
+        merge(tree, source, RunConfig)
+    after = construct(RunConfig, tree)
     old, new = (_flat(to_dict(config)) for config in (before, after))
     changed = [f"{key} ({old[key]} -> {new[key]})" for key in old if old[key] != new[key] and key not in RESUMABLE]
     if changed:
@@ -175,8 +170,28 @@ def resumed_config(
     return after
 
 
+def data_source(task: str, data: str) -> str:
+    """Where a task's data are: the lab's folder for "lab", except that a spec of one's own lies beside its files."""
+    if data != LAB:
+        return data
+    return str(Path(task).parent) if task.endswith((".yaml", ".yml")) else str(LAB_DIR / "data")
+
+
+def _given(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (options or {}).items() if value is not None}
+
+
+def _preset(name: object) -> Path:
+    presets = {path.stem: path for path in sorted(CONFIG_DIR.glob("*.yaml"))}
+    if not isinstance(name, str) or name not in presets:
+        near = get_close_matches(str(name), presets, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"unknown preset {shown(name)}; {hint}presets are {', '.join(presets)}")
+    return presets[name]
+
+
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+    flat: Tree = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
@@ -185,104 +200,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The configuration as nested plain values, ready for YAML."""
     return dataclasses.asdict(config)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path.absolute()}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {type(data).__name__}")
-    return data
-
-
-def _put(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{'.'.join(keys)}: {key!r} has been given a value already")
-    tree[keys[-1]] = value
-
-
-def _merge(into: dict[str, Any], source: Mapping[str, Any], cls: type, origin: str, prefix: str = "") -> None:
-    """Adds a tree of keys to another, checking every key against the dataclass."""
-    kinds = typing.get_type_hints(cls)
-    start = f"{origin}: " if origin else ""
-    for key, value in source.items():
-        if key not in kinds:
-            known = _dotted_keys(RunConfig)
-            near = [k for k in known if k.split(".")[-1] == key] or get_close_matches(
-                f"{prefix}{key}", known, n=1, cutoff=0.5
-            )
-            hint = f"; did you mean {near[0]!r}?" if near else f"; keys are {', '.join(kinds)}"
-            raise ConfigError(f"{start}unknown key {prefix + str(key)!r}{hint}")
-        if dataclasses.is_dataclass(kinds[key]):
-            if not isinstance(value, Mapping):
-                raise ConfigError(
-                    f"{start}{prefix}{key} is {value!r}; expected keys such as {prefix}{key}.{_first(kinds[key])}"
-                )
-            _merge(into.setdefault(key, {}), value, typing.cast(type, kinds[key]), origin, f"{prefix}{key}.")
-        else:
-            into[key] = _coerce(value, kinds[key], f"{start}{prefix}{key}")
-
-
-def _coerce(value: Any, kind: Any, where: str) -> Any:
-    """`value` as `kind`, or an error; 1e-5 is text to YAML but a number here."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    for option in options:
-        if typing.get_origin(option) is Literal and value in typing.get_args(option):
-            return value
-        if option is type(None) and value is None:
-            return None
-        if option in (bool, str) and isinstance(value, option):
-            return value
-        if option is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if option is float and not isinstance(value, bool) and _is_number(value):
-            return float(value)
-    if str in options and not isinstance(value, (dict, list, type(None))):
-        return str(value)
-    raise ConfigError(f"{where} is {value!r}; expected {_kind_name(options)}")
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return float(value) - float(value) == 0  # neither NaN nor infinite
-    except (TypeError, ValueError, OverflowError):
-        return False
-
-
-def _kind_name(options: Sequence[Any]) -> str:
-    names = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
-    return " or ".join(names.get(o) or f"one of {', '.join(map(str, typing.get_args(o)))}" for o in options)
-
-
-def _construct(cls: Any, tree: Mapping[str, Any], prefix: str) -> Any:
-    kinds = typing.get_type_hints(cls)
-    values = {
-        key: _construct(kinds[key], value, f"{prefix}{key}.") if dataclasses.is_dataclass(kinds[key]) else value
-        for key, value in tree.items()
-    }
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise ConfigError(f"{prefix}{error}") from error
-
-
-def _dotted_keys(cls: Any, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name, kind in typing.get_type_hints(cls).items():
-        keys += _dotted_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [f"{prefix}{name}"]
-    return keys
-
-
-def _hint(name: str, known: Sequence[str]) -> str:
-    near = get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}? " if near else ""
-
-
-def _first(cls: Any) -> str:
-    return dataclasses.fields(cls)[0].name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from collections.abc import Mapping
@@ -85,14 +86,18 @@ def summary(result: Mapping[str, Any], folder: Path) -> str:
         ),
     ]
     lines = [f"{result['metric']:<20}{'validation':>12}{'test':>8}"]
-    lines += [f"{name:<20}{validation:>12.3f}{test:>8.3f}" for name, validation, test in rows]
+    lines += [f"{name:<20}{_number(validation):>12}{_number(test):>8}" for name, validation, test in rows]
     lines.append("")
     if result["mode"] == "tte":
         lines += [f"for {edit['input']!r}:\n    {edit['prompt']}" for edit in result["edits"][:2]]
         lines.append(f"agent:       {folder / 'agent'}")
     else:
         protocol = result["paper_protocol"]
-        lines.append(f"paper's protocol ({protocol['name']}): {protocol['test_score']:.3f}")
+        lines.append(f"paper's protocol ({protocol['name']}): {_number(protocol['test_score'])}")
         lines.append(f"best prompt: {result['prompt']}")
     lines.append(f"report:      {folder / 'report.html'}")
     return "\n".join(lines)
+
+
+def _number(score: float) -> str:
+    return f"{score:.3f}" if math.isfinite(score) else "none"

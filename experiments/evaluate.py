@@ -1,8 +1,8 @@
 """Scores a finished run on its test split.
 
-    python -m experiments.evaluate --run DIR               the best prompt, or (mode tte) the likeliest for each input
-    python -m experiments.evaluate --run DIR --sampled     one sampled prompt for each input
-    python -m experiments.evaluate --run DIR --votes 5     five sampled prompts for each input, which vote
+    appo evaluate --run DIR               the best prompt, or (mode tte) the likeliest for each input
+    appo evaluate --run DIR --sampled     one sampled prompt for each input
+    appo evaluate --run DIR --votes 5     five sampled prompts for each input, which vote
 
 Writes evaluation.json into the run's folder. Every vote costs one more prompt of the agent and one more answer of the
 target for each input; what that comes to is shown.
@@ -10,8 +10,7 @@ target for each input; what that comes to is shown.
 
 from __future__ import annotations
 
-import argparse
-import json
+import math
 import sys
 import time
 from collections import Counter
@@ -22,12 +21,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from experiments.command import Parser, UsageError, in_order
 from experiments.fingerprint import changed_since
+from experiments.runlog import read_result
 from experiments.session import Run, open_run
-from experiments.train import USER_ERRORS
+from experiments.strict import LARGEST
 from rewards.functional import best, normalise
 from rewards.generation import generate
 from rewards.reward import STOPS, TEXT_METRICS, GenerationReward
+from rewards.target import NO_NUMBERS
 from tasks.spec import Example
 
 Vote = Literal["majority", "margin"]
@@ -63,13 +65,14 @@ def evaluate(run: Run, votes: int = 1, how: Vote = "majority", sampled: bool = F
         seed: of the sampling.
 
     Raises:
-        ValueError: votes for a run with one prompt, or votes by margin on generated text.
+        UsageError: votes for a run with one prompt, or votes by margin on generated text.
+        FloatingPointError: the target's answers are not numbers.
     """
     examples, started = run.data.test, time.perf_counter()
     if run.config.mode == "fixed":
         if votes > 1 or sampled:
-            raise ValueError("this run has one prompt for all inputs; sampling and votes need a run in mode tte")
-        prompt = json.loads((run.log.folder / "best_prompt.json").read_text(encoding="utf-8"))["prompt"]
+            raise UsageError("this run has one prompt for all inputs; sampling and votes need a run in mode tte")
+        prompt = read_result(run.log.folder)["prompt"]
         score = run.reward([prompt], examples).metrics[run.reward.metric].item()
     else:
         generator = torch.Generator(run.policy.device).manual_seed(seed) if votes > 1 or sampled else None
@@ -77,6 +80,8 @@ def evaluate(run: Run, votes: int = 1, how: Vote = "majority", sampled: bool = F
         prompts = [run.editor.write(inputs, seed=draw, generator=generator) for draw in range(votes)]
         score = _voted(run, prompts, examples, how) if votes > 1 else _mean(run, prompts[0], examples)
     seconds = time.perf_counter() - started
+    if not math.isfinite(score):
+        raise FloatingPointError(NO_NUMBERS)
     return {
         "task": run.data.spec.name,
         "mode": run.config.mode,
@@ -100,12 +105,14 @@ def _voted(run: Run, prompts: Sequence[Sequence[str]], examples: Sequence[Exampl
     inputs = [example.input for example in examples]
     if isinstance(run.reward, GenerationReward):
         if how == "margin":
-            raise ValueError("generated text has no margin; use --vote majority")
+            raise UsageError("generated text has no margin; use --vote majority")
         said = [generate(run.reward.target, row, inputs, run.reward.answer_tokens, STOPS) for row in prompts]
         metric = TEXT_METRICS[run.reward.metric]
         chosen = [_commonest(answers) for answers in zip(*said, strict=True)]
         return sum(best(metric, text, e.answers) for text, e in zip(chosen, examples, strict=True)) / len(examples)
     logits = torch.stack([run.reward.target.pair_logits(row, inputs) for row in prompts]).cpu()
+    if logits.isnan().any():
+        raise FloatingPointError(NO_NUMBERS)
     for n, example in enumerate(examples):
         if example.choices:
             logits[:, n, example.choices :] = -torch.inf
@@ -120,30 +127,30 @@ def _commonest(answers: Sequence[str]) -> str:
     return next(answer for answer in answers if normalise(answer) == winner)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@in_order
+def main(argv: Sequence[str]) -> int:
     """Prints and writes the scores; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.evaluate", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="appo evaluate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--votes", type=int, default=1, metavar="K", help="prompts per input (default: 1)")
     parser.add_argument("--sampled", action="store_true", help="sample the prompt, in place of the likeliest one")
     parser.add_argument("--vote", choices=["majority", "margin"], default="majority", help="how they are counted")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
     options = parser.parse_args(argv)
-    try:
-        if options.votes < 1:
-            raise ValueError(f"--votes is {options.votes}; expected at least 1")
-        run = open_run(options.run)
-        if parts := changed_since(options.run, run.fingerprint):
-            print(f"note: the task is not what the run was made with; changed: {parts}", file=sys.stderr)
-        result = evaluate(run, options.votes, options.vote, options.sampled, options.seed)
-        result["changed"] = parts or None
-    except (*USER_ERRORS, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    run.log.write_json("evaluation.json", result)
+    if options.votes < 1:
+        raise UsageError(f"--votes is {options.votes}; expected at least 1")
+    if not 0 <= options.seed <= LARGEST[int]:
+        raise UsageError(f"--seed is {options.seed}; expected 0 to {LARGEST[int]}")
+    run = open_run(options.run, options.trust_remote_code)
+    if parts := changed_since(options.run, run.fingerprint):
+        print(f"note: the task is not what the run was made with; changed: {parts}", file=sys.stderr)
+    result = evaluate(run, options.votes, options.vote, options.sampled, options.seed)
+    result["changed"] = parts or None
     for name, value in result.items():
         shown = f"{value:.3f}" if isinstance(value, float) else value
         print(f"{name.replace('_', ' '):<24}{shown}")
+    run.log.write_json("evaluation.json", result)  # last: where it cannot be written, the scores have been shown
     return 0
 
 

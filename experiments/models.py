@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from appo.policy import Policy
-from experiments.config import LAB, RunConfig
+from experiments.config import LAB, LAB_DIR, RunConfig
+from experiments.files import writing
+from rewards.target import out_of_memory
 
 VALUE_HEAD = "value_head.safetensors"
-LAB_DIR = Path(__file__).parent / "lab"
+TRIAL = "Input : a Output : b"
 
 
 class ModelError(ValueError):
@@ -31,12 +34,13 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(config: RunConfig, role: Literal["agent", "target"]) -> LoadedModel:
-    """The model that `config.agent` or `config.target` names, on its device, in eval mode.
+    """The model that `config.agent` or `config.target` names, on its device, in eval mode, tried on a few tokens.
 
     The agent's weights are float32 whatever it computes in (`compute_dtype`); the target's are what it computes in.
 
     Raises:
-        ModelError: no such folder or hub id, a folder without config or safetensors weights, no such device.
+        ModelError: no such folder or hub id, a folder without config or safetensors weights, no such device, a model
+            that cannot be loaded, does not run, or has no end token or chat template where one is needed.
     """
     device = find_device(config.device)
     dtype = torch.float32 if role == "agent" else compute_dtype(config.target_dtype, device)
@@ -44,30 +48,81 @@ def load_model(config: RunConfig, role: Literal["agent", "target"]) -> LoadedMod
     source = str(LAB_DIR / role) if name == LAB else name
     if Path(source).is_dir():
         _check_folder(role, Path(source))
+    elif Path(source).exists():
+        raise ModelError(f"{role}: {source!r} is a file; expected the folder of a causal LM")
     elif Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise ModelError(f"{role}: no folder {source!r}{_nearest(Path(source))}")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     options = {"trust_remote_code": config.trust_remote_code}
-    try:
+    with _explaining(f"{role}: cannot load {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(f"{role}: cannot load {name!r}: {reason}") from error
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:5])
         raise ModelError(f"{role}: cannot load {name!r}: the weights lack {names}")
-    return LoadedModel(model.to(device).eval(), tokenizer)
+    loaded = LoadedModel(model.to(device).eval(), tokenizer)
+    _check_runs(role, name, loaded)
+    chat = config.agent_chat if role == "agent" else config.target_chat
+    _check_tokenizer(role, name, tokenizer, chat)
+    return loaded
 
 
 def save_agent(policy: Policy, folder: Path) -> None:
-    """The agent as a plain model folder, that `AutoModelForCausalLM` loads, and its value head in a file beside."""
-    policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
-    save_file(policy.value_head.state_dict(), folder / VALUE_HEAD)
+    """The agent as a plain model folder, that `AutoModelForCausalLM` loads, and its value head in a file beside.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)  # transformers would pass over a file in its place without an error
+        policy.model.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
+        save_file(policy.value_head.state_dict(), folder / VALUE_HEAD)
+
+
+@contextmanager
+def _explaining(what: str) -> Iterator[None]:
+    """Turns whatever a foreign model's files make transformers raise into a ModelError; a lack of memory is none."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory(error)):
+            raise
+        text = " ".join(str(error).split())[:300]
+        plain = text and isinstance(error, (OSError, ValueError, RuntimeError))
+        raise ModelError(
+            f"{what}: {text if plain else ': '.join(filter(None, (type(error).__name__, text)))}"
+        ) from error
+
+
+@torch.inference_mode()
+def _check_runs(role: str, name: str, loaded: LoadedModel) -> None:
+    """Runs a few tokens: a model may load and have sizes that do not fit together, or weights that are no numbers."""
+    with _explaining(f"{role}: {name!r} does not run"):
+        ids = list(loaded.tokenizer(TRIAL)["input_ids"])
+        rows = loaded.model.get_input_embeddings().weight.shape[0]
+        if not ids or max(ids) >= rows:
+            raise ValueError(f"its tokenizer makes {ids[:8]} of {TRIAL!r}, and the model knows {rows} tokens")
+        logits = loaded.model(input_ids=torch.tensor([ids], device=loaded.model.device)).logits
+        if not logits.isfinite().all():
+            raise ValueError("its logits are not finite; the weights are damaged, or too large for their dtype")
+
+
+def _check_tokenizer(role: str, name: str, tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> None:
+    if role == "agent" and tokenizer.eos_token_id is None:
+        raise ModelError(f"agent: the tokenizer of {name!r} has no end-of-sequence token, so that no prompt would end")
+    if chat and tokenizer.chat_template is None:
+        raise ModelError(f"{role}: {role}_chat is true, but the tokenizer of {name!r} has no chat template")
+    if chat or (chat is None and tokenizer.chat_template is not None):
+        turns = [{"role": "user", "content": TRIAL}, {"role": "assistant", "content": TRIAL}]
+        with _explaining(f"{role}: the chat template of {name!r} cannot be filled"):
+            if role == "agent":
+                tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True)
+            else:
+                tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
 
 
 def _check_folder(role: str, folder: Path) -> None:
@@ -101,6 +156,8 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        one = torch.ones(1, device=name)
+        one.item()  # which the device "meta", that has no numbers, cannot do
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ModelError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return one.device

@@ -24,7 +24,8 @@ from rewards.target import TargetModel
 def as_plain(model: PreTrainedModel) -> None:
     """Gives the model the linear layers and the attention back that torch and transformers choose for it."""
     linear.uninstall(model)
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)  # which SDPA would leave out
+    model.set_attn_implementation("sdpa" if model._supports_sdpa and not capped else "eager")
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """Uses a finished run: the instruction for an input, and what the target makes of it.
 
-    python -m experiments.prompt --run runs/mixed-... --input "premise : ... focus : place" --answer
-    python -m experiments.prompt --run runs/mixed-... --file inputs.txt --answer > answers.jsonl
+    appo prompt --run runs/mixed-... --input "premise : ... focus : place" --answer
+    appo prompt --run runs/mixed-... --file inputs.txt --answer > answers.jsonl
 
 A run in mode fixed has one instruction for all inputs, one in mode tte writes one for each. Inputs are texts as the
 target reads them; `\\n` stands for a line break. A file has one input per line, or
@@ -10,20 +10,20 @@ target reads them; `\\n` stands for a line break. A file has one input per line,
 
 from __future__ import annotations
 
-import argparse
 import json
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.command import Parser, in_order
 from experiments.fingerprint import changed_since
+from experiments.runlog import read_result
 from experiments.session import Run, open_run
-from experiments.train import USER_ERRORS
 from rewards.generation import generate
 from rewards.reward import STOPS, GenerationReward
+from rewards.target import NO_NUMBERS
 from tasks.cells import Row, column, lettered, text_of
 from tasks.errors import TaskError, shown
 from tasks.rows import SUFFIXES, read_rows, read_text
@@ -33,8 +33,7 @@ def instructions(run: Run, inputs: Sequence[str]) -> list[str]:
     """The run's instruction for each input."""
     if run.config.mode == "tte":
         return run.editor.write(inputs)
-    prompt = json.loads((run.log.folder / "best_prompt.json").read_text(encoding="utf-8"))["prompt"]
-    return [prompt] * len(inputs)
+    return [read_result(run.log.folder)["prompt"]] * len(inputs)
 
 
 def answers(run: Run, prompts: Sequence[str], inputs: Sequence[str]) -> list[dict[str, Any]]:
@@ -44,6 +43,8 @@ def answers(run: Run, prompts: Sequence[str], inputs: Sequence[str]) -> list[dic
         said = generate(target, prompts, inputs, run.reward.answer_tokens, STOPS)
         return [{"answer": text} for text in said]
     logits = target.pair_logits(prompts, inputs)
+    if logits.isnan().any():
+        raise FloatingPointError(NO_NUMBERS)
     found = []
     for row, text in zip(logits, inputs, strict=True):
         words = offered_words(run, text)
@@ -109,28 +110,26 @@ def _input(row: Row, where: str) -> str:
     return value if isinstance(value, str) else text
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@in_order
+def main(argv: Sequence[str]) -> int:
     """Prints the instruction for one input, or a JSON line for each of a file; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.prompt", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="appo prompt", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--input", help="one input")
     group.add_argument("--file", type=Path, help="one input per line, or rows with a column 'input': .jsonl, .csv, ...")
     parser.add_argument("--answer", action="store_true", help="the target's answer as well")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
     options = parser.parse_args(argv)
-    try:
-        inputs = [options.input.replace("\\n", "\n")] if options.input is not None else read_inputs(options.file)
-        run = open_run(options.run)
-        if parts := changed_since(options.run, run.fingerprint):
-            print(f"note: the task is not what the run was made with; changed: {parts}", file=sys.stderr)
-        if options.answer:
-            check_answerable(run, inputs)
-        started = time.perf_counter()
-        prompts = instructions(run, inputs)
-        replies = answers(run, prompts, inputs) if options.answer else [{} for _ in inputs]
-    except (*USER_ERRORS, UnicodeDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    inputs = [options.input.replace("\\n", "\n")] if options.input is not None else read_inputs(options.file)
+    run = open_run(options.run, options.trust_remote_code)
+    if parts := changed_since(options.run, run.fingerprint):
+        print(f"note: the task is not what the run was made with; changed: {parts}", file=sys.stderr)
+    if options.answer:
+        check_answerable(run, inputs)
+    started = time.perf_counter()
+    prompts = instructions(run, inputs)
+    replies = answers(run, prompts, inputs) if options.answer else [{} for _ in inputs]
     seconds = time.perf_counter() - started
     print(f"{1000 * seconds / len(inputs):.1f} ms per input, {len(inputs)} in all, after loading", file=sys.stderr)
     if options.input is None:
@@ -145,5 +144,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     sys.exit(main())

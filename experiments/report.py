@@ -2,23 +2,26 @@
 
 Everything that is shown is read back from the run's folder, so a report can be made again at any time:
 
-    python -m experiments.report runs/mnli-20260101-120000
+    appo report runs/mnli-20260101-120000
 
 Prompts are a model's words: all text is escaped, and the page forbids scripts and outside content.
 """
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Mapping, Sequence
 from html import escape
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from experiments.runlog import read_jsonl
+from experiments.command import Parser, in_order
+from experiments.runlog import CONFIG, RESULT, RunFolderError, RunLog, read_jsonl, read_result
+from experiments.strict import read_yaml
+from tasks.catalogue import METRICS
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -55,18 +58,16 @@ class Curve(NamedTuple):
 
 def render_report(folder: Path, metric: str) -> str:
     """The page of a run, from what is in its folder; `metric` is what prompts are judged by."""
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    metrics = read_jsonl(folder / "metrics.jsonl")
-    prompts = read_jsonl(folder / "prompts.jsonl")
-    ended = (folder / "best_prompt.json").is_file()
-    result = json.loads((folder / "best_prompt.json").read_text(encoding="utf-8")) if ended else None
-    described = result or config
-    title = f"{described['task']}: a prompt tuned with APPO"
+    config = read_yaml(folder / CONFIG)
+    metrics, prompts = (_rows(folder / f"{name}.jsonl") for name in ("metrics", "prompts"))
+    result = read_result(folder) if (folder / RESULT).is_file() else None
+    described = config | (result or {})
+    title = f"{described.get('task')}: a prompt tuned with APPO"
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="muted">{len(metrics)} iterations, {len(prompts)} prompts scored, seed {described["seed"]}, '
-        f"agent {escape(str(config['agent']))}, target {escape(str(config['target']))}, "
-        f"data {escape(str(config['data']))}</p>",
+        f'<p class="muted">{len(metrics)} iterations, {len(prompts)} prompts scored, '
+        + escape(", ".join(f"{key} {described.get(key)}" for key in ("seed", "agent", "target", "data")))
+        + "</p>",
         _result(result) if result else "<p>The run was stopped before its end; this is how far it came.</p>",
         "<h2>How it went</h2>",
         '<p class="muted">Faint: single iterations; strong: their mean over the last ten. Upright lines: the anchor '
@@ -94,7 +95,7 @@ def render_report(folder: Path, metric: str) -> str:
 
 
 def _result(result: Mapping[str, Any]) -> str:
-    rows: list[tuple[str, float | None, float]]
+    rows: list[tuple[str, float | None, float | None]]
     if result["mode"] == "tte":
         best = "a prompt for each input, the likeliest"
         quotes = [
@@ -121,22 +122,23 @@ def _result(result: Mapping[str, Any]) -> str:
 
 
 def _prompt_table(prompts: Sequence[Mapping[str, Any]]) -> str:
-    best: dict[str, Mapping[str, Any]] = {}
+    best: dict[str, tuple[float, str]] = {}
     for row in prompts:
-        if row["prompt"] not in best or row["reward"] > best[row["prompt"]]["reward"]:
-            best[row["prompt"]] = row
-    top = sorted(best.values(), key=lambda row: -row["reward"])[:SHOWN_PROMPTS]
-    rows = [(row["prompt"], str(row["iteration"]), _number(row["reward"])) for row in top]
+        text, reward = str(row.get("prompt")), _finite(row.get("reward"))
+        if reward is not None and (text not in best or reward > best[text][0]):
+            best[text] = (reward, str(row["iteration"]))
+    top = sorted(best.items(), key=lambda item: -item[1][0])[:SHOWN_PROMPTS]
+    rows = [(text, iteration, _number(reward)) for text, (reward, iteration) in top]
     return _table(("prompt", "iteration", "best reward"), rows)
 
 
 def _review_table(metrics: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for row in metrics:
-        if row["anchor"]:
-            review = row["review"]
-            means = [_number(_mean(review[side])) for side in ("policy_scores", "anchor_scores")]
-            rows.append((row["anchor"], str(row["iteration"]), *means))
+        decision, review = row.get("anchor"), row.get("review")
+        if decision and isinstance(review, Mapping):
+            means = [_number(_mean(_numbers(review.get(side)))) for side in ("policy_scores", "anchor_scores")]
+            rows.append((str(decision), str(row["iteration"]), *means))
     if not rows:
         return '<p class="muted">None in this run.</p>'
     return _table(("decision", "iteration", "agent", "anchor"), rows)
@@ -159,10 +161,11 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _figure(title: str, caption: str, columns: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> str:
     curves = []
     for column, colour in reversed(list(zip(columns, COLOURS, strict=False))):
-        points = [(row["iteration"], row[column]) for row in metrics if isfinite(row.get(column, float("nan")))]
+        points = [(float(row["iteration"]), y) for row in metrics if (y := _finite(row.get(column))) is not None]
         if points:
             curves += [Curve(points, column, colour + "55"), Curve(_smooth(points), column, colour)]
-    marks = [(row["iteration"], MARKS[row["anchor"]]) for row in metrics if row["anchor"] in MARKS]
+    decided = [(float(row["iteration"]), str(row.get("anchor"))) for row in metrics]
+    marks = [(iteration, MARKS[decision]) for iteration, decision in decided if decision in MARKS]
     chart = line_chart(curves, marks) if curves else '<p class="muted">not measured in this run</p>'
     return (
         f'<figure><figcaption>{escape(title)} <span class="muted">{escape(caption)}</span></figcaption>{chart}</figure>'
@@ -206,7 +209,8 @@ def line_chart(curves: Sequence[Curve], marks: Sequence[tuple[float, str]] = ())
 
 
 def _smooth(points: Sequence[tuple[float, float]], window: int = 10) -> list[tuple[float, float]]:
-    return [(x, _mean([y for _, y in points[max(0, i - window + 1) : i + 1]])) for i, (x, _) in enumerate(points)]
+    windows = [[y for _, y in points[max(0, i - window + 1) : i + 1]] for i in range(len(points))]
+    return [(x, sum(ys) / len(ys)) for (x, _), ys in zip(points, windows, strict=True)]
 
 
 def _nice_range(low: float, high: float) -> tuple[float, float]:
@@ -218,5 +222,47 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _numbers(values: object) -> list[float]:
+    listed = values if isinstance(values, list) else []
+    return [number for value in listed if (number := _finite(value)) is not None]
+
+
+def _finite(value: object) -> float | None:
+    """A number that can be drawn; None of all else, such as the null that stands for a NaN."""
+    try:
+        number = float(value) if isinstance(value, int | float) else nan
+    except OverflowError:
+        return None
+    return number if isfinite(number) else None
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file that belong to an iteration; none where a run was stopped before its first."""
+    rows = read_jsonl(path) if path.is_file() else []
+    return [row for row in rows if _finite(row.get("iteration")) is not None]
+
+
+# -- command line ------------------------------------------------------------------------------------------------
+
+
+@in_order
+def main(argv: Sequence[str]) -> int:
+    """Makes the report of a run anew, and prints where it is; returns the exit code."""
+    parser = Parser(prog="appo report", description="Makes the report.html of a run anew, be it stopped or done.")
+    parser.add_argument("run", type=Path, help="the run's folder")
+    folder = parser.parse_args(argv).run
+    if not (folder / CONFIG).is_file():
+        raise RunFolderError(f"{str(folder)!r} holds no {CONFIG}; expected the folder of a run")
+    columns = {column for row in _rows(folder / "metrics.jsonl") for column in row}
+    metric = next((name for name in METRICS if f"{name}_mean" in columns), "accuracy")
+    RunLog(folder, new=False).write_text("report.html", render_report(folder, metric))
+    print(folder / "report.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

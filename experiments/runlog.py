@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +16,26 @@ from typing import Any
 
 import yaml
 
+from experiments.files import write_whole, writing
+
 LOCK = ".lock"  # who is at work in a run's folder
+CONFIG, RESULT = "config.yaml", "best_prompt.json"
+UNBEGUN = {LOCK, f"{CONFIG}.part"}  # all that a run can leave that was killed before it wrote its configuration down
+NUMBER = (int, float, type(None))  # a score; None where it was not finite
+Kind = type | tuple[type, ...]
+RESULT_KEYS: dict[str, Kind] = {
+    **dict.fromkeys(("task", "mode", "metric", "manual_prompt"), str),
+    "seed": int,
+    **dict.fromkeys(("validation_score", "test_score", "manual_validation_score", "manual_test_score"), NUMBER),
+}
 
 
 class RunExistsError(ValueError):
     """The run's folder is there already, or another process is at work in it; nothing in it has been touched."""
+
+
+class RunFolderError(ValueError):
+    """A file in a run's folder is not what a run writes; the message names it."""
 
 
 class RunLog:
@@ -34,7 +50,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, new: bool = True) -> None:
-        if new and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if new and folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= UNBEGUN):
             raise RunExistsError(f"{str(folder)!r} exists and is not empty; name another run folder")
         self.folder = folder
 
@@ -62,59 +78,121 @@ class RunLog:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """config.yaml: everything that shaped the run."""
-        self._write("config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        self.write_text(CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> None:
-        """One JSON object as a file of its own."""
-        self._write(name, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        """One JSON object as a file of its own; NaN and infinity become null."""
+        self.write_text(name, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """A file of text, such as the report."""
-        self._write(name, text)
+        write_whole(self.folder / name, text)
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows to a .jsonl file, all or (but for a crash of the machine) none; NaN and infinity become null."""
         lines = "".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            size = file.tell()
-            try:
-                file.write(lines)
-                file.flush()
-            except OSError:  # the disk is full: no half line stays
-                os.truncate(self.folder / name, size)
-                raise
+        path = self.folder / name
+        with writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                size = file.tell()
+                try:
+                    file.write(lines)
+                    file.flush()
+                except OSError:  # the disk is full: no half line stays
+                    os.truncate(path, size)
+                    raise
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each .jsonl file, all of them on the disk."""
         sizes = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            with path.open("rb") as file:
+            with writing(path), path.open("rb") as file:
                 os.fsync(file.fileno())
             sizes[path.name] = path.stat().st_size
         return sizes
 
     def truncate(self, sizes: Mapping[str, int]) -> None:
-        """Cuts the .jsonl files back to these sizes."""
-        for name, size in sizes.items():
-            os.truncate(self.folder / name, size)
+        """Cuts the .jsonl files back to these sizes.
 
-    def _write(self, name: str, text: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"{name}.part"  # moved into place when whole, so that no reader sees half a file
-        part.write_text(text, encoding="utf-8")
-        part.replace(self.folder / name)
+        Raises:
+            RunFolderError: one of them is shorter, so that rows are missing; all are as they were.
+        """
+        paths = {self.folder / name: size for name, size in sizes.items()}
+        for path, size in paths.items():
+            found = path.stat().st_size if path.is_file() else 0
+            if found < size:
+                raise RunFolderError(
+                    f"{path}: {found} bytes, but {size} when the checkpoint was made; rows are missing"
+                )
+        for path, size in paths.items():
+            os.truncate(path, size)
+
+    def clear(self) -> None:
+        """Removes the .jsonl files, for a run that begins anew."""
+        for path in self.folder.glob("*.jsonl"):
+            path.unlink()
 
 
-def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row as JSON can hold it, which knows no NaN."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+def _finite(value: Any) -> Any:
+    """The value as JSON can hold it, which knows no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file that `RunLog.append` wrote; half a last line, left by a kill, is none."""
-    with path.open(encoding="utf-8") as lines:  # not str.splitlines, which also breaks at \u2028 and the like
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The rows of a .jsonl file that `RunLog.append` wrote; half a last line, left by a kill, is none.
+
+    Raises:
+        RunFolderError: a line is no JSON object.
+    """
+    with path.open("rb") as lines:  # not str.splitlines, which also breaks at \u2028 and the like
+        return [_object(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.endswith(b"\n")]
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """What best_prompt.json of a run's folder holds.
+
+    Raises:
+        RunFolderError: it is not there, or not what a run writes.
+    """
+    path = folder / RESULT
+    if not path.is_file():
+        raise RunFolderError(f"{str(folder)!r} holds no {RESULT}; expected the folder of a run that came to its end")
+    result = _object(path.read_bytes(), str(path))
+    _check(result, RESULT_KEYS, str(path))
+    if result["mode"] == "tte":
+        _check(result, {"edits": list}, str(path))
+        for edit in result["edits"]:
+            _check(edit, {"input": str, "prompt": str}, f"{path}: 'edits'")
+    else:
+        _check(result, {"prompt": str, "paper_protocol": dict}, str(path))
+        _check(result["paper_protocol"], {"name": str, "test_score": NUMBER}, f"{path}: 'paper_protocol'")
+    return result
+
+
+def _check(found: object, kinds: Mapping[str, Kind], where: str) -> None:
+    if not isinstance(found, dict):
+        raise RunFolderError(f"{where}: found {reprlib.repr(found)}; expected what a finished run writes")
+    for key, kind in kinds.items():
+        if not isinstance(found.get(key), kind):
+            shown = f"is {reprlib.repr(found[key])}" if key in found else "is missing"
+            raise RunFolderError(f"{where}: {key!r} {shown}; expected what a finished run writes")
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line.decode())
+        if b"\\u" in line:
+            json.dumps(found, ensure_ascii=False).encode()  # half a character, written as an escape, is no text
+    except (ValueError, RecursionError) as error:
+        raise RunFolderError(f"{where}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise RunFolderError(f"{where}: expected a JSON object, found {type(found).__name__}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -130,7 +208,7 @@ class PromptPool:
     """All distinct prompts of a run with their mean training reward; the best of them are looked at again.
 
     Batches differ, so a prompt that was scored several times is judged by the mean of its rewards. Empty prompts
-    are not instructions and do not enter.
+    are not instructions and do not enter, nor do rewards that are not finite: they say nothing.
     """
 
     def __init__(self) -> None:
@@ -139,7 +217,7 @@ class PromptPool:
     def add(self, prompts: Sequence[str], rewards: Sequence[float]) -> None:
         """Takes in the prompts of one iteration."""
         for prompt, reward in zip(prompts, rewards, strict=True):
-            if not prompt:
+            if not prompt or not math.isfinite(reward):
                 continue
             old = self._entries.get(prompt, PoolEntry(prompt, 0.0, 0))
             mean = (old.reward * old.count + reward) / (old.count + 1)

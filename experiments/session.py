@@ -6,29 +6,29 @@ import math
 import platform
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedTokenizerBase
 
 from appo.policy import Policy
 from appo.rollout import Query
 from appo.trainer import APPOTrainer
 from experiments import checkpoint
-from experiments.config import LAB, ConfigError, RunConfig, build_config
+from experiments.checkpoint import CheckpointError
+from experiments.config import RunConfig, data_source, read_config, to_dict
 from experiments.editing import Editor
 from experiments.fingerprint import Fingerprint, differing, fingerprint
 from experiments.hacking import word_runs
-from experiments.models import LAB_DIR, compute_dtype, load_model
-from experiments.runlog import PromptPool, RunLog
+from experiments.models import ModelError, compute_dtype, load_model
+from experiments.runlog import CONFIG, RESULT, PromptPool, RunFolderError, RunLog, read_jsonl, read_result
+from experiments.strict import ConfigError
 from rewards.reward import ClassificationReward, GenerationReward
-from rewards.target import ContextTooLongError, TargetModel
-from tasks.catalogue import is_spec_file
+from rewards.target import ContextTooLongError, TargetModel, out_of_memory
 from tasks.errors import TooFewRowsError, shown
 from tasks.meta_prompt import meta_prompt, rewrite_prompt
 from tasks.sources import load_task
@@ -62,28 +62,35 @@ class Run:
         return Editor(self.policy, self.data.train, self.config.examples.pairs, instruction)
 
 
-def open_run(folder: Path) -> Run:
+def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
     """A run that is done, with the agent that it left behind, to be used.
 
-    Raises:
-        ConfigError: the folder holds no finished run.
-    """
-    options = stored_config(folder, "best_prompt.json", "agent")
-    return _assemble(build_config(options | {"agent": str(folder / "agent")}), RunLog(folder, new=False))
-
-
-def stored_config(folder: Path, *needed: str) -> dict[str, Any]:
-    """What the config.yaml of a run's folder holds, if the folder has the other files that are needed as well.
+    Args:
+        folder: the run's.
+        trust_remote_code: run code that comes with a model; what the folder says about it does not count.
 
     Raises:
-        ConfigError: one of them is missing.
+        RunFolderError: the folder holds no finished run.
     """
-    for name in ("config.yaml", *needed):
-        if not (folder / name).exists():
-            raise ConfigError(f"{str(folder)!r} holds no {name}; expected the folder of a run that left one")
-    options: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    options.pop("environment", None)
-    return options
+    config = stored_config(folder)
+    read_result(folder)
+    agent = folder / "agent"
+    if not agent.is_dir():
+        raise RunFolderError(f"{str(folder)!r} holds no folder 'agent'; expected that of a run that came to its end")
+    config = replace(config, agent=str(agent.absolute()), trust_remote_code=trust_remote_code)
+    return _assemble(config, RunLog(folder, new=False))
+
+
+def stored_config(folder: Path) -> RunConfig:
+    """The configuration that a run left in its folder.
+
+    Raises:
+        RunFolderError: there is none.
+        ConfigError: it is not what a run writes.
+    """
+    if not (folder / CONFIG).is_file():
+        raise RunFolderError(f"{str(folder)!r} holds no {CONFIG}; expected the folder of a run")
+    return read_config(folder / CONFIG)
 
 
 def prepare(config: RunConfig, resume: bool = False) -> Run:
@@ -101,10 +108,13 @@ def _assemble(config: RunConfig, log: RunLog) -> Run:
     policy = Policy(
         agent.model, agent.tokenizer, config.sampling, config.agent_chat, config.gradient_checkpointing, computes_in
     )
-    inputs = [example.input for example in data.train]
-    scorer = TargetModel(
-        target.model, target.tokenizer, data.spec.template, data.words, config.target_chat, inputs=inputs
-    )
+    spec, inputs = data.spec, [example.input for example in data.train]
+    try:
+        scorer = TargetModel(
+            target.model, target.tokenizer, spec.template, data.words, config.target_chat, inputs=inputs
+        )
+    except ValueError as error:  # a label word that its tokenizer does not know, or cannot tell from another
+        raise ModelError(f"target: {error}") from error
     run = Run(config, data, policy, _reward(config, data, scorer), log, fingerprint(data))
     _check_context(run)
     return run
@@ -116,13 +126,6 @@ def _load_data(config: RunConfig) -> TaskData:
         return load_task(config.task, source, options.shots, config.seed, options.test_limit)
     except TooFewRowsError as error:
         raise ConfigError(f"{error}; ask for fewer with examples.shots") from error
-
-
-def data_source(task: str, data: str) -> str:
-    """Where a task's data are: the lab's folder for "lab", except that a spec of one's own lies beside its files."""
-    if data != LAB:
-        return data
-    return str(Path(task).parent) if is_spec_file(task) else str(LAB_DIR / "data")
 
 
 def _reward(config: RunConfig, data: TaskData, target: TargetModel) -> ClassificationReward | GenerationReward:
@@ -264,6 +267,44 @@ class Session:
 def stream(seed: int, name: str) -> random.Random:
     """The random numbers of a run for one purpose; those for another are independent of it."""
     return random.Random(f"{seed} {name}")
+
+
+def begin(session: Session, resume: bool) -> list[str]:
+    """Writes down what the run is made with and, if it is to go on, goes back to its last checkpoint.
+
+    A run that was killed before its first checkpoint begins anew.
+
+    Returns:
+        What a person should know.
+
+    Raises:
+        CheckpointError: no checkpoint can be gone back to; the folder is as it was.
+    """
+    run, notes = session.run, []
+    if resume and _killed_early(run):
+        run.log.clear()
+        notes = ["the run was stopped before its first checkpoint, and begins anew"]
+    elif resume:
+        try:
+            notes = session.restore()
+        except (CheckpointError, RunFolderError):
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise
+            folder = run.log.folder / "checkpoint"
+            raise CheckpointError(f"{folder}: the newest holds no state of this run ({error!r})") from error
+    run.log.write_config(to_dict(run.config) | {"environment": environment(run)})
+    return notes
+
+
+def _killed_early(run: Run) -> bool:
+    """Whether there is no checkpoint yet, rather than none any more."""
+    folder = run.log.folder
+    if checkpoint.any_in(folder / "checkpoint") or (folder / RESULT).exists():
+        return False
+    metrics = folder / "metrics.jsonl"
+    return not metrics.exists() or len(read_jsonl(metrics)) <= stored_config(folder).checkpoint_every
 
 
 def environment(run: Run) -> dict[str, Any]:

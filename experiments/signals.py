@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from typing import Any
 
 
-class StoppedError(Exception):
-    """The run was asked to stop by a signal, and did so in good order."""
+class StoppedError(KeyboardInterrupt):
+    """The command was asked to stop by a signal. Like a Ctrl-C it passes every `except Exception` on its way."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
+
+
+def end_at_once() -> None:
+    """Lets SIGINT and SIGTERM end the process without a traceback: for as long as a command is only being loaded."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
+
+
+def raise_instead() -> None:
+    """Takes `end_at_once` back, if it was called: from now on SIGINT and SIGTERM raise StoppedError."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is _end:
+            signal.signal(number, _raise)
+
+
+def _raise(number: int, frame: object) -> None:
+    raise StoppedError(number)
+
+
+def _end(number: int, frame: object) -> None:
+    os.write(2, b"stopped\n")  # imports are under way, so no more of Python than need be
+    os._exit(128 + number)
 
 
 class Signals:

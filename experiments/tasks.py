@@ -1,23 +1,21 @@
 """What tasks there are.
 
-    python -m experiments.tasks                              all of them, in a table
-    python -m experiments.tasks --show mnli                  one: its fields, template, prompts, and an example
-    python -m experiments.tasks --check --data DIR           loads every task whose files are in DIR, and prints sizes
+    appo tasks                              all of them, in a table
+    appo tasks --show mnli                  one: its fields, template, prompts, and an example
+    appo tasks --check --data DIR           loads every task whose files are in DIR, and prints sizes
 
 Data come from the lab unless `--data` says otherwise.
 """
 
 from __future__ import annotations
 
-import argparse
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 
-from experiments.models import LAB_DIR
-from experiments.session import data_source
+from experiments.command import Parser, in_order
+from experiments.config import LAB_DIR, data_source
 from tasks.catalogue import load_spec, task_names
-from tasks.errors import MissingFilesError, TaskError, printable
+from tasks.errors import MissingFilesError, printable
 from tasks.meta_prompt import meta_prompt
 from tasks.sources import load_task
 from tasks.spec import TaskSpec, fill
@@ -96,27 +94,23 @@ def check(source: str) -> Iterator[str]:
     yield f"{len(task_names()) - len(absent)} tasks are as they should be; no files here for {len(absent)} others"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@in_order
+def main(argv: Sequence[str]) -> int:
     """Prints what was asked for; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.tasks", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(prog="appo tasks", description=(__doc__ or "").split("\n\n")[0])
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--list", action="store_true", help="all tasks (the default)")
     group.add_argument("--show", metavar="TASK", help="one task, by name or by the path of its spec")
     group.add_argument("--check", action="store_true", help="load every task whose files are there")
     parser.add_argument("--data", default="lab", help="lab, hub, or a folder of files (default: lab)")
     options = parser.parse_args(argv)
-    try:
-        if options.show:
-            print(*show(options.show, options.data), sep="\n")
-        else:
-            for line in check(options.data) if options.check else overview():
-                print(line, flush=True)
-    except TaskError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.show:
+        print(*show(options.show, options.data), sep="\n")
+        return 0
+    for line in check(options.data) if options.check else overview():
+        print(line, flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     sys.exit(main())

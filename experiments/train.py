@@ -1,8 +1,8 @@
 """Tunes a prompt for a task with APPO.
 
-    python -m experiments.train --task mnli
-    python -m experiments.train --task sst2 --agent google/gemma-1.1-2b-it --target google/gemma-1.1-2b-it --data hub
-    python -m experiments.train --task rte --seed 1 appo.kl_coef=0.1 prompts=8
+    appo train --task mnli
+    appo train --task sst2 --agent google/gemma-1.1-2b-it --target google/gemma-1.1-2b-it --data hub
+    appo train --task rte --seed 1 appo.kl_coef=0.1 prompts=8
 
 Leaves a folder: config.yaml, metrics.jsonl (a row per iteration), prompts.jsonl (a row per scored prompt),
 best_prompt.json and report.html. The test split is read once, at the end.
@@ -10,9 +10,8 @@ best_prompt.json and report.html. The test split is read once, at the end.
 
 from __future__ import annotations
 
-import argparse
+import math
 import random
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,30 +22,26 @@ import torch
 from torch import Tensor
 
 from appo.rollout import Query
-from appo.selfcheck import SelfCheckError, self_check
+from appo.selfcheck import self_check
 from appo.trainer import AnchorReview, APPOTrainer, DivergedError, RewardFn
-from experiments.checkpoint import CheckpointError
-from experiments.config import ConfigError, RunConfig, build_config, resumed_config, to_dict
+from experiments.command import Parser, UsageError, in_order
+from experiments.config import RunConfig, build_config, resumed_config
 from experiments.console import Progress, summary
 from experiments.hacking import only_labels, overlap
 from experiments.headroom import look
-from experiments.models import ModelError, save_agent
+from experiments.models import save_agent
 from experiments.report import render_report
-from experiments.runlog import PromptPool, RunExistsError
-from experiments.session import Run, Session, environment, meta_query, prepare, stored_config, stream
+from experiments.runlog import PromptPool
+from experiments.session import Run, Session, begin, meta_query, prepare, stored_config, stream
 from experiments.signals import Signals, StoppedError
 from experiments.statistics import compared, interval
 from rewards.reward import ClassificationReward, by_example
-from rewards.target import ContextTooLongError, out_of_memory
-from tasks.errors import TaskError
 from tasks.meta_prompt import as_lines
 from tasks.spec import SPLITS, Example
 
 EDITS_SHOWN = 5  # instructions for single inputs that the result quotes
 NO_BETTER = "no prompt better than the manual one was found"
 PAPER_POOL = 5  # prompts that the paper runs on test, to report the best of them [P, 4.1]
-LESS_MEMORY = "use dtype=bfloat16, gradient_checkpointing=true, fewer prompts or a lower sampling.max_new_tokens"
-USER_ERRORS = (CheckpointError, ConfigError, TaskError, ModelError, RunExistsError, ContextTooLongError)
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------
@@ -59,16 +54,13 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
         StoppedError: a signal came; the iteration was finished, and a checkpoint and a report so far were written.
     """
     config, session = run.config, Session(run)
-    if resume:
-        for note in session.restore():
-            print(f"note: {note}", file=sys.stderr)
-    else:
-        run.log.write_config(to_dict(config) | {"environment": environment(run)})
-        if config.headroom:
-            seen = look(run, config.headroom)
-            run.log.write_json("headroom.json", seen.as_json())
-            if not quiet:
-                print(*seen.lines(), sep="\n", file=sys.stderr, flush=True)
+    for note in begin(session, resume):
+        print(f"note: {note}", file=sys.stderr)
+    if config.headroom and session.iteration == 0:
+        seen = look(run, config.headroom)
+        run.log.write_json("headroom.json", seen.as_json())
+        if not quiet:
+            print(*seen.lines(), sep="\n", file=sys.stderr, flush=True)
     progress = Progress(run.steps, run.reward.metric, quiet, done=session.iteration)
     with Signals() as signals:
         while session.iteration < run.steps:
@@ -177,7 +169,7 @@ def finish(run: Run, pool: PromptPool) -> dict[str, Any]:
     tuned = [entry.prompt for entry in pool.best(run.config.pool)]
     candidates = [manual, *few_shot_prompts(run), *tuned]
     validation = by_example(run.reward, candidates, run.data.validation)
-    rewards = run.reward(candidates, run.data.validation).scores
+    rewards = run.reward(candidates, run.data.validation).scores.nan_to_num(-math.inf)
     best = max(range(len(candidates)), key=lambda i: (validation[i].mean().item(), rewards[i].item(), -i))
     published = tuned[:PAPER_POOL] or [manual]
     test = by_example(run.reward, [*published, manual, candidates[best]], run.data.test)
@@ -270,13 +262,13 @@ def _described(run: Run) -> dict[str, Any]:
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
     """The configuration that the command line asks for, and whether an interrupted run is to go on."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.train",
+    parser = Parser(
+        prog="appo train",
         description=(__doc__ or "").split("\n\n")[0],
         epilog="Any field of experiments/config.py is set by its dotted name, such as appo.kl_coef=0.05 or "
         "sampling.max_new_tokens=100. preset=published takes the published code's values.",
     )
-    parser.add_argument("--task", help="a name, see `make tasks`, or the path of a spec (default: mnli)")
+    parser.add_argument("--task", help="a name, see `appo tasks`, or the path of a spec (default: mnli)")
     parser.add_argument("--mode", choices=["fixed", "tte"], help="one prompt, or one for each input (default: fixed)")
     parser.add_argument("--agent", help="writes the prompts: folder or hub id of a causal LM (default: lab)")
     parser.add_argument("--target", help="answers under them: folder or hub id of a causal LM (default: lab)")
@@ -292,38 +284,24 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
     if not resume:
         return build_config(options, file, assignments), False
     if not options["run"]:
-        raise ConfigError("--resume needs --run, the folder of the run that is to go on")
-    stored = stored_config(Path(options["run"]), "checkpoint")
-    asked = {key: value for key, value in options.items() if value is not None}
-    return resumed_config(stored, asked, file, assignments), True
+        raise UsageError("--resume needs --run, the folder of the run that is to go on")
+    return resumed_config(stored_config(Path(options["run"])), options, file, assignments), True
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@in_order
+def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0; 1: out of memory; 2: a mistake in what was asked for; 3: the first rollout is unsound,
-    or training diverged; 74: the disk is full or cannot be written to; 130 and 143: stopped by Ctrl-C or SIGTERM.
+    or training diverged; 70: a fault of the program; 74: the disk is full or cannot be written to; 130 and 143: stopped
+    by Ctrl-C or SIGTERM.
     """
-    try:
-        config, resume = parse_args(argv)
-        run = prepare(config, resume)
-        with run.log.lock():
+    config, resume = parse_args(argv)
+    run = prepare(config, resume)
+    with run.log.lock():
+        try:
             result = train(run, resume=resume)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (SelfCheckError, DivergedError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    except RuntimeError as error:
-        if not out_of_memory(error):
+        except KeyboardInterrupt:
+            print(f"--run {run.log.folder} --resume goes on from the last checkpoint", file=sys.stderr)
             raise
-        print(f"error: out of memory; {LESS_MEMORY}; the last checkpoint is as it was", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: cannot write: {error}; the last checkpoint is as it was", file=sys.stderr)
-        return 74
-    except (StoppedError, KeyboardInterrupt) as stop:
-        print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
-        return 128 + (stop.number if isinstance(stop, StoppedError) else signal.SIGINT)
     print(f"\n{summary(result, run.log.folder)}")
     return 0
 

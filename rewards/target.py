@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from appo import linear, packed
 
 REMEMBERED = 100_000  # pairs; some 20 MB
+NO_NUMBERS = "the target's logits are not numbers; its weights are damaged, or overflow"
 
 
 class ContextTooLongError(ValueError):

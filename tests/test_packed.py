@@ -65,7 +65,8 @@ TEMPLATE, WORDS = "{prompt} Input : {input} Output : ", ("y", "n", "m")
 def build(name: str, **changes: object) -> PreTrainedModel:
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **(SIZES | (PACKING | PLAIN)[name] | changes))
-    return sharpen(AutoModelForCausalLM.from_config(config).eval())
+    # Eager attention is the model's definition; older versions of transformers' SDPA leave the soft cap out.
+    return sharpen(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
 
 
 def alone(model: PreTrainedModel, batch: Branches) -> Tensor:

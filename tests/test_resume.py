@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +19,14 @@ import pytest
 import torch
 
 from appo.trainer import APPOTrainer
-from experiments import checkpoint
-from experiments.checkpoint import MANIFEST, STATE, CheckpointError
+from experiments.checkpoint import MANIFEST
 from experiments.config import build_config
 from experiments.console import Progress
 from experiments.runlog import LOCK, RunLog, read_jsonl
 from experiments.signals import Signals, StoppedError
 from experiments.train import main, prepare, train
 from rewards.reward import ClassificationReward, RewardResult
+from tests.test_checkpoint import signed, stored
 from tests.test_sources import sst2_folder
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +57,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, at: int, number: int = signal.SIGINT) -> int:
+def interrupted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, at: int, number: int = signal.SIGINT, given: Sequence[str] = ()
+) -> int:
     """Runs until iteration `at`, sends the process a signal there; returns the exit code."""
     show = Progress.show
 
@@ -64,7 +70,7 @@ def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, at: int, number: 
 
     with monkeypatch.context() as patch:
         patch.setattr(Progress, "show", show_and_signal)
-        return main(arguments(folder, f"steps={STEPS}"))
+        return main(given or arguments(folder, f"steps={STEPS}"))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -132,6 +138,7 @@ def test_a_killed_run_goes_on_bit_for_bit(kill: int, undisturbed: Path, tmp_path
     [
         (["appo.kl_coef=0.3", "--seed", "4"], ["appo.kl_coef (0.1 -> 0.3)", "seed (0 -> 4)", "only steps"]),
         (["--config", "x.yaml"], ["--resume takes no --config"]),
+        (["preset=published"], ["--resume takes no --config and no preset"]),
     ],
 )
 def test_resuming_with_another_configuration_is_refused(
@@ -213,88 +220,117 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
-# -- the files ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("content", [{"iteration": 3}, {}, {"data": 1}])
+def test_a_state_of_something_else_is_refused_in_one_line(
+    content: dict[str, Any], undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoint")
+    signed(folder / "checkpoint", 8, stored(content))
+    before = rows(folder)
+    assert main(["--run", str(folder), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert rows(folder) == before
 
 
-def state(number: int) -> dict[str, Any]:
-    return {"number": number, "tensor": torch.arange(number), "rng": random.Random(number).getstate()}
+# -- the disk ----------------------------------------------------------------------------------------------------
 
 
-def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, 3, state(3))
-    loaded, damaged = checkpoint.load(tmp_path)
-    assert (loaded["number"], loaded["tensor"].tolist(), damaged) == (3, [0, 1, 2], [])
-    random.Random().setstate(loaded["rng"])
+@contextmanager
+def limited(size: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes: a write fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_the_two_newest_are_kept(tmp_path: Path) -> None:
-    for step in (1, 2, 30):
-        checkpoint.save(tmp_path, step, state(step))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000030"]
+@pytest.mark.parametrize(
+    ("size", "every", "named"),
+    [(300, 2, "config.yaml"), (3_000, 99, "metrics.jsonl"), (100_000, 2, "checkpoint/step-000002")],
+)
+def test_a_full_disk_is_one_line_that_names_what_could_not_be_written(
+    size: int, every: int, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    with limited(size):
+        assert main(arguments(folder, "steps=8", f"checkpoint_every={every}")) == 74
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: {folder / named}: File too large"]
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
+def test_an_agent_that_does_not_fit_on_the_disk_is_one_line(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(undisturbed, tmp_path / "run", ignore=shutil.ignore_patterns("agent"))
+    with limited(50_000):
+        assert main(["--run", str(folder), "--resume"]) == 74
+    assert f"error: {folder / 'agent'}: File too large" in capsys.readouterr().err
+    assert main(["--run", str(folder), "--resume"]) == 0
+    assert weights(folder) == weights(undisturbed)
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-7])
+# -- what may change ---------------------------------------------------------------------------------------------
 
 
-DAMAGES = {
-    "flipped byte": (lambda folder: flip(folder / STATE), "sha256"),
-    "cut state": (lambda folder: cut(folder / STATE), "bytes long"),
-    "no state": (lambda folder: (folder / STATE).unlink(), "FileNotFoundError"),
-    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "no sound manifest"),
-    "cut manifest": (lambda folder: cut(folder / MANIFEST), "no sound manifest"),
-    "other schema": (lambda folder: (folder / MANIFEST).write_text('{"schema": 99}'), "schema 99"),
-    "manifest of another kind": (lambda folder: (folder / MANIFEST).write_text("[]"), "no sound manifest"),
-}
+def test_steps_that_were_asked_for_at_a_resume_hold_for_the_next(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    assert main(arguments(folder, "steps=3")) == 0
+    assert interrupted(folder, monkeypatch, 5, signal.SIGINT, ["--run", str(folder), "--resume", "--steps", "8"]) == 130
+    assert main(["--run", str(folder), "--resume"]) == 0
+    assert rows(folder) == rows(undisturbed)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage: str, tmp_path: Path) -> None:
-    for step in (1, 2):
-        checkpoint.save(tmp_path, step, state(step))
-    harm, reason = DAMAGES[damage]
-    harm(tmp_path / "step-000002")
-    loaded, damaged = checkpoint.load(tmp_path)
-    assert loaded["number"] == 1
-    assert len(damaged) == 1 and reason in damaged[0] and "step-000002" in damaged[0]
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    for name in ("checkpoint", "agent"):
+        shutil.rmtree(folder / name)
+    (folder / "best_prompt.json").unlink()
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text(lines[0] + lines[1][:20], encoding="utf-8")
+    assert main(["--run", str(folder), "--resume"]) == 0
+    assert "begins anew" in capsys.readouterr().err
+    assert (rows(folder), weights(folder)) == (rows(undisturbed), weights(undisturbed))
 
 
-def test_without_a_whole_checkpoint_all_are_named(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, 1, state(1))
-    flip(tmp_path / "step-000001" / STATE)
-    with pytest.raises(CheckpointError, match=r"step-000001: state\.pt is not what was written"):
-        checkpoint.load(tmp_path)
-    with pytest.raises(CheckpointError, match="no checkpoint in"):
-        checkpoint.load(tmp_path / "none")
+@pytest.mark.parametrize("name", ["best_prompt.json", "metrics.jsonl"])
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(
+    name: str, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Either file says that there was a checkpoint: the result, or more rows than come before the first."""
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoint")
+    if name != "best_prompt.json":
+        (folder / "best_prompt.json").unlink()
+    before = rows(folder)
+    assert main(["--run", str(folder), "--resume"]) == 2
+    assert "no checkpoint in" in capsys.readouterr().err
+    assert rows(folder) == before
 
 
-def test_leftovers_of_a_killed_writer_are_no_checkpoints(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, 1, state(1))
-    (tmp_path / "step-000002.tmp-77").mkdir()
-    assert checkpoint.load(tmp_path).state["number"] == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+def test_a_folder_that_a_run_died_in_before_it_wrote_anything_is_as_good_as_empty(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / LOCK).write_text("process 1 on elsewhere")
+    (folder / "config.yaml.part").write_text("task:")
+    assert main(arguments(folder, "steps=1")) == 0
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path, 1, state(1))
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        checkpoint.save(tmp_path, 2, state(2))
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
-    assert checkpoint.load(tmp_path).state["number"] == 1
-
-
-def test_a_state_with_code_in_it_is_not_run(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, 1, {"danger": Path})  # a class is more than plain values
-    with pytest.raises(Exception, match=r"weights_only|Unsupported"):
-        checkpoint.load(tmp_path)
+@pytest.mark.parametrize("kept", [None, 10])
+def test_a_log_that_lost_rows_is_refused_and_never_filled_up(
+    kept: int | None, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    prompts = (folder / "prompts.jsonl").read_bytes()
+    path = folder / "metrics.jsonl"
+    path.unlink() if kept is None else path.write_bytes(path.read_bytes()[:kept])
+    assert main(["--run", str(folder), "--resume", "--steps", "9"]) == 2
+    assert f"{path}: {kept or 0} bytes, but " in capsys.readouterr().err
+    assert (path.stat().st_size if path.exists() else None, (folder / "prompts.jsonl").read_bytes()) == (kept, prompts)

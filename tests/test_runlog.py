@@ -153,11 +153,16 @@ def test_numbers_that_json_does_not_know_become_null(value: float, tmp_path: Pat
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"kl": None, "reward_mean": 1.0}]
 
 
+def test_numbers_that_json_does_not_know_become_null_wherever_they_stand(tmp_path: Path) -> None:
+    RunLog(tmp_path).append("metrics.jsonl", [{"review": {"scores": [NAN, 0.5], "both": (INFINITY,)}}])
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"review": {"scores": [None, 0.5], "both": [None]}}]
+
+
 def test_a_refused_row_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
     log.append("metrics.jsonl", [{"kl": 1.0}])
-    with pytest.raises(ValueError, match="JSON"):
-        log.append("metrics.jsonl", [{"kl": 2.0}, {"review": {"scores": [NAN]}}])
+    with pytest.raises(TypeError, match="JSON"):
+        log.append("metrics.jsonl", [{"kl": 2.0}, {"review": tmp_path}])
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"kl": 1.0}]
 
 
@@ -178,8 +183,8 @@ def test_json_keeps_the_order_of_keys(tmp_path: Path) -> None:
 def test_json_that_is_refused_leaves_the_old_file(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
     log.write_json("a.json", {"score": 1})
-    with pytest.raises(ValueError, match="JSON"):
-        log.write_json("a.json", {"score": NAN})
+    with pytest.raises(TypeError, match="JSON"):
+        log.write_json("a.json", {"score": tmp_path})
     assert {name: json.loads(data) for name, data in contents(tmp_path).items()} == {"a.json": {"score": 1}}
 
 

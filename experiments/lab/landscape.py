@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from appo.config import SamplingConfig
 from appo.policy import Policy
-from experiments.config import build_config
+from experiments.config import LAB_DIR, build_config
 from experiments.lab import grammar
-from experiments.models import LAB_DIR, load_model
+from experiments.models import load_model
 from rewards.reward import ClassificationReward
 from rewards.target import TargetModel
 from tasks.meta_prompt import meta_prompt

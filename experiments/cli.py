@@ -1,0 +1,58 @@
+"""The command `appo`: finds its subcommands where it was installed, whatever lies in the folder it is called from.
+
+    appo train --task mnli
+    appo report runs/mnli-...
+
+Loads nothing but the subcommand that is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib.metadata import version
+
+from experiments.command import Program, UsageError, in_order
+from experiments.signals import end_at_once
+
+COMMANDS = {  # the modules of this package with a `main`, and what they do
+    "train": "tune a prompt for a task",
+    "evaluate": "score a finished run on its test split",
+    "prompt": "the instruction of a run for an input, and what the target answers under it",
+    "tasks": "list the tasks, show one, or check those in a folder",
+    "compare": "ways to tune a prompt beside one another, over seeds",
+    "report": "make the report of a run anew",
+    "weights": "put a real language model into a folder",
+}
+
+
+def main() -> int:
+    """Runs what the command line asks for; returns the exit code."""
+    end_at_once()
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in COMMANDS:
+        command: Program = importlib.import_module(f"experiments.{name}").main
+        return command(rest)
+    return _say([name])
+
+
+@in_order
+def _say(argv: Sequence[str]) -> int:
+    """Prints what there is to know of `appo` itself."""
+    if argv[0] in ("-h", "--help"):
+        print("usage: appo COMMAND ...\n")
+        print("\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items()))
+        print("\n`appo COMMAND --help` says what each takes.")
+        return 0
+    if argv[0] == "--version":
+        print(version("stableprompt-appo"))
+        return 0
+    near = get_close_matches(argv[0], COMMANDS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UsageError(f"unknown command {argv[0]!r}; {hint}commands are {', '.join(COMMANDS)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

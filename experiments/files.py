@@ -1,0 +1,47 @@
+"""Files that are whole or not there, and errors that say which file they are about."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Lets a failure to write `path` out as an OSError that names the path, whatever a library has made of it.
+
+    torch.save raises a RuntimeError when its file raises an OSError, safetensors and tokenizers raise errors of their
+    own, which quote the system's number. An error that has nothing to do with the disk goes on as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _named(error.errno, path, error) from error
+    except Exception as error:
+        quoted = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error.__context__, OSError):
+            raise _named(error.__context__.errno, path, error.__context__) from error
+        if quoted:
+            raise _named(int(quoted[1]), path) from error
+        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file of text beside its place and moves it there, so that no reader sees half of it.
+
+    Raises:
+        OSError: it cannot be written; what was there before is as it was.
+    """
+    part = path.with_name(f"{path.name}.part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+
+
+def _named(number: int | None, path: Path, error: OSError | None = None) -> OSError:
+    name = error.filename if error is not None and error.filename is not None else str(path)
+    return OSError(number, os.strerror(number) if number else str(error), name)

@@ -1,0 +1,189 @@
+"""Frozen dataclasses from YAML and key=value pairs, strictly: unknown keys, wrong types and values are named."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import reprlib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from tasks.catalogue import parse_yaml
+
+LARGEST = {int: 2**64 - 1, float: 3.4e38}  # what a seed and a tensor of float32 can hold
+SHOWN = reprlib.Repr()  # of a value in an error: short, however large or deep it is
+SHOWN.maxstring = SHOWN.maxother = 200
+
+Tree = dict[str, Any]
+
+
+class ConfigError(ValueError):
+    """A configuration is not as it should be; the message names file, key and what was expected."""
+
+
+def read_yaml(path: Path) -> Tree:
+    """The keys and values of a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read, is no YAML, or holds anything else.
+    """
+    try:
+        data = _parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path.absolute()}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(data).__name__}")
+    return data
+
+
+def assigned(assignments: Sequence[str]) -> Tree:
+    """The tree of keys of "dotted.key=value" strings.
+
+    Raises:
+        ConfigError: one of them is not of that form, or gives a value to a key that has keys below it.
+    """
+    tree: Tree = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key or not text:
+            raise ConfigError(f"{assignment!r}: expected key=value")
+        try:
+            value = _parse(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}: cannot read the value {shown(text)}") from error
+        _put(tree, key.split("."), value)
+    return tree
+
+
+def merge(into: Tree, source: Mapping[str, Any], cls: type, origin: str = "") -> None:
+    """Adds a tree of keys to another, checking every key and type against a dataclass.
+
+    Args:
+        into: what is added to.
+        source: what is added; it wins.
+        cls: the dataclass that the tree is to fill.
+        origin: the file that the source was read from, for errors.
+
+    Raises:
+        ConfigError: an unknown key, or a value of the wrong type.
+    """
+    _merge(into, source, cls, f"{origin}: " if origin else "", "", dotted_keys(cls))
+
+
+def construct(cls: Any, tree: Mapping[str, Any], prefix: str = "") -> Any:
+    """The dataclass that a tree of keys fills.
+
+    Raises:
+        ConfigError: a value is out of range; the message begins with `prefix` and the key.
+    """
+    kinds = typing.get_type_hints(cls)
+    values = {
+        key: construct(kinds[key], value, f"{prefix}{key}.") if dataclasses.is_dataclass(kinds[key]) else value
+        for key, value in tree.items()
+    }
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ConfigError(f"{prefix}{error}") from error
+
+
+def dotted_keys(cls: Any, prefix: str = "") -> list[str]:
+    """The names of all fields of a dataclass and of those in it."""
+    keys: list[str] = []
+    for name, kind in typing.get_type_hints(cls).items():
+        keys += dotted_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [f"{prefix}{name}"]
+    return keys
+
+
+def shown(value: object) -> str:
+    """The value in an error, cut short."""
+    try:
+        return SHOWN.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
+
+
+def _parse(text: str) -> Any:
+    """The value of a YAML text; raises yaml.YAMLError for whatever is none."""
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # its loader falls over dates, numbers and tags that are none, and over deep nesting
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
+
+
+def _put(tree: Tree, keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{'.'.join(keys)}: {key!r} has been given a value already")
+    tree[keys[-1]] = value
+
+
+def _merge(into: Tree, source: Mapping[str, Any], cls: type, origin: str, prefix: str, known: Sequence[str]) -> None:
+    kinds = typing.get_type_hints(cls)
+    for key, value in source.items():
+        name = f"{prefix}{key}" if isinstance(key, str) else shown(key)
+        if key not in kinds:
+            near = [k for k in known if k.split(".")[-1] == key] or get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; keys are {', '.join(kinds)}"
+            raise ConfigError(f"{origin}unknown key {name!r}{hint}")
+        kind = kinds[key]
+        if not dataclasses.is_dataclass(kind):
+            into[key] = _coerce(value, kind, f"{origin}{name}")
+        elif isinstance(value, Mapping):
+            _merge(into.setdefault(key, {}), value, typing.cast(type, kind), origin, f"{name}.", known)
+        else:
+            first = dataclasses.fields(kind)[0].name
+            raise ConfigError(f"{origin}{name} is {shown(value)}; expected keys such as {name}.{first}")
+
+
+def _coerce(value: Any, kind: Any, where: str) -> Any:
+    """`value` as `kind`, or an error; 1e-5 is text to YAML but a number here."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise ConfigError(f"{where} is {shown(value)}, which holds a character that is no text")
+    for option, largest in LARGEST.items():
+        if option in options and _exceeds(value, largest):
+            raise ConfigError(f"{where} is {shown(value)}; expected at most {largest:.3g}")
+    for option in options:
+        if typing.get_origin(option) is Literal and value in typing.get_args(option):
+            return value
+        if option is type(None) and value is None:
+            return None
+        if option in (bool, str) and isinstance(value, option):
+            return value
+        if option is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if option is float and not isinstance(value, bool) and _is_number(value):
+            return float(value)
+    if str in options and not isinstance(value, (dict, list, type(None))):
+        return str(value)
+    raise ConfigError(f"{where} is {shown(value)}; expected {_kind_name(options)}")
+
+
+def _exceeds(value: Any, largest: float) -> bool:
+    if isinstance(value, int):
+        return abs(value) > largest
+    return _is_number(value) and abs(float(value)) > largest
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return float(value) - float(value) == 0  # neither NaN nor infinite
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _kind_name(options: Sequence[Any]) -> str:
+    names = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
+    return " or ".join(names.get(o) or f"one of {', '.join(map(str, typing.get_args(o)))}" for o in options)
