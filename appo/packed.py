@@ -30,6 +30,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 NAME = "appo_packed"
+CPU = torch.device("cpu")  # layouts are made there, whatever the model's device: many small steps
 BLOCK_KEYS = 2048  # keys that are attended to at once; more only adds to the memory
 
 
@@ -108,8 +109,12 @@ def run(model: PreTrainedModel, batch: Branches, keep: Sequence[int] | None = No
     ends = starts[len(batch.prefixes) + 1 :]
     offsets = [0] * len(batch.prefixes) + [len(batch.prefixes[m]) for m in batch.owner]
     ids = torch.tensor([[token for row in rows for token in row]], device=device)
-    positions = torch.cat([torch.arange(o, o + len(row)) for o, row in zip(offsets, rows, strict=True)]).to(device)
-    wanted = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, counts, strict=True)]).to(device)
+    positions = torch.cat([torch.arange(o, o + len(row), device=CPU) for o, row in zip(offsets, rows, strict=True)]).to(
+        device
+    )
+    wanted = torch.cat(
+        [torch.arange(end - count, end, device=CPU) for end, count in zip(ends, counts, strict=True)]
+    ).to(device)
     layout = _layout(batch, starts, [len(row) for row in rows], model.dtype, device)
     reading = _layout(batch, starts, [0] * len(batch.prefixes) + counts, model.dtype, device)
     unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # a mask in four dimensions is not made again
@@ -185,7 +190,7 @@ def _run_padded(model: PreTrainedModel, batch: Branches, counts: Sequence[int]) 
         logits_to_keep=most,
         use_cache=False,
     )
-    wanted = torch.arange(most) >= most - torch.tensor(counts).unsqueeze(1)
+    wanted = torch.arange(most, device=CPU) >= most - torch.tensor(counts, device=CPU).unsqueeze(1)
     return Output(output.logits[wanted], output.hidden[:, -most:][wanted])
 
 
@@ -304,22 +309,29 @@ def _layout(
         if not fits or seen[groups[-1][0]] != seen[row]:
             groups.append([])
         groups[-1].append(row)
-    restore, offset = torch.zeros(starts[-1], dtype=torch.long), 0
+    restore, offset = torch.zeros(starts[-1], dtype=torch.long, device=CPU), 0
     for rows in groups:
-        first, size, count = (torch.tensor([of[r] for r in rows])[:, None] for of in (starts, length, asking))
+        first, size, count = (
+            torch.tensor([of[r] for r in rows], device=CPU)[:, None] for of in (starts, length, asking)
+        )
         before = seen[rows[0]]
         # Padded with the last token again.
-        own, steps = torch.arange(int(size.max())).clamp(max=size - 1), torch.arange(int(count.max()))
+        own, steps = (
+            torch.arange(int(size.max()), device=CPU).clamp(max=size - 1),
+            torch.arange(int(count.max()), device=CPU),
+        )
         asked = size - count + steps.clamp(max=count - 1)
         queries = first + asked
-        inherited = torch.tensor([starts[max(parent[r], 0)] for r in rows])[:, None] + torch.arange(before)
+        inherited = torch.tensor([starts[max(parent[r], 0)] for r in rows], device=CPU)[:, None] + torch.arange(
+            before, device=CPU
+        )
         keys = torch.cat([inherited, first + own], dim=1)
-        age = before + asked[:, :, None] - torch.arange(keys.shape[1])
-        age[:, :, before:].masked_fill_((torch.arange(own.shape[1]) >= size)[:, None, :], -1)
-        mask = torch.zeros(age.shape, dtype=dtype).masked_fill(age < 0, -torch.inf).unsqueeze(1)
+        age = before + asked[:, :, None] - torch.arange(keys.shape[1], device=CPU)
+        age[:, :, before:].masked_fill_((torch.arange(own.shape[1], device=CPU) >= size)[:, None, :], -1)
+        mask = torch.zeros(age.shape, dtype=dtype, device=CPU).masked_fill(age < 0, -torch.inf).unsqueeze(1)
         blocks.append(_Block(*(t.to(device) for t in (queries, keys, age, mask))))
         real = steps < count
-        restore[queries[real]] = offset + torch.arange(real.numel()).view_as(real)[real]
+        restore[queries[real]] = offset + torch.arange(real.numel(), device=CPU).view_as(real)[real]
         offset += real.numel()
     return _Layout(blocks, restore.to(device))
 

@@ -20,6 +20,12 @@ CONFIG_DIR = Path(__file__).parent / "configs"
 LAB = "lab"
 Dtype = Literal["auto", "float32", "bfloat16"]
 LAB_DIR = Path(__file__).parent / "lab"
+DEFAULT_PRESETS = {  # (the lab's agent, mode tte) -> name
+    (True, False): LAB,
+    (True, True): f"{LAB}_tte",
+    (False, False): None,
+    (False, True): "tte",
+}
 MAX_THREADS = 1024  # torch crashes where the system has no more of them to give
 RESUMABLE = ("steps", "epochs", "run", "checkpoint_every", "trust_remote_code")  # what may differ when a run goes on
 
@@ -111,7 +117,7 @@ def build_config(
         options: top-level keys, as from --task and --seed; None values are left out.
         file: a YAML file of keys.
         assignments: "dotted.key=value" strings; `preset=NAME` takes experiments/configs/NAME.yaml. Without one the
-            preset is `lab` (`lab_tte` in mode tte) for the lab's agent, and none (the paper's values) for any other.
+            preset is `lab` (`lab_tte` in mode tte) for the lab's agent, and none (`tte`) for any other.
 
     Raises:
         ConfigError: unknown key or preset, wrong type, value out of range, file not readable.
@@ -125,11 +131,13 @@ def build_config(
     for _, source in origins:
         preset = source.pop("preset", preset)
         agent, mode = source.get("agent", agent), source.get("mode", mode)
-    if agent == LAB and preset is None:
-        preset = f"{LAB}_tte" if mode == "tte" else LAB
-    if preset is not None:
+    if preset is None:
+        preset = DEFAULT_PRESETS[agent == LAB, mode == "tte"]
+    while preset is not None:  # a preset may build on another
         path = _preset(preset)
-        origins.insert(0, (str(path), read_yaml(path)))
+        tree = read_yaml(path)
+        preset = tree.pop("preset", None)
+        origins.insert(0, (str(path), tree))
     merged: Tree = {}
     for origin, source in origins:
         merge(merged, source, RunConfig, origin)

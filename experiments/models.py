@@ -153,6 +153,11 @@ def compute_dtype(name: str, device: torch.device, role: Literal["agent", "targe
 
 
 def find_device(name: str) -> torch.device:
+    """The device of that name; auto: the GPU if there is one.
+
+    Raises:
+        ModelError: there is no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

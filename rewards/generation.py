@@ -125,7 +125,7 @@ def answer_logprobs(
         chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         return [part.mean().item() for part in chosen.split(counts)]
 
-    return torch.tensor(_batched(target, list(map(len, after)), means))
+    return torch.tensor(_batched(target, list(map(len, after)), means), device="cpu")
 
 
 def _batched(target: TargetModel, widths: Sequence[int], work: Callable[[list[int]], list[T]]) -> list[T]:

@@ -79,6 +79,9 @@ PAPER = {
     "checkpoint_every": 10,
     "appo.whiten_advantages": True,  # TRL
     "appo.leave_one_out": False,
+    "sampling.one_line": False,
+    "sampling.whole_sentences": False,
+    "anchor.collapse": False,
     "appo.reference": "anchor",
     "appo.kl_coef": 0.2,  # TRL
     "appo.kl_in_loss": False,
@@ -97,8 +100,8 @@ PAPER = {
 
 
 @pytest.mark.parametrize(("key", "expected"), PAPER.items())
-def test_defaults_are_the_papers_for_an_agent_of_ones_own(key: str, expected: Any) -> None:
-    assert value(build_config(OTHER), key) == expected
+def test_the_preset_paper_has_the_papers_values(key: str, expected: Any) -> None:
+    assert value(build_config(OTHER, None, ["preset=paper"]), key) == expected
 
 
 def test_without_an_agent_everything_is_the_labs() -> None:
@@ -109,11 +112,12 @@ def test_without_an_agent_everything_is_the_labs() -> None:
 @pytest.mark.parametrize("options", [{}, {"agent": "lab"}])
 def test_the_labs_agent_takes_the_labs_preset(options: dict[str, str]) -> None:
     expected = flat(yaml.safe_load((CONFIG_DIR / "lab.yaml").read_text(encoding="utf-8")))
+    del expected["preset"]  # what it builds on
     config = build_config(options)
     assert {key: value(config, key) for key in expected} == expected
 
 
-def test_the_labs_preset_differs_from_the_papers_values() -> None:
+def test_the_labs_preset_differs_from_the_defaults() -> None:
     assert build_config() != RunConfig()
 
 
@@ -165,6 +169,7 @@ def test_a_preset_may_be_named_in_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_file_in_configs_loads_as_a_preset(name: str) -> None:
     tree = flat(yaml.safe_load((CONFIG_DIR / f"{name}.yaml").read_text(encoding="utf-8")))
+    tree.pop("preset", None)  # what it builds on
     config = build_config(OTHER, None, [f"preset={name}"])
     assert {key: value(config, key) for key in tree} == tree
 
@@ -173,6 +178,11 @@ def test_every_file_in_configs_loads_as_a_preset(name: str) -> None:
 def test_every_file_in_configs_loads_as_a_file(name: str) -> None:
     path = str(CONFIG_DIR / f"{name}.yaml")
     assert build_config(OTHER, path) == build_config(OTHER, None, [f"preset={name}"])
+
+
+def test_a_preset_may_build_on_another() -> None:
+    paper, published = (build_config(OTHER, None, [f"preset={name}"]) for name in ("paper", "published"))
+    assert published.appo.ppo_epochs == paper.appo.ppo_epochs != build_config(OTHER).appo.ppo_epochs
 
 
 def test_an_unknown_preset_names_the_nearest_and_all() -> None:
@@ -326,7 +336,7 @@ WRONG_TYPES = [
     ("task", "null", "text"),
     ("run", "{a: b}", "text or null"),
     ("appo.reference", "anchors", "one of anchor, initial, previous, none"),
-    ("dtype", "float16", "one of float32, bfloat16"),
+    ("dtype", "float16", "one of auto, float32, bfloat16"),
 ]
 
 
@@ -365,6 +375,8 @@ BOUNDS = [
     ("prompts", 0, 1),
     ("pool", 0, 1),
     ("threads", 0, 1),
+    ("few_shot", -1, 0),
+    ("headroom", -1, 0),
     ("checkpoint_every", 0, 1),
     ("appo.max_ratio", 1.0, 1.000001),
     ("appo.target_kl", 0, 1e-9),

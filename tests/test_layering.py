@@ -37,6 +37,7 @@ PLACES = {
     "torch": {"appo", "rewards", "experiments"},
     "tokenizers": {"experiments"},
     "safetensors": {"experiments"},
+    "gguf": {"experiments/weights.py"},  # an extra
     "numpy": {"experiments"},
 }
 
@@ -150,6 +151,17 @@ def unsafe_loading(_path: str, source: str) -> Iterator[str]:
             yield f"line {call.lineno} calls torch.load without weights_only=True"
 
 
+FACTORIES = {"tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "randperm", "eye"}
+
+
+def no_device(path: str, source: str) -> Iterator[str]:
+    """A new tensor whose device is left to chance: right on a CPU, and wrong on the first machine with a GPU."""
+    for name, call in calls(source):
+        new = name.removeprefix("torch.") in FACTORIES and name.startswith("torch.")
+        if package(path) in ("appo", "rewards") and new and "device" not in {k.arg for k in call.keywords}:
+            yield f"line {call.lineno} calls {name} without a device"
+
+
 def no_docstring(_path: str, source: str) -> Iterator[str]:
     """Modules with code, and their public functions and classes, that have no docstring."""
     tree = ast.parse(source)
@@ -177,6 +189,7 @@ RULES: tuple[Callable[[str, str], Iterator[str]], ...] = (
     star_import,
     bare_except,
     unsafe_loading,
+    no_device,
     no_docstring,
     too_long,
 )
@@ -223,6 +236,7 @@ FAULTS = [
     (unsafe_loading, "experiments/x.py", "torch.load('a')"),
     (unsafe_loading, "experiments/x.py", "torch.load('a', weights_only=False)"),
     (unsafe_loading, "tasks/x.py", "yaml.load(text)"),
+    (no_device, "appo/x.py", "torch.randperm(3, generator=g)"),
     (no_docstring, "appo/x.py", "import torch"),
     (no_docstring, "appo/x.py", "'''Module.'''\ndef f(): pass"),
     (no_docstring, "appo/x.py", "'''Module.'''\nclass C: pass"),

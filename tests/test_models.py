@@ -63,9 +63,10 @@ def test_a_model_is_loaded_in_eval_mode(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
-def test_weights_take_the_dtype_that_is_asked_for(name: str, folder: Path) -> None:
-    model = load_model(config(folder, dtype=name), "agent").model
-    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, name)}
+def test_a_target_is_loaded_as_asked_for_and_an_agent_in_float32(name: str, folder: Path) -> None:
+    run = config(folder, dtype=name, target_dtype=name)
+    assert {p.dtype for p in load_model(run, "target").model.parameters()} == {getattr(torch, name)}
+    assert {p.dtype for p in load_model(run, "agent").model.parameters()} == {torch.float32}  # it is trained
 
 
 def test_each_role_has_its_own_model(folder: Path, tmp_path: Path) -> None:
@@ -213,7 +214,7 @@ def test_a_device_that_cannot_be_used_is_named(device: str, folder: Path) -> Non
 @pytest.mark.parametrize(("cuda", "expected"), [(False, "cpu"), (True, "cuda")])
 def test_auto_takes_the_gpu_where_there_is_one(cuda: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    assert models._device("auto").type == expected
+    assert models.find_device("auto").type == expected
 
 
 def test_a_bad_device_is_refused_before_anything_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def test_command_line_ends_with_a_table(finished: tuple[Path, subprocess.Complet
 
 
 def test_run_leaves_its_files(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    files = {"config.yaml", "metrics.jsonl", "prompts.jsonl", "best_prompt.json", "report.html"}
+    files = {"config.yaml", "metrics.jsonl", "prompts.jsonl", "best_prompt.json", "headroom.json", "report.html"}
     expected = {*files, "agent", "checkpoint"}
     assert {path.name for path in finished[0].iterdir()} == expected
 
@@ -69,7 +69,8 @@ def test_reviews_are_recorded_with_all_they_were_made_from(
     reviews = {row["iteration"]: row["review"] for row in read_jsonl(finished[0] / "metrics.jsonl") if row["anchor"]}
     assert list(reviews) == [10]
     assert set(reviews[10]) == {
-        *("decision", "policy_scores", "anchor_scores", "promote_threshold", "rollback_threshold"),
+        *("decision", "reason", "policy_scores", "anchor_scores", "promote_threshold", "rollback_threshold"),
+        *("policy_health", "anchor_health"),
     }
 
 
@@ -116,17 +117,24 @@ def test_test_split_is_not_touched_before_the_end(tmp_path: Path, monkeypatch: p
     options = {"task": "sst2", "steps": 10, "run": str(tmp_path / "run")}
     run = prepare(build_config(options, assignments=SMALL))
     untested = SimpleNamespace(spec=run.data.spec, train=run.data.train, validation=run.data.validation)
-    reached = []
-    monkeypatch.setattr(train_module, "finish", lambda run, pool: reached.append(hasattr(run.data, "test")) or {})
-    train(replace(run, data=untested), quiet=True)
-    assert reached == [False]
+
+    class ReachedError(Exception):
+        pass
+
+    def finish(run: object, pool: object) -> None:
+        raise ReachedError
+
+    monkeypatch.setattr(train_module, "finish", finish)
+    with pytest.raises(ReachedError):
+        train(replace(run, data=untested), quiet=True)
+    assert len(read_jsonl(tmp_path / "run/metrics.jsonl")) == 10
 
 
 def test_winner_is_chosen_on_validation_not_on_test(tmp_path: Path) -> None:
     result = run_small(tmp_path / "run", steps=4)
     assert result["test_score"] <= result["paper_protocol"]["test_score"]  # of a pool of five, the winner among them
-    validation = {row["prompt"] for row in read_jsonl(tmp_path / "run/prompts.jsonl")}
-    assert result["prompt"] in validation
+    written = {row["prompt"] for row in read_jsonl(tmp_path / "run/prompts.jsonl")}
+    assert result["prompt"] in written | {result["manual_prompt"]}
 
 
 def test_assignments_may_stand_between_options() -> None:
