@@ -18,6 +18,7 @@ class SamplingConfig:
 
     max_new_tokens: int = 150  # longest prompt, in tokens of the agent [P]
     temperature: float = 1.0  # divides the logits, in sampling and in the loss alike [published code]
+    nonempty: bool = True  # no end before something is written; ours
     one_line: bool = False  # a line break ends a prompt, once something is written; ours
     whole_sentences: bool = False  # a prompt that is cut off loses the sentence it did not end; ours
 

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from appo import linear, packed
 from appo.config import SamplingConfig
+from appo.ends import Ends
 from appo.functional import logprobs_and_entropy
 from appo.rollout import Query, Response, Rollout, distinct
 
@@ -51,10 +52,6 @@ class Policy(nn.Module):
     Raises:
         ValueError: no end-of-sequence token, or trainable parameters of less than float32.
     """
-
-    _ends: Tensor  # [E] token ids that end a response
-    _breaks: Tensor  # [V] bool, tokens with a line break
-    _visible: Tensor  # [V] bool, tokens with something else than white space
 
     def __init__(
         self,
@@ -94,14 +91,10 @@ class Policy(nn.Module):
         self.value_head = nn.Linear(model.config.get_text_config().hidden_size, 1, device=model.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        looked_at = range(len(tokenizer)) if self.sampling.nonempty or self.sampling.one_line else ()
+        texts = tokenizer.batch_decode([[token] for token in looked_at], skip_special_tokens=True)
         ends = sorted(packed.end_tokens(model, tokenizer))
-        self.register_buffer("_ends", torch.tensor(ends, device=model.device), persistent=False)
-        if self.sampling.one_line:
-            texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-            missing = [False] * (model.get_output_embeddings().weight.shape[0] - len(texts))
-            breaks, visible = ["\n" in text for text in texts], [bool(text.strip()) for text in texts]
-            for name, table in (("_breaks", breaks), ("_visible", visible)):
-                self.register_buffer(name, torch.tensor(table + missing, device=model.device), persistent=False)
+        self.ends = Ends(self.sampling, ends, texts, model.get_output_embeddings().weight.shape[0], model.device)
 
     @property
     def device(self) -> torch.device:
@@ -153,12 +146,7 @@ class Policy(nn.Module):
 
     def ended(self, rollout: Rollout) -> Tensor:
         """[B], True where a response came to an end of its own, False where it was cut off at `max_new_tokens`."""
-        last = (rollout.mask.sum(1, keepdim=True) - 1).clamp(min=0)
-        ended = torch.isin(rollout.tokens.gather(1, last)[:, 0], self._ends)
-        if self.sampling.one_line:
-            written = (self._visible[rollout.tokens] & rollout.mask).any(1)
-            ended |= written & self._breaks[rollout.tokens.gather(1, last)[:, 0]]
-        return ended
+        return self.ends.ended(rollout.tokens, rollout.mask)
 
     @torch.no_grad()
     def sample(
@@ -187,7 +175,7 @@ class Policy(nn.Module):
         for _ in range(self.sampling.max_new_tokens):
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1) if padded else mask
             logits, values = self._forward(inputs, mask if padded else None, position.unsqueeze(1), prefix.cache)
-            logprobs = logits[:, 0].float().log_softmax(-1)
+            logprobs = self.ends.forbid(logits[:, 0].float(), written).log_softmax(-1)
             if logprobs.isnan().any():
                 raise FloatingPointError("the agent's logits are not numbers; its weights are damaged, or overflow")
             race = logprobs
@@ -199,10 +187,7 @@ class Policy(nn.Module):
             tokens = race.argmax(-1, keepdim=True)  # [alive, 1]
             steps.append((alive, tokens[:, 0], logprobs.gather(-1, tokens)[:, 0], values[:, 0]))
             inputs, position = tokens, position + 1
-            going = ~torch.isin(tokens[:, 0], self._ends)
-            if self.sampling.one_line:
-                written |= self._visible[tokens[:, 0]]
-                going &= ~(written & self._breaks[tokens[:, 0]])
+            going, written = self.ends.step(tokens[:, 0], written)
             if not going.any():
                 break
             if not going.all():
@@ -228,6 +213,7 @@ class Policy(nn.Module):
             output = packed.run(self.model, packed.Branches([query.tokens[:-1] for query in queries], branches, owner))
         logits, values = self._read(output)
         logprobs, entropy = logprobs_and_entropy(logits, rollout.tokens[rollout.mask])
+        logprobs, entropy = self.ends.renormalise(logprobs, entropy, logits, rollout.tokens, rollout.mask)
         return Evaluation(*(_unpack(column, rollout.mask) for column in (logprobs, values, entropy)))
 
     forward = evaluate

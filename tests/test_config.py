@@ -79,6 +79,7 @@ PAPER = {
     "checkpoint_every": 10,
     "appo.whiten_advantages": True,  # TRL
     "appo.leave_one_out": False,
+    "sampling.nonempty": False,
     "sampling.one_line": False,
     "sampling.whole_sentences": False,
     "anchor.collapse": False,

@@ -29,7 +29,7 @@ def make(
 ) -> Policy:
     with torch.no_grad():  # make endings likely, so that responses are ragged
         model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 4
-    return Policy(model, tokenizer, SamplingConfig(length, temperature), compute_dtype=compute_dtype)
+    return Policy(model, tokenizer, SamplingConfig(length, temperature, nonempty=False), compute_dtype=compute_dtype)
 
 
 def ragged_queries(policy: Policy) -> list[Query]:

@@ -1,0 +1,109 @@
+"""What is trained is float32 and moves, whatever the model computes in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from appo.config import APPOConfig, SamplingConfig
+from appo.policy import Policy
+from appo.selfcheck import self_check
+from appo.trainer import APPOTrainer
+from rewards.target import TargetModel
+from tests.conftest import byte_tokenizer, llama, sharpen
+from tests.test_trainer import queries, share_of_a
+
+
+def make(dtype: torch.dtype = torch.bfloat16, **config: object) -> APPOTrainer:
+    tokenizer = byte_tokenizer()
+    policy = Policy(llama(len(tokenizer)), tokenizer, SamplingConfig(8), compute_dtype=dtype)
+    settings = APPOConfig(**{"learning_rate": 3e-3, **config})  # type: ignore[arg-type]
+    return APPOTrainer(policy, settings, generator=torch.Generator().manual_seed(0))
+
+
+def test_200_small_steps_move_nearly_all_weights() -> None:
+    trainer = make(learning_rate=1e-5)
+    before = [p.detach().clone() for p in trainer.policy.parameters()]
+    gradients = [torch.full_like(p, 0.01) for p in trainer.policy.parameters()]
+    for _ in range(200):
+        for parameter, gradient in zip(trainer.policy.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        trainer.optimizer.step()
+    pairs = list(zip(trainer.policy.parameters(), before, strict=True))
+    moved = sum(int((p != q).sum()) for p, q in pairs) / sum(p.numel() for p, _ in pairs)
+    assert moved >= 0.99
+    for p, q in pairs:  # a constant gradient moves AdamW by the learning rate a step: 200 * 1e-5
+        assert_close(p.detach(), q - 2e-3, rtol=0, atol=2e-5)
+
+
+def test_weights_kept_in_bfloat16_would_not_move() -> None:
+    weights = torch.nn.Parameter(torch.full((1000,), 0.02, dtype=torch.bfloat16))  # spacing 6e-5, six steps of 1e-5
+    optimizer = torch.optim.AdamW([weights], lr=1e-5, weight_decay=0.0)
+    for _ in range(200):
+        weights.grad = torch.full_like(weights, 0.01)
+        optimizer.step()
+    assert (weights == 0.02).all() or (weights == torch.tensor(0.02).bfloat16()).all()
+
+
+def test_trainable_weights_below_float32_are_refused() -> None:
+    tokenizer = byte_tokenizer()
+    with pytest.raises(ValueError, match="load the model in float32"):
+        Policy(llama(len(tokenizer)).bfloat16(), tokenizer)
+
+
+def test_frozen_weights_may_be_bfloat16() -> None:
+    tokenizer = byte_tokenizer()
+    policy = Policy(llama(len(tokenizer)).bfloat16().requires_grad_(False), tokenizer)
+    assert policy.value_head.weight.dtype == torch.float32
+
+
+def test_an_agent_with_nothing_to_train_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    model = llama(len(tokenizer))
+    policy = Policy(model, tokenizer)
+    TargetModel(model, tokenizer, "{prompt} {input}", ())  # the same object, and a target's weights are frozen
+    with pytest.raises(ValueError, match=r"no parameter to train.*same object"):
+        APPOTrainer(policy)
+
+
+def test_all_but_the_layers_is_float32() -> None:
+    trainer = make()
+    trainer.step(queries(trainer), share_of_a)
+    rollout = trainer.policy.sample(queries(trainer), torch.Generator().manual_seed(0))
+    now = trainer.policy.evaluate(rollout)
+    columns = [rollout.logprobs, rollout.values, *now]
+    state = [s for entry in trainer.optimizer.state.values() for s in entry.values()]
+    found = {t.dtype for t in [*columns, *trainer.policy.parameters(), *state]}
+    assert found == {torch.float32}
+
+
+def test_the_layers_do_compute_in_bfloat16() -> None:
+    trainer, seen = make(), set()
+    layer = trainer.policy.model.model.layers[0].mlp.down_proj
+    layer.register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
+    trainer.policy.sample(queries(trainer), torch.Generator().manual_seed(0))
+    assert seen == {torch.bfloat16}
+
+
+def test_log_probabilities_are_those_of_float32_but_for_rounding() -> None:
+    tokenizer = byte_tokenizer()
+    model = sharpen(llama(len(tokenizer)))
+    full, half = (Policy(model, tokenizer, SamplingConfig(8), compute_dtype=d) for d in (torch.float32, torch.bfloat16))
+    rollout = full.sample([full.query("", "one")] * 4, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert_close(half.evaluate(rollout).logprobs, full.evaluate(rollout).logprobs, rtol=0, atol=0.1)
+
+
+def test_the_first_rollout_adds_up_in_bfloat16() -> None:
+    trainer = make()
+    self_check(trainer.policy, trainer.anchor, trainer.policy.sample(queries(trainer), trainer.generator))
+
+
+def test_it_learns_in_bfloat16_as_in_float32() -> None:
+    shares = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        trainer = make(dtype, kl_coef=0.0)
+        shares[dtype] = [trainer.step(queries(trainer, 32), share_of_a)["accuracy_mean"] for _ in range(60)]
+    ends = [sum(row[-3:]) / 3 for row in shares.values()]
+    assert min(ends) > 0.8

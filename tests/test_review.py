@@ -1,0 +1,123 @@
+"""What a review sees beyond scores: an agent that has collapsed goes back, and the record says why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from appo.anchor import AnchorDecision, Health, collapse
+from appo.config import AnchorConfig, APPOConfig, SamplingConfig
+from appo.policy import Policy
+from appo.rollout import Query
+from appo.trainer import APPOTrainer
+from tests.conftest import byte_tokenizer, llama
+
+SOUND = Health(length=30.0, empty_rate=0.0, distinct_2=0.9, entropy=2.0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "sign"),
+    [
+        (SOUND, None),
+        (SOUND._replace(length=10.1), None),
+        (SOUND._replace(length=9.9), "9.9 tokens long"),
+        (SOUND._replace(empty_rate=0.5), None),
+        (SOUND._replace(empty_rate=0.75), "75% of its prompts are empty"),
+        (SOUND._replace(distinct_2=0.31), None),
+        (SOUND._replace(distinct_2=0.29), "repeat themselves"),
+        (SOUND._replace(entropy=0.0), None),  # an agent that is sure of itself is no dead one
+    ],
+)
+def test_what_counts_as_collapse(policy: Health, sign: str | None) -> None:
+    found = collapse(policy, SOUND)
+    assert (found is None) == (sign is None) and (sign or "") in (found or "")
+
+
+def test_an_agent_is_as_short_or_repetitive_as_its_anchor_may_be() -> None:
+    poor = Health(length=1.0, empty_rate=0.9, distinct_2=0.1, entropy=1.0)
+    assert collapse(poor, poor) is None
+
+
+def make(anchor: AnchorConfig | None = None, **config: object) -> APPOTrainer:
+    tokenizer = byte_tokenizer()
+    policy = Policy(llama(len(tokenizer)), tokenizer, SamplingConfig(24))
+    settings = APPOConfig(**config)  # type: ignore[arg-type]
+    return APPOTrainer(policy, settings, anchor, torch.Generator().manual_seed(0))
+
+
+QUERIES = [Query((5, 6, 7))] * 8
+
+
+def weights(trainer: APPOTrainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.policy.parameters()])
+
+
+def silent(trainer: APPOTrainer) -> bool:
+    return trainer.policy.sample(QUERIES, torch.Generator().manual_seed(0)).mask.sum(1).float().mean() < 3
+
+
+@pytest.fixture
+def collapsed() -> tuple[APPOTrainer, torch.Tensor]:
+    trainer = make()
+    before = weights(trainer)
+    with torch.no_grad():  # the norm of a state of ones is ones: the end gets a logit of 320, all else 0
+        trainer.policy.model.model.embed_tokens.weight.fill_(1.0)
+        trainer.policy.model.lm_head.weight.zero_()
+        trainer.policy.model.lm_head.weight[trainer.policy.tokenizer.eos_token_id] = 10.0
+    assert silent(trainer)
+    return trainer, before
+
+
+@pytest.mark.parametrize("lead", [0.0, 0.05, -0.05])
+def test_a_collapsed_agent_goes_back_though_its_score_is_its_anchors(
+    collapsed: tuple[APPOTrainer, torch.Tensor], lead: float
+) -> None:
+    trainer, before = collapsed
+    scores = iter([[0.5 + lead] * 8, [0.5] * 8])
+    review = trainer.review_anchor(QUERIES, lambda prompts: next(scores))
+    assert review.decision is AnchorDecision.ROLLBACK
+    assert "the agent has collapsed" in review.reason
+    assert review.policy_health.length < review.anchor_health.length / 3
+    assert torch.equal(weights(trainer), before)
+
+
+def test_short_prompts_that_win_are_no_collapse(collapsed: tuple[APPOTrainer, torch.Tensor]) -> None:
+    trainer, _ = collapsed
+    scores = iter([[0.9] * 8, [0.5] * 8])
+    assert trainer.review_anchor(QUERIES, lambda prompts: next(scores)).decision is AnchorDecision.PROMOTE
+
+
+@pytest.mark.parametrize("switch", ["collapse", "rollback"])
+def test_going_back_can_be_switched_off(collapsed: tuple[APPOTrainer, torch.Tensor], switch: str) -> None:
+    trainer, before = collapsed
+    trainer.anchor_config = replace(trainer.anchor_config, **{switch: False})
+    review = trainer.review_anchor(QUERIES, lambda prompts: [0.5] * len(prompts))
+    assert review.decision is AnchorDecision.KEEP
+    assert not torch.equal(weights(trainer), before)
+
+
+def test_the_reference_initial_is_never_promoted() -> None:
+    trainer = make(reference="initial")
+    with torch.no_grad():
+        trainer.policy.value_head.bias.add_(1.0)
+    scores = iter([[1.0] * 8, [0.0] * 8])
+    review = trainer.review_anchor(QUERIES, lambda prompts: next(scores))
+    assert review.decision is AnchorDecision.KEEP and "switched off" in review.reason
+    assert trainer.anchor._parameters["value_head.bias"].item() == 0.0
+
+
+def test_reviews_leave_the_stream_of_rollouts_alone() -> None:
+    reviewed, other = make(), make()
+    reviewed.review_anchor(QUERIES, lambda prompts: [0.5] * len(prompts))
+    rollouts = [trainer.policy.sample(QUERIES, trainer.generator) for trainer in (reviewed, other)]
+    assert torch.equal(rollouts[0].tokens, rollouts[1].tokens)
+
+
+def test_sampling_reviews_and_minibatch_order_never_share_a_generator() -> None:
+    trainer = make()
+    streams = [trainer.generator, trainer.review_generator, trainer.order_generator]
+    assert len({id(stream) for stream in streams}) == 3
+    assert len({stream.initial_seed() for stream in streams if stream is not None}) == 3
+    assert trainer.order_generator is not None and trainer.order_generator.device.type == "cpu"

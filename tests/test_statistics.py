@@ -1,0 +1,107 @@
+"""Intervals and paired tests: against published tables, exact sums, and what must hold for any scores."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.statistics import compared, interval, paired_p, spread, wilson
+
+scores = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30)
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [
+        # Newcombe 1998 (Statistics in Medicine 17, 857), Table I, method 3: 81/263, 15/148, 0/20, 1/29.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_equals_the_published_table(right: int, n: int, low: float, high: float) -> None:
+    assert wilson(right, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(scores)
+def test_an_interval_holds_the_mean_and_stays_between_0_and_1(values: list[float]) -> None:
+    low, high = interval(values)
+    assert -1e-9 <= low <= np.mean(values) + 1e-6 and np.mean(values) - 1e-6 <= high <= 1 + 1e-9
+
+
+def test_the_interval_of_a_mean_is_near_the_normal_one_for_many_rows() -> None:
+    values = np.random.default_rng(1).beta(2, 3, 2000)  # mean .4, deviation .2
+    half = 1.96 * values.std() / math.sqrt(2000)
+    assert interval(values.tolist()) == pytest.approx((values.mean() - half, values.mean() + half), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("only_one", "only_other", "expected"),
+    [
+        (0, 0, 1.0),
+        (5, 5, 1.0),
+        (10, 2, 2 * (1 + 12 + 66) / 4096),  # P(at most 2 of 12 heads), twice
+        (1, 6, 2 * (1 + 7) / 128),
+    ],
+)
+def test_mcnemar_is_the_binomial_test_of_the_rows_that_differ(only_one: int, only_other: int, expected: float) -> None:
+    one = [1.0] * only_one + [0.0] * only_other + [1.0] * 7 + [0.0] * 3
+    other = [0.0] * only_one + [1.0] * only_other + [1.0] * 7 + [0.0] * 3
+    assert paired_p(one, other) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_permutation_test_equals_all_sign_flips() -> None:
+    one, other = [0.9, 0.8, 0.35, 0.6, 0.75, 0.2], [0.5, 0.6, 0.4, 0.1, 0.7, 0.1]
+    differences = np.subtract(one, other)
+    flips = [
+        abs(np.dot(differences, [1 if bits >> i & 1 else -1 for i in range(6)])) >= abs(differences.sum()) - 1e-9
+        for bits in range(2**6)
+    ]
+    assert paired_p(one, other) == pytest.approx(np.mean(flips), abs=0.02)
+
+
+@given(scores)
+def test_the_same_scores_differ_with_p_1(values: list[float]) -> None:
+    assert paired_p(values, values) == 1.0
+
+
+def table(effect: float, seed: int = 0) -> list[list[float]]:
+    """12 prompts on 32 rows of differing difficulty; half of the prompts are better by `effect`."""
+    rng = np.random.default_rng(seed)
+    difficulty = rng.uniform(0.2, 0.8, 32)
+    better = np.repeat([effect, 0.0], 6)[:, None]
+    return (rng.uniform(size=(12, 32)) < difficulty + better).astype(float).tolist()
+
+
+def test_prompts_without_effect_are_called_noise_in_19_of_20_cases() -> None:
+    assert sum(spread(table(0.0, seed)).p < 0.05 for seed in range(40)) <= 5  # 2 expected; 6 or more: 1.4 %
+
+
+def test_prompts_that_differ_are_told_from_noise() -> None:
+    seen = spread(table(0.3))
+    assert seen.p < 0.01 and seen.between > 1.5 * seen.noise
+
+
+def test_expected_noise_is_the_deviation_that_chance_gives() -> None:
+    # Every row is right for half of the 12 prompts: the mean of 32 such rows has deviation sqrt(.25 / 32).
+    rng = np.random.default_rng(0)
+    rows = [rng.permutation([1.0] * 6 + [0.0] * 6) for _ in range(32)]
+    assert spread(np.transpose(rows).tolist()).noise == pytest.approx(math.sqrt(0.25 / 32), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("best", "manual", "words"),
+    [
+        ([1.0] * 40, [0.0] * 40, "better than the manual prompt"),
+        ([0.0] * 40, [1.0] * 40, "worse than the manual prompt"),
+        ([1.0, 0.0] * 20, [0.0, 1.0] * 20, "no difference"),
+        ([1.0] * 21 + [0.0] * 19, [0.0] * 2 + [1.0] * 19 + [0.0] * 19, "no difference"),
+    ],
+)
+def test_a_difference_is_called_one_only_where_rows_show_it(best: list[float], manual: list[float], words: str) -> None:
+    assert compared(best, manual).startswith(words)
