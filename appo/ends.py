@@ -1,13 +1,15 @@
-"""Where a response may end, and where not yet.
+"""Where a response may end, where not yet, and what it is as text.
 
 A response ends with an end token of the model or, if wanted, with a line break once something is written. Until
-something is written it may not end at all: an empty prompt instructs nobody, though to some targets it is a fair one,
 something is written it may not end at all: an empty prompt instructs nobody, but some targets do fairly well under it,
-which an agent that is paid for it finds out soon. The end is taken out of the distribution that is sampled from, so that
+which an agent that is paid for that finds out soon. The end is taken out of the distribution that is sampled from, so
+that the log-probabilities of the loss are those of what could be sampled.
 """
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 
 import torch
@@ -39,8 +41,8 @@ class Ends:
         self.sampling = sampling
         self.tokens = torch.tensor(sorted(tokens), device=device)  # [E]
         unknown = [False] * (vocabulary - len(texts))
-        visible = [bool(text.strip()) and token not in tokens for token, text in enumerate(texts)]
-        self._visible = torch.tensor(visible + unknown, device=device)  # [V], something else than white space
+        visible = [bool(clean(text)) and token not in tokens for token, text in enumerate(texts)]
+        self._visible = torch.tensor(visible + unknown, device=device)  # [V], of a prompt something would be left
         self._breaks = torch.tensor(["\n" in text for text in texts] + unknown, device=device)  # [V], a line break
 
     def forbid(self, logits: Tensor, written: Tensor) -> Tensor:
@@ -82,3 +84,15 @@ class Ends:
         allowed = states.index_fill(1, self.tokens, -torch.inf)
         logprobs = logprobs.index_add(0, rows, states.logsumexp(-1) - allowed.logsumexp(-1))
         return logprobs, entropy.index_copy(0, rows, entropy_from_logits(allowed.detach()))
+
+
+def clean(text: str) -> str:
+    """Text from a model's mouth as one readable line: control and format characters out, white space folded."""
+    visible = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
+    return " ".join(visible.split())
+
+
+def whole_sentences(text: str) -> str:
+    """The text up to the last sentence that it ends; all of it if it ends none."""
+    ends = [found.end() for found in re.finditer(r"[.!?][\"')\]*]*(?=\s|$)", text)]
+    return text[: ends[-1]] if ends else text

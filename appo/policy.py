@@ -8,7 +8,6 @@ there are: the K responses to one meta-prompt cost one meta-prompt.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from appo import linear, packed
 from appo.config import SamplingConfig
-from appo.ends import Ends
+from appo.ends import Ends, clean, whole_sentences
 from appo.functional import logprobs_and_entropy
 from appo.rollout import Query, Response, Rollout, distinct
 
@@ -303,15 +302,3 @@ def _checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
-
-
-def clean(text: str) -> str:
-    """Text from a model's mouth as one readable line: control and format characters out, white space folded."""
-    visible = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
-    return " ".join(visible.split())
-
-
-def whole_sentences(text: str) -> str:
-    """The text up to the last sentence that it ends; all of it if it ends none."""
-    ends = [found.end() for found in re.finditer(r"[.!?][\"')\]*]*(?=\s|$)", text)]
-    return text[: ends[-1]] if ends else text

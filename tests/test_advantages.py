@@ -96,7 +96,7 @@ def drift(steps: int = 20, **config: object) -> tuple[list[float], list[float]]:
     model = llama(len(tokenizer))
     with torch.no_grad():  # ends are likely enough for lengths to vary
         model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 4
-    policy = Policy(model, tokenizer, SamplingConfig(24))
+    policy = Policy(model, tokenizer, SamplingConfig(24, nonempty=False))
     settings = APPOConfig(learning_rate=1e-3, kl_coef=0.0, **config)  # type: ignore[arg-type]
     trainer = APPOTrainer(policy, settings, generator=torch.Generator().manual_seed(0))
     query, lengths, ends = policy.query("", "one"), [], []
