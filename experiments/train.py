@@ -170,7 +170,9 @@ def finish(run: Run, pool: PromptPool) -> dict[str, Any]:
     candidates = [manual, *few_shot_prompts(run), *tuned]
     validation = by_example(run.reward, candidates, run.data.validation)
     rewards = run.reward(candidates, run.data.validation).scores.nan_to_num(-math.inf)
-    best = max(range(len(candidates)), key=lambda i: (validation[i].mean().item(), rewards[i].item(), -i))
+    scores = validation.mean(1).tolist()
+    best = max(range(len(candidates)), key=lambda i: (scores[i], rewards[i].item(), -i))
+    best = best if scores[best] > scores[0] else 0
     published = tuned[:PAPER_POOL] or [manual]
     test = by_example(run.reward, [*published, manual, candidates[best]], run.data.test)
     return {
