@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from experiments.runlog import read_result
 from tasks.spec import SPLITS
 from tasks.splits import TaskData
 
@@ -34,5 +34,4 @@ def differing(before: object, now: Fingerprint) -> str:
 
 def changed_since(folder: Path, now: Fingerprint) -> str:
     """The parts that are not as they were when a finished run was made; empty if all are, or if it did not say."""
-    result = json.loads((folder / "best_prompt.json").read_text(encoding="utf-8"))
-    return differing(result.get("fingerprint", now), now)
+    return differing(read_result(folder).get("fingerprint", now), now)

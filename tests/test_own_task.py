@@ -133,7 +133,7 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_only_letters_that_a_question_offers_have_a_probability(
     choices: str, letters: list[str], answered: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = write(tmp_path / "a.jsonl", json.dumps({"input": f"q\n{choices}"}))
+    file = write(tmp_path / "a.jsonl", json.dumps({"input": f"q of\n(A) and\n(B)?\n{choices}"}))
     assert prompt(["--run", str(answered["quiz"]), "--file", str(file), "--answer"]) == 0
     (row,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert list(row["probabilities"]) == letters and row["answer"] in letters
@@ -226,6 +226,21 @@ def test_no_escape_sequence_of_the_data_reaches_the_terminal(
     page = capsys.readouterr().out
     assert all(line.isprintable() for line in page.splitlines())
     assert r"\x1b[2J" in page and r"a\x1b]0;b\x07\u202e {input} Input : \x1b[2J" in page
+
+
+@pytest.mark.parametrize("form", ["--input", "--file"])
+def test_no_escape_sequence_of_an_input_or_an_answer_reaches_the_terminal(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = begin(reviews(tmp_path, verbalizer={"bad": "n\x9bo", "good": "yes"}))
+    text = "\x9b2J\u202eé"
+    given = str(write(tmp_path / "a.txt", text)) if form == "--file" else text
+    capsys.readouterr()
+    assert prompt(["--run", str(run), form, given, "--answer"]) == 0
+    page = capsys.readouterr().out
+    assert all(line.isprintable() for line in page.splitlines())
+    if form == "--file":
+        assert json.loads(page)["input"] == text
 
 
 def test_too_few_rows_name_the_key_that_asks_for_fewer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

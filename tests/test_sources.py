@@ -386,6 +386,12 @@ def test_a_foreign_file_below_a_task_of_ones_own_is_no_split_of_it(folder: str, 
     assert {text.split()[0] for split in ("validation", "test") for text in texts(data, split)} == {"own"}
 
 
+def test_a_folder_of_the_tasks_name_without_its_rows_is_passed_over(tmp_path: Path) -> None:
+    name = own_spec(tmp_path)
+    write(tmp_path / "reviews" / "notes.txt", "of something else")
+    assert len(load_task(name, str(tmp_path), shots=1).train) == 2
+
+
 def test_a_validation_file_that_the_spec_names_and_that_is_not_there_is_missed(tmp_path: Path) -> None:
     # Else the split would be cut from train, without a word.
     name = own_spec(tmp_path, files={"train": ["reviews.jsonl"], "validation": ["held_out.jsonl"]})
@@ -608,6 +614,22 @@ def test_the_hubs_reason_is_cut_to_one_line_and_never_empty(
     hub_fails(monkeypatch, error)
     message = complaint("sst2", "hub")
     assert reason in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [([], "the split has no rows"), ([-1, -1], "no row is left; all have one of the labels -1, -")],
+)
+def test_a_split_of_the_hub_without_rows_is_not_cut_from_another(
+    labels: list[int], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(*_args: Any, split: str, **_options: Any) -> datasets.Dataset:
+        found = labels if split == "test" else [0, 1, 2] * 4
+        texts = [f"{split} {i}" for i in range(len(found))]
+        return datasets.Dataset.from_dict({"premise": texts, "hypothesis": texts, "label": found})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert complaint("snli", "hub", shots=1) == f"stanfordnlp/snli[test]: {reason}"
 
 
 def test_a_task_without_a_hub_data_set_says_so(tmp_path: Path) -> None:
