@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,23 @@ def begin(spec: Path, *more: str) -> Path:
     run = spec.parent / "run"
     assert train(["--task", str(spec), "--run", str(run), *SMALL, *more]) == 0
     return run
+
+
+def test_the_readmes_task_of_ones_own_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (spec,) = re.findall(r"```yaml\n(# reviews\.yaml\n.*?)```", readme, re.DOTALL)
+    (row,) = re.findall(r"a row such as `(.*?)`", readme)
+    write(tmp_path / "reviews.yaml", spec)
+    rows = [
+        json.loads(row) | {"body": f"They were {word} {i}.", "label": label}
+        for word, label in (("kind", "good"), ("rude", "bad"))
+        for i in range(8)
+    ]
+    write(tmp_path / "reviews.jsonl", "\n".join(map(json.dumps, rows)))
+    small = ["steps=1", "prompts=2", "examples.shots=2", "threads=1", "sampling.max_new_tokens=8"]
+    assert train(["--task", str(tmp_path / "reviews.yaml"), "--run", str(tmp_path / "run"), *small]) == 0
+    assert "best prompt" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "best_prompt.json").read_text())["task"] == "reviews"
 
 
 # -- a task that is edited after the run -------------------------------------------------------------------------
