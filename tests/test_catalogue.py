@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,12 @@ def test_broken_yaml_is_one_line_that_says_where(text: str, tmp_path: Path) -> N
     path = write_text(tmp_path, text)
     # One line: `.` matches no line break, and re.fullmatch takes all of the text.
     assert re.fullmatch(rf"{re.escape(path)}: not readable as YAML: .*line \d, column \d+.*", refusal(path))
+
+
+def test_a_spec_may_be_json(tmp_path: Path) -> None:
+    # Which writes characters beyond the first 65536 as two halves.
+    path = write_text(tmp_path, json.dumps(SPEC | {"manual_prompt": "Is it \U0001f600?"}))
+    assert load_spec(path).manual_prompt == "Is it \U0001f600?"
 
 
 @pytest.mark.parametrize("text", UNREADABLE, ids=range(len(UNREADABLE)))
