@@ -95,10 +95,10 @@ def read_inputs(path: Path) -> list[str]:
         raise TaskError(f"no file {str(path)!r}")
     if path.suffix.lower() in SUFFIXES:
         return [_input(row, where) for where, row in read_rows(path)]
-    lines = [line.replace("\\n", "\n") for line in read_text(path).split("\n") if line.strip()]
+    lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     if not lines:
         raise TaskError(f"{path}: the file has no inputs")
-    return lines
+    return [_input({"input": line.replace("\\n", "\n")}, f"{path}:{number}") for number, line in lines]
 
 
 def _input(row: Row, where: str) -> str:

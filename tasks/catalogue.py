@@ -220,7 +220,7 @@ def _is_a(kind: str, value: object) -> bool:
 
 def _check_name(name: str) -> None:
     parts = name.split("/")  # the name is that of the task's folder too
-    if any(part.strip(". ") == "" for part in parts):
+    if not name.isprintable() or any(part.strip(". ") == "" for part in parts):
         raise TaskError(f"the name {name!r} cannot be that of a folder")
 
 

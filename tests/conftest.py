@@ -18,7 +18,7 @@ from transformers import (
 
 # CI draws the same examples in every call, `make fuzz` new ones (tests/fuzz.py).
 settings.register_profile("same", derandomize=True, deadline=None)
-settings.register_profile("search", max_examples=500, deadline=None, print_blob=True)
+settings.register_profile("search", max_examples=200, deadline=None, print_blob=True)
 settings.load_profile("same")
 
 torch.set_num_threads(1)  # a toy run takes 1 s with one thread and up to 57 s with two on a busy two-core machine

@@ -129,6 +129,11 @@ def test_a_value_of_the_wrong_type_is_named(key: str, value: Any, kind: str, tmp
     assert refusal(path) == f"{path}: {key!r} is {value!r}; expected {kind}"
 
 
+def test_a_number_that_python_does_not_write_is_named(tmp_path: Path) -> None:
+    path = write_text(tmp_path, json.dumps(SPEC)[:-1] + ', "max_shots": [0x' + "f" * 5000 + "]}")
+    assert refusal(path) == f"{path}: 'max_shots' is a number of thousands of digits; expected a whole number"
+
+
 # One level down: a name where a list of names belongs would be read letter by letter, null would fail at the first
 # row, and a number never equals a label's text.
 @pytest.mark.parametrize(
@@ -173,7 +178,7 @@ def test_an_unknown_split_is_refused(key: str, value: dict[str, Any], fragment: 
     assert fragment in refusal(write_spec(tmp_path, **{key: value}))
 
 
-@pytest.mark.parametrize("name", ["", " ", ".", "..", "a//b", "/etc", "a/../b"])
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "a//b", "/etc", "a/../b", "\x1b[2J"])
 def test_a_name_is_that_of_a_folder(name: str, tmp_path: Path) -> None:
     assert "cannot be that of a folder" in refusal(write_spec(tmp_path, name=name))
 

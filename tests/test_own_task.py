@@ -207,6 +207,7 @@ def test_inputs_are_read_from_files_of_rows(
         ("a.jsonl", '{"input": ""}\n', "a.jsonl:1: field 'input' is ''"),
         ("a.jsonl", '{"input": "\\ud800"}\n', "a.jsonl:1: field 'input'"),
         ("a.txt", b"caf\xe9\n", "a.txt: not UTF-8 at byte 3"),
+        ("a.txt", "\n" + "a" * 10**7, "a.txt:2: field 'input' has 10000000 characters"),
     ],
 )
 def test_a_file_without_inputs_is_refused(
