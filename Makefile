@@ -12,7 +12,7 @@ OPTIONS = --task "$(TASK)" $(if $(AGENT),--agent "$(AGENT)") $(if $(TARGET),--ta
 SEEDS ?= 0 1 2 3 4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train tasks compare landscape lab bench test lint mutate clean
+.PHONY: help setup train tasks compare landscape lab bench test fuzz lint mutate clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ bench: $(READY) ## how fast scoring, sampling and updating are, against the plai
 
 test: $(READY) ## run the tests with coverage
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+fuzz: $(READY) ## search for input that is neither taken nor refused in one line: make fuzz MINUTES=60
+	@$(BIN)/python -m tests.fuzz $(MINUTES)
 
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .

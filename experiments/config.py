@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from appo.config import AnchorConfig, APPOConfig, SamplingConfig
 from experiments.strict import ConfigError, Tree, assigned, construct, merge, read_yaml, shown
+from tasks.catalogue import is_spec_file
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 LAB = "lab"
@@ -182,7 +183,7 @@ def data_source(task: str, data: str) -> str:
     """Where a task's data are: the lab's folder for "lab", except that a spec of one's own lies beside its files."""
     if data != LAB:
         return data
-    return str(Path(task).parent) if task.endswith((".yaml", ".yml")) else str(LAB_DIR / "data")
+    return str(Path(task).parent) if is_spec_file(task) else str(LAB_DIR / "data")
 
 
 def _given(options: Mapping[str, Any] | None) -> dict[str, Any]:

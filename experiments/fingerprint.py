@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from experiments.runlog import read_result
 from tasks.spec import SPLITS
 from tasks.splits import TaskData
 
@@ -26,12 +26,12 @@ def fingerprint(data: TaskData) -> Fingerprint:
     return {name: hashlib.sha256(repr(part).encode()).hexdigest() for name, part in parts.items()}
 
 
-def differing(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """The parts that differ, by name; empty if none does."""
-    return ", ".join(name for name in now if before.get(name) != now[name])
+def differing(before: object, now: Fingerprint) -> str:
+    """The parts that differ from what was written down before, by name; empty if none does."""
+    known = before if isinstance(before, Mapping) else {}
+    return ", ".join(name for name in now if known.get(name) != now[name])
 
 
-def changed_since(folder: Path, now: Mapping[str, str]) -> str:
+def changed_since(folder: Path, now: Fingerprint) -> str:
     """The parts that are not as they were when a finished run was made; empty if all are, or if it did not say."""
-    result = json.loads((folder / "best_prompt.json").read_text(encoding="utf-8"))
-    return differing(result.get("fingerprint", now), now)
+    return differing(read_result(folder).get("fingerprint", now), now)

@@ -25,7 +25,7 @@ from rewards.generation import generate
 from rewards.reward import STOPS, GenerationReward
 from rewards.target import NO_NUMBERS
 from tasks.cells import Row, column, lettered, text_of
-from tasks.errors import TaskError, shown
+from tasks.errors import TaskError, printable, shown
 from tasks.rows import SUFFIXES, read_rows, read_text
 
 
@@ -95,10 +95,10 @@ def read_inputs(path: Path) -> list[str]:
         raise TaskError(f"no file {str(path)!r}")
     if path.suffix.lower() in SUFFIXES:
         return [_input(row, where) for where, row in read_rows(path)]
-    lines = [line.replace("\\n", "\n") for line in read_text(path).split("\n") if line.strip()]
+    lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     if not lines:
         raise TaskError(f"{path}: the file has no inputs")
-    return lines
+    return [_input({"input": line.replace("\\n", "\n")}, f"{path}:{number}") for number, line in lines]
 
 
 def _input(row: Row, where: str) -> str:
@@ -134,12 +134,14 @@ def main(argv: Sequence[str]) -> int:
     print(f"{1000 * seconds / len(inputs):.1f} ms per input, {len(inputs)} in all, after loading", file=sys.stderr)
     if options.input is None:
         for text, prompt, reply in zip(inputs, prompts, replies, strict=True):
-            print(json.dumps({"input": text, "prompt": prompt, **reply}, ensure_ascii=False))
+            row = {"input": text, "prompt": prompt, **reply}
+            line = json.dumps(row, ensure_ascii=False)
+            print(line if line.isprintable() else json.dumps(row))  # no terminal is to obey what stands in an input
         return 0
-    print(prompts[0])
+    print(printable(prompts[0]))
     if options.answer:
-        shown = ", ".join(f"{word} {p:.3f}" for word, p in replies[0].get("probabilities", {}).items())
-        print(f"answer: {replies[0]['answer']}" + (f"  ({shown})" if shown else ""))
+        each = ", ".join(f"{word} {p:.3f}" for word, p in replies[0].get("probabilities", {}).items())
+        print(printable(f"answer: {replies[0]['answer']}" + (f"  ({each})" if each else "")))
     return 0
 
 

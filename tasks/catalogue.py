@@ -43,7 +43,11 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-            raise yaml.constructor.ConstructorError(None, None, "half a character, which is no text", node.start_mark)
+            try:  # JSON, which is YAML as well, writes some characters as two halves
+                return value.encode("utf-16", "surrogatepass").decode("utf-16")
+            except UnicodeDecodeError:
+                problem = "half a character, which is no text"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
         return value
 
 
@@ -216,7 +220,7 @@ def _is_a(kind: str, value: object) -> bool:
 
 def _check_name(name: str) -> None:
     parts = name.split("/")  # the name is that of the task's folder too
-    if any(part.strip(". ") == "" for part in parts):
+    if not name.isprintable() or any(part.strip(". ") == "" for part in parts):
         raise TaskError(f"the name {name!r} cannot be that of a folder")
 
 

@@ -167,9 +167,10 @@ def _names(given: Any, count: int) -> list[str]:
 
 
 def lettered(text: str) -> int:
-    """How many choices a text offers, in lines that begin with (A), (B) and so on; 0 if it offers none."""
-    letters = re.findall(r"^\(([A-Z])\)", text, re.MULTILINE)
-    return len(letters) if len(letters) > 1 and letters == list(LETTERS[: len(letters)]) else 0
+    """How many choices a text offers at its end, in lines that begin with (A), (B) and so on; 0 if it offers none."""
+    letters = "".join(re.findall(r"^\(([A-Z])\)", text, re.MULTILINE))
+    last = letters[letters.rfind("A") :]
+    return len(last) if len(last) > 1 and tuple(last) == LETTERS[: len(last)] else 0
 
 
 def right_choices(answer: Any, choices: Choices) -> list[int]:

@@ -38,7 +38,10 @@ def shown(value: object) -> str:
     """A value as messages quote it: cut where it is long or deep."""
     short = Repr()
     short.maxlevel, short.maxstring, short.maxother, short.maxlong = 3, QUOTED, QUOTED, QUOTED
-    return short.repr(value)
+    try:
+        return short.repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return "a number of thousands of digits"
 
 
 def listed(names: Iterable[object]) -> str:

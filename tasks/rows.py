@@ -161,9 +161,7 @@ def _read_csv(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Ro
 
 def _header(path: Path, table: Iterator[tuple[int, list[str]]], columns: Sequence[str]) -> list[str]:
     """The names of the columns; those that are given, or else the table's first row."""
-    if columns:
-        return list(columns)
-    _, header = next(table, (0, None))
+    header: list[str] | None = list(columns) or next((row for _, row in table), None)
     if header == []:
         raise TaskError(f"{path}:1: the header is an empty line")
     repeated = [name for name, count in Counter(header).items() if name and count > 1]

@@ -52,29 +52,23 @@ def load_task(name: str, data: str, shots: int = 16, seed: int = 0, test_limit: 
 
 
 def _task_folder(spec: TaskSpec, data: Path) -> Path:
-    """The folder of the task's files: within the data folder the one that the spec or its name says, or that itself."""
+    """The folder of the task's files: the data folder, or the one in it that the spec or the task's name says."""
     if not data.is_dir():
         raise TaskError(f"no data folder {str(data.absolute())!r}; expected a folder, 'lab' or 'hub'")
-    within = (data / (spec.folder or spec.name), data / spec.name, data / spec.short_name)
-    return next((folder for folder in within if folder.is_dir()), data)
+    within = (data / (spec.folder or spec.name), data / spec.name, data / spec.short_name, data)
+    folders = [folder for folder in within if folder.is_dir()]
+    return next((folder for folder in folders if _find(spec, folder, "train")), folders[0])
 
 
 def _file_rows(spec: TaskSpec, folder: Path) -> dict[str, list[Example]]:
     found = {split: _find(spec, folder, split) for split in SPLITS}
     for split, path in found.items():
         # Without a word on files there are train and test; a spec that names one training file may have only that.
-        if path is None and (
-            spec.files.get(split) or split == "train" or (split == "test" and not spec.files.get("train"))
-        ):
+        needed = spec.files.get(split) or split == "train" or (split == "test" and not spec.files.get("train"))
+        if path is None and needed:
             raise MissingFilesError(_missing(spec, folder, split))
-    return {split: _kept(spec, path) for split, path in found.items() if path is not None}
-
-
-def _kept(spec: TaskSpec, path: Path) -> list[Example]:
-    examples = _examples(spec, read_rows(path, spec.columns))
-    if not examples:
-        raise TaskError(f"{path}: no row is left; all have one of the labels {', '.join(spec.drop_labels)}")
-    return examples
+    files = {split: path for split, path in found.items() if path is not None}
+    return {split: _examples(spec, read_rows(path, spec.columns), str(path)) for split, path in files.items()}
 
 
 def _find(spec: TaskSpec, folder: Path, split: str) -> Path | None:
@@ -116,8 +110,11 @@ def _manual_prompt(spec: TaskSpec, folder: Path) -> str:
     return spec.manual_prompt
 
 
-def _examples(spec: TaskSpec, rows: Iterable[tuple[str, Row]]) -> list[Example]:
-    return [example for where, row in rows if (example := spec.example(row, where)) is not None]
+def _examples(spec: TaskSpec, rows: Iterable[tuple[str, Row]], source: str) -> list[Example]:
+    examples = [example for where, row in rows if (example := spec.example(row, where)) is not None]
+    if not examples:  # else the split would be cut from another one
+        raise TaskError(f"{source}: no row is left; all have one of the labels {', '.join(spec.drop_labels)}")
+    return examples
 
 
 # -- hub ---------------------------------------------------------------------------------------------------------
@@ -147,5 +144,7 @@ def _hub_rows(spec: TaskSpec) -> dict[str, list[Example]]:
         if split == "train" and len(data) > HUB_TRAIN_POOL:
             data = data.shuffle(seed=0).select(range(HUB_TRAIN_POOL))
         where = f"{'/'.join(filter(None, source))}[{spec.hub[split]}]"
-        rows[split] = _examples(spec, ((f"{where}:{i}", row) for i, row in enumerate(data)))
+        if not len(data):
+            raise TaskError(f"{where}: the split has no rows")
+        rows[split] = _examples(spec, ((f"{where}:{i}", row) for i, row in enumerate(data)), where)
     return rows

@@ -51,10 +51,10 @@ class TaskSpec:
         input: how an input is rendered from the fields, in braces; {choices} stands for the lettered choices.
         manual_prompt: the instruction a person would write; the baseline.
         label: the names that the column of the right answer goes by, for a verbalizer or choices. Integers index the
-            classes; a column of scores (BIG-bench's target_scores) means the highest.
+            classes; names with a score each (BIG-bench's target_scores) mean the highest, by label, text or letter.
         verbalizer: label as it stands in the data -> word the target answers with, in class order.
-        choices: the names that the column of the choices goes by. Without such a column they are the columns A, B,
-            C, ..., or the lines (A), (B), ... of the input itself.
+        choices: the names that the column of the choices goes by: 2 to 26 texts, which may have labels of their own
+            or scores. Without such a column they are the columns A, B, C, ..., or the lines (A), (B), ... of the input.
         answers: names of the columns that hold accepted answers; what the first one that is there says comes first.
         metric: "accuracy"; for text exact_match, exact_string, exact_set, contains or f1 (rewards/functional.py).
         template: what the target reads; {prompt} and {input}. Ends where the answer begins.
@@ -63,8 +63,9 @@ class TaskSpec:
         max_shots: examples per label at most, for data sets with few rows of one.
         hub: path, name, revision and, for each split, the data set's name of it.
         folder: the folder of the task's files within a data folder; by default the task's name.
-        files: for each split, file names to look for in there, besides the usual ones. Where no test file is named
-            or found, train is cut into all three splits. "manual" is a file of instructions, of which the first counts.
+        files: for each split, file names to look for in there, before the usual ones (train.jsonl, dev.tsv, ...).
+            Where no test file is named or found, train is cut into all three splits. Where none is named for train,
+            a folder of the task's name is searched to its bottom. "manual": a file of instructions; the first counts.
         columns: names of the columns of a .csv or .tsv without header.
         drop_labels: labels of rows to leave out (SNLI's -1: the annotators did not agree).
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -14,6 +15,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+
+# CI draws the same examples in every call, `make fuzz` new ones (tests/fuzz.py).
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("search", max_examples=200, deadline=None, print_blob=True)
+settings.load_profile("same")
 
 torch.set_num_threads(1)  # a toy run takes 1 s with one thread and up to 57 s with two on a busy two-core machine
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments.tasks import main
-from experiments.train import main as train_main
 from tasks.catalogue import load_spec, task_names
 from tasks.errors import TaskError
 from tasks.sources import load_task
 from tasks.spec import Example, TaskSpec
 from tasks.splits import build_data
-from tests.test_sources import REAL, write
+from tests.test_sources import write
 
 INDUCTION = [
     "active_to_passive", "antonyms", "cause_and_effect", "common_concept", "diff", "first_word_letter",
@@ -47,7 +44,7 @@ def complaint(task: str, row: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-# -- the catalogue -----------------------------------------------------------------------------------------------
+# -- the catalogue ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*INDUCTION, *BIGBENCH, *LABELS, "openbookqa", "mixed"])
@@ -87,7 +84,7 @@ def test_a_family_of_ones_own_is_told_to_be_single(members: str, tmp_path: Path)
         load_spec(str(path))
 
 
-# -- choices -----------------------------------------------------------------------------------------------------
+# -- choices ----------------------------------------------------------------------------------------------------------
 
 QUESTION = "Question : q ?\nChoice :\n(A) one\n(B) two\n(C) three\n(D) four"
 
@@ -248,7 +245,7 @@ def test_a_malformed_question_names_row_and_fault(row: dict[str, Any], fragment:
     assert complaint("mmlu/anatomy", row).startswith(fragment)
 
 
-# -- text --------------------------------------------------------------------------------------------------------
+# -- text -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -292,7 +289,7 @@ def test_a_row_without_an_answer_is_named() -> None:
     assert complaint("sum", {"input": "1 2"}).startswith("row 1: no column 'output'; the columns are input")
 
 
-# -- files -------------------------------------------------------------------------------------------------------
+# -- files ------------------------------------------------------------------------------------------------------------
 
 
 def test_induction_files_are_read_from_their_folders_with_the_first_annotation(tmp_path: Path) -> None:
@@ -383,66 +380,3 @@ def test_inputs_of_train_that_are_in_test_as_well_are_counted_and_left_out(caplo
 def test_max_shots_bounds_the_examples_per_label() -> None:
     rows = {"train": [Example(f"{i}", i % 3, "x") for i in range(60)], "test": [Example("t", 0, "x")]}
     assert len(build_data(load_spec("cb"), rows, shots=16).train) == 3 * 8
-
-
-# -- a task of one's own ------------------------------------------------------------------------------------------
-
-
-def test_the_readmes_task_of_ones_own_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (spec,) = re.findall(r"```yaml\n(# reviews\.yaml\n.*?)```", readme, re.DOTALL)
-    (row,) = re.findall(r"a row such as `(.*?)`", readme)
-    write(tmp_path / "reviews.yaml", spec)
-    rows = [
-        json.loads(row) | {"body": f"They were {word} {i}.", "label": label}
-        for word, label in (("kind", "good"), ("rude", "bad"))
-        for i in range(8)
-    ]
-    write(tmp_path / "reviews.jsonl", "\n".join(map(json.dumps, rows)))
-    small = ["steps=1", "prompts=2", "examples.shots=2", "threads=1", "sampling.max_new_tokens=8"]
-    assert train_main(["--task", str(tmp_path / "reviews.yaml"), "--run", str(tmp_path / "run"), *small]) == 0
-    assert "best prompt" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run" / "best_prompt.json").read_text())["task"] == "reviews"
-
-
-# -- the command line --------------------------------------------------------------------------------------------
-
-
-def test_the_list_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == task_names()
-
-
-@pytest.mark.parametrize("name", ["mnli", "antonyms", "openbookqa"])
-def test_show_fills_an_example_of_the_lab(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--show", name]) == 0
-    page = capsys.readouterr().out
-    assert "sizes " in page and "Output : [" in page and "The instruction was :" in page
-
-
-def test_show_of_a_task_without_data_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--show", "agnews"]) == 0
-    assert "no data here: agnews: no train file in" in capsys.readouterr().out
-
-
-def test_show_of_an_unknown_task_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--show", "mnIi"]) == 2
-    assert "did you mean 'mnli'?" in capsys.readouterr().err
-
-
-def test_check_stops_at_a_file_that_is_not_as_it_should_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"input": f"w{i}", "target": f"a{i}"} for i in range(9)]
-    bigbench(tmp_path, "word_sorting", rows)
-    bigbench(tmp_path, "word_unscrambling", [*rows, {"input": "w"}])
-    assert main(["--check", "--data", str(tmp_path)]) == 2
-    captured = capsys.readouterr()
-    assert "word_sorting " in captured.out
-    assert "task.json:10: no column 'target'" in captured.err
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real data files are not at hand")
-def test_all_real_files_load(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--check", "--data", str(REAL)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert int(lines[-1].split()[0]) >= 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,23 @@ def begin(spec: Path, *more: str) -> Path:
     run = spec.parent / "run"
     assert train(["--task", str(spec), "--run", str(run), *SMALL, *more]) == 0
     return run
+
+
+def test_the_readmes_task_of_ones_own_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (spec,) = re.findall(r"```yaml\n(# reviews\.yaml\n.*?)```", readme, re.DOTALL)
+    (row,) = re.findall(r"a row such as `(.*?)`", readme)
+    write(tmp_path / "reviews.yaml", spec)
+    rows = [
+        json.loads(row) | {"body": f"They were {word} {i}.", "label": label}
+        for word, label in (("kind", "good"), ("rude", "bad"))
+        for i in range(8)
+    ]
+    write(tmp_path / "reviews.jsonl", "\n".join(map(json.dumps, rows)))
+    small = ["steps=1", "prompts=2", "examples.shots=2", "threads=1", "sampling.max_new_tokens=8"]
+    assert train(["--task", str(tmp_path / "reviews.yaml"), "--run", str(tmp_path / "run"), *small]) == 0
+    assert "best prompt" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "best_prompt.json").read_text())["task"] == "reviews"
 
 
 # -- a task that is edited after the run -------------------------------------------------------------------------
@@ -133,7 +151,7 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_only_letters_that_a_question_offers_have_a_probability(
     choices: str, letters: list[str], answered: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = write(tmp_path / "a.jsonl", json.dumps({"input": f"q\n{choices}"}))
+    file = write(tmp_path / "a.jsonl", json.dumps({"input": f"q of\n(A) and\n(B)?\n{choices}"}))
     assert prompt(["--run", str(answered["quiz"]), "--file", str(file), "--answer"]) == 0
     (row,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert list(row["probabilities"]) == letters and row["answer"] in letters
@@ -189,6 +207,7 @@ def test_inputs_are_read_from_files_of_rows(
         ("a.jsonl", '{"input": ""}\n', "a.jsonl:1: field 'input' is ''"),
         ("a.jsonl", '{"input": "\\ud800"}\n', "a.jsonl:1: field 'input'"),
         ("a.txt", b"caf\xe9\n", "a.txt: not UTF-8 at byte 3"),
+        ("a.txt", "\n" + "a" * 10**7, "a.txt:2: field 'input' has 10000000 characters"),
     ],
 )
 def test_a_file_without_inputs_is_refused(
@@ -226,6 +245,21 @@ def test_no_escape_sequence_of_the_data_reaches_the_terminal(
     page = capsys.readouterr().out
     assert all(line.isprintable() for line in page.splitlines())
     assert r"\x1b[2J" in page and r"a\x1b]0;b\x07\u202e {input} Input : \x1b[2J" in page
+
+
+@pytest.mark.parametrize("form", ["--input", "--file"])
+def test_no_escape_sequence_of_an_input_or_an_answer_reaches_the_terminal(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = begin(reviews(tmp_path, verbalizer={"bad": "n\x9bo", "good": "yes"}))
+    text = "\x9b2J\u202eé"
+    given = str(write(tmp_path / "a.txt", text)) if form == "--file" else text
+    capsys.readouterr()
+    assert prompt(["--run", str(run), form, given, "--answer"]) == 0
+    page = capsys.readouterr().out
+    assert all(line.isprintable() for line in page.splitlines())
+    if form == "--file":
+        assert json.loads(page)["input"] == text
 
 
 def test_too_few_rows_name_the_key_that_asks_for_fewer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

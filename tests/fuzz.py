@@ -1,0 +1,39 @@
+"""Searches for input that is neither taken nor refused in one line: the fuzz tests on new examples, again and again.
+
+    python -m tests.fuzz 60        for an hour; every round takes a few minutes
+
+CI runs the same tests on the same examples in every call. What is found here is shown with the call that failed, is
+tried first by the next search, and stays found once it is a test of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+TESTS = ("tests/test_fuzz.py", "tests/test_fuzz_runs.py")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Searches until the time is over or something is found; returns 1 if it is."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("minutes", nargs="?", type=float, default=5.0, help="how long (default: 5); one round at least")
+    end = time.monotonic() + 60 * parser.parse_args(argv).minutes
+    command = [sys.executable, "-m", "pytest", "--hypothesis-profile=search", *TESTS]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    rounds = 0
+    while rounds == 0 or time.monotonic() < end:
+        if subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, check=False).returncode:
+            return 1
+        rounds += 1
+    print(f"nothing found in {rounds} round{'s' * (rounds > 1)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

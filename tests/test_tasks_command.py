@@ -1,0 +1,52 @@
+"""`appo tasks`: the list, one task, and the check of a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experiments.tasks import main
+from tasks.catalogue import task_names
+from tests.test_formats import bigbench
+from tests.test_sources import REAL
+
+
+def test_the_list_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == task_names()
+
+
+@pytest.mark.parametrize("name", ["mnli", "antonyms", "openbookqa"])
+def test_show_fills_an_example_of_the_lab(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--show", name]) == 0
+    page = capsys.readouterr().out
+    assert "sizes " in page and "Output : [" in page and "The instruction was :" in page
+
+
+def test_show_of_a_task_without_data_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--show", "agnews"]) == 0
+    assert "no data here: agnews: no train file in" in capsys.readouterr().out
+
+
+def test_show_of_an_unknown_task_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--show", "mnIi"]) == 2
+    assert "did you mean 'mnli'?" in capsys.readouterr().err
+
+
+def test_check_stops_at_a_file_that_is_not_as_it_should_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"input": f"w{i}", "target": f"a{i}"} for i in range(9)]
+    bigbench(tmp_path, "word_sorting", rows)
+    bigbench(tmp_path, "word_unscrambling", [*rows, {"input": "w"}])
+    assert main(["--check", "--data", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert "word_sorting " in captured.out
+    assert "task.json:10: no column 'target'" in captured.err
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real data files are not at hand")
+def test_all_real_files_load(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--check", "--data", str(REAL)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert int(lines[-1].split()[0]) >= 60
