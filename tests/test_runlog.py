@@ -262,6 +262,12 @@ def test_empty_prompts_do_not_enter_the_pool() -> None:
     assert pool((["", "a"], [9.0, 1.0])).best(5) == [PoolEntry("a", 1.0, 1)]
 
 
+@pytest.mark.parametrize("bad", [NAN, INFINITY, -INFINITY])
+def test_a_reward_that_is_no_number_says_nothing_of_a_prompt(bad: float) -> None:
+    best = pool((["never", "once", "always"], [bad, bad, 1.0]), (["once"], [3.0])).best(5)
+    assert best == [PoolEntry("once", 3.0, 1), PoolEntry("always", 1.0, 1)]
+
+
 def test_prompts_that_differ_in_case_or_spaces_are_different() -> None:
     assert len(pool((["a b", "A b", "a  b"], [1.0, 1.0, 1.0])).best(5)) == 3
 
