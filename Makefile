@@ -9,7 +9,7 @@ USABLE = -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11 python3 python; do \
 	if $$name $(USABLE) 2>/dev/null; then echo $$name; break; fi; done)
 NO_PYTHON = error: no Python from 3.11 on that can make environments (on Debian: python3-venv); name one with PYTHON=
-HAVE_PYTHON = @$(PYTHON) $(USABLE) 2>/dev/null || { echo "$(NO_PYTHON)" >&2; exit 2; }
+HAVE_PYTHON = @"$(PYTHON)" $(USABLE) 2>/dev/null || { echo "$(NO_PYTHON)" >&2; exit 2; }
 INSTALL = -m pip install --quiet --disable-pip-version-check --constraint
 PYTEST = -m pytest --numprocesses auto --dist worksteal
 
@@ -32,14 +32,14 @@ setup: $(READY) ## make .venv with the pinned dependencies
 
 $(READY): constraints.txt setup.cfg pyproject.toml
 	$(HAVE_PYTHON)
-	$(PYTHON) -m venv $(VENV)
+	"$(PYTHON)" -m venv $(VENV)
 	$(BIN)/python $(INSTALL) constraints.txt torch
 	$(BIN)/python $(INSTALL) constraints.txt --editable '.[test]'
 	@touch $@
 
 $(FLOOR)/.ready: constraints-floor.txt setup.cfg pyproject.toml
 	$(HAVE_PYTHON)
-	$(PYTHON) -m venv $(FLOOR)
+	"$(PYTHON)" -m venv $(FLOOR)
 	$(FLOOR)/bin/python $(INSTALL) constraints-floor.txt torch
 	$(FLOOR)/bin/python $(INSTALL) constraints-floor.txt --editable '.[test]'
 	@touch $@
