@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments import models
 from experiments.config import RunConfig
-from experiments.models import NOT_FINITE, ModelError, load_model
+from experiments.models import NO_NUMBERS, ModelError, load_model
 from tests.conftest import byte_tokenizer, llama
 
 
@@ -220,7 +220,7 @@ def test_weights_that_are_no_numbers_are_refused(value: float, folder: Path, tin
     with torch.no_grad():
         tiny_llama.get_input_embeddings().weight.fill_(value)
     tiny_llama.save_pretrained(folder)
-    assert refusal(folder) == f"agent: {str(folder)!r} does not run: {NOT_FINITE}"
+    assert refusal(folder) == f"agent: {str(folder)!r} does not run: {NO_NUMBERS}"
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder: Path) -> None:
