@@ -20,8 +20,8 @@ from experiments import cli, command
 from experiments.cli import COMMANDS
 from experiments.command import FAULT, UsageError, in_order
 from experiments.signals import StoppedError
+from experiments.strict import ConfigError
 from rewards.target import ContextTooLongError
-from tasks.task import TaskError
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,9 +41,9 @@ def ending(error: BaseException | None) -> int:
 ENDS = [  # what is raised, the exit code, what is said
     (None, 0, ""),
     (UsageError("no such thing"), 2, "error: no such thing\n"),
-    (TaskError("a.csv:3: no label"), 2, "error: a.csv:3: no label\n"),
+    (ConfigError("a.csv:3: no label"), 2, "error: a.csv:3: no label\n"),
     (ContextTooLongError("too long"), 2, "error: too long\n"),
-    (TaskError("two\nlines \x1b[2J \u202e"), 2, "error: two lines \\x1b[2J \\u202e\n"),
+    (ConfigError("two\nlines \x1b[2J \u202e"), 2, "error: two lines \\x1b[2J \\u202e\n"),
     (SelfCheckError("wrong temperature"), 3, "error: wrong temperature\n"),
     (DivergedError("no sound step", {}), 3, "error: no sound step\n"),
     (FloatingPointError("no numbers"), 3, "error: no numbers\n"),
