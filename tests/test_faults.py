@@ -135,7 +135,7 @@ FAULTS: list[tuple[str, Callable[[Path], list[str]], list[str]]] = [
     ("3 more digits than Python reads", options(f"steps={'9' * 5_000}"), ["steps", "cannot read the value"]),
     ("3 more digits than it writes", options(f"steps=0x{'f' * 9_000}"), ["steps", "thousands of digits"]),
     ("3 a date that is none", options("task=2001-99-99"), ["task", "cannot read the value"]),
-    ("3 half a character", options('task="\\ud800"'), ["task", "no text"]),
+    ("3 half a character", options('task="\\ud800"'), ["task", "\\ud800"]),
     ("7 a tag that is none", options("seed=!!timestamp x"), ["seed", "cannot read the value"]),
     ("8 more than 64 bits of seed", options("--seed", str(2**64)), ["seed", "at most"]),
     ("8 more threads than there can be", options("threads=100000"), ["threads is 100000", "at most 1024"]),

@@ -152,7 +152,7 @@ def test_half_a_character_in_a_file_of_inputs_is_refused(
 ) -> None:
     (tmp_path / "a.jsonl").write_text('{"input": "\\ud800"}\n', encoding="utf-8")
     assert prompt.main(["--run", str(folder), "--file", str(tmp_path / "a.jsonl")]) == 2
-    assert "a.jsonl:1: no text under 'input'" in capsys.readouterr().err
+    assert "a.jsonl:1: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seed", ["-1", str(2**64), "x", "9" * 5_000])
@@ -269,6 +269,8 @@ def test_a_run_with_rewards_that_are_none_ends_in_a_report_and_a_prompt(
 
     def first_none(self: ClassificationReward, prompts: Any, examples: Any) -> RewardResult:
         result = scored(self, prompts, examples)
+        if len(examples) != 16:  # no batch of training examples
+            return result
         calls.append(len(prompts))
         if len(calls) == 2:  # of the second iteration all are, in all columns
             nothing = result.scores * float("nan")
@@ -279,10 +281,13 @@ def test_a_run_with_rewards_that_are_none_ends_in_a_report_and_a_prompt(
     monkeypatch.setattr(ClassificationReward, "__call__", first_none)
     folder = tmp_path / "run"
     assert train.main(["--task", "sst2", "--run", str(folder), *SMALL, "steps=3"]) == 0
-    assert read_jsonl(folder / "metrics.jsonl")[1]["accuracy_mean"] is None
+    assert [row["accuracy_mean"] is None for row in read_jsonl(folder / "metrics.jsonl")] == [False, True, False]
+    rewards: dict[str, list[float]] = {}
+    for row in read_jsonl(folder / "prompts.jsonl"):
+        rewards.setdefault(row["prompt"], []).append(row["reward"])
+    never = {prompt for prompt, found in rewards.items() if set(found) == {None}}
     result = json.loads((folder / "best_prompt.json").read_text(encoding="utf-8"))
-    finite = {row["prompt"] for row in read_jsonl(folder / "prompts.jsonl") if row["reward"] is not None}
-    assert result["prompt"] in finite
+    assert never and result["prompt"] not in never and result["validation_score"] is not None
     assert "<svg" in (folder / "report.html").read_text(encoding="utf-8")
 
 
