@@ -66,13 +66,11 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 def load(folder: Path) -> Loaded:
-    """The newest state that is whole; what a killed writer left half-written is removed.
+    """The newest state that is whole.
 
     Raises:
         CheckpointError: there is none, or none that is whole.
     """
-    for leftover in folder.glob("step-*.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
     damaged: list[str] = []
     for path in _found(folder):
         try:
@@ -80,6 +78,12 @@ def load(folder: Path) -> Loaded:
         except CheckpointError as error:
             damaged.append(f"{path}: {error}")
     raise CheckpointError("; ".join(damaged) or f"no checkpoint in {str(folder)!r}")
+
+
+def tidy(folder: Path) -> None:
+    """Removes what a killed writer left half-written."""
+    for leftover in folder.glob("step-*.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def any_in(folder: Path) -> bool:

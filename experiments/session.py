@@ -221,6 +221,7 @@ def begin(session: Session, resume: bool) -> list[str]:
         CheckpointError: no checkpoint can be gone back to; the folder is as it was.
     """
     run, notes = session.run, []
+    checkpoint.tidy(run.log.folder / "checkpoint")
     if resume and _killed_early(run):
         run.log.clear()
         notes = ["the run was stopped before its first checkpoint, and begins anew"]
