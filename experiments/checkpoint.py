@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from experiments.files import writing
+from rewards.target import out_of_memory
 
 SCHEMA = 2
 KEPT = 2  # checkpoints; the newest may turn out to be damaged
@@ -113,9 +114,9 @@ def _whole(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"no sound manifest ({type(error).__name__}: {error})") from error
     try:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
     except Exception as error:  # torch falls over a file that is none of its own in every way there is
+        if out_of_memory(error):
+            raise
         what = type(error).__name__  # and advises to load it unsafely
         raise CheckpointError(f"{STATE} cannot be read, or holds more than plain values ({what})") from error
     if not isinstance(state, dict):

@@ -90,7 +90,7 @@ def _explaining(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory(error)):
+        if out_of_memory(error):
             raise
         text = " ".join(str(error).split())
         text = OWN_CODE if "trust_remote_code" in text else text[:300]

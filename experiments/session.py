@@ -231,7 +231,7 @@ def begin(session: Session, resume: bool) -> list[str]:
         except (CheckpointError, RunFolderError):
             raise
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and out_of_memory(error):
+            if out_of_memory(error):
                 raise
             folder = run.log.folder / "checkpoint"
             raise CheckpointError(f"{folder}: the newest holds no state of this run ({error!r})") from error

@@ -65,8 +65,11 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
-        with pytest.raises(OSError, match="too large"):
-            log.append("metrics.jsonl", [{"text": "x" * 20_000}])
+        much = "x" * 20_000
+        for write in (lambda: log.append("metrics.jsonl", [{"text": much}]), lambda: log.write_text("a.txt", much)):
+            with pytest.raises(OSError, match="too large") as caught:
+                write()
+            assert str(caught.value.filename).startswith(str(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert contents(tmp_path) == before
