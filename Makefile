@@ -1,21 +1,29 @@
 # The index of the project. CI runs `make lint` and `make test`.
-PYTHON ?= python3.11
 VENV ?= .venv
+FLOOR ?= .venv-floor
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# The newest Python from 3.11 on that is there and can make environments, unless PYTHON= names another.
+USABLE = -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
+PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11 python3 python; do \
+	if $$name $(USABLE) 2>/dev/null; then echo $$name; break; fi; done)
+NO_PYTHON = error: no Python from 3.11 on that can make environments (on Debian: python3-venv); name one with PYTHON=
+HAVE_PYTHON = @"$(PYTHON)" $(USABLE) 2>/dev/null || { echo "$(NO_PYTHON)" >&2; exit 2; }
+INSTALL = -m pip install --quiet --disable-pip-version-check --constraint
+PYTEST = -m pytest --numprocesses auto --dist worksteal
+
 # make train TASK=mnli [MODE=fixed|tte AGENT=.. TARGET=.. DATA=lab|hub|DIR STEPS=.. SEED=.. RUN=dir ARGS="key=value ..."]
-TASK ?= mnli
-OPTIONS = --task "$(TASK)" $(if $(AGENT),--agent "$(AGENT)") $(if $(TARGET),--target "$(TARGET)") \
+OPTIONS = $(if $(TASK),--task "$(TASK)") $(if $(AGENT),--agent "$(AGENT)") $(if $(TARGET),--target "$(TARGET)") \
 	$(if $(DATA),--data "$(DATA)") $(if $(MODE),--mode "$(MODE)") $(if $(STEPS),--steps "$(STEPS)") $(if $(SEED),--seed "$(SEED)") \
 	$(if $(RUN),--run "$(RUN)") $(if $(RESUME),--resume)
 SEEDS ?= 0 1 2 3 4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train tasks compare landscape lab bench test fuzz lint mutate clean
+.PHONY: help setup train tasks compare landscape lab bench test test-floor test-gpu weights fuzz lint mutate clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo '  make train TASK=mnli [MODE=fixed|tte AGENT=folder|hub-id TARGET=folder|hub-id DATA=lab|hub|folder STEPS=n SEED=n RUN=folder]'
 	@echo '                       [ARGS="appo.kl_coef=0.1 prompts=8 ..."]'
@@ -23,19 +31,27 @@ help: ## show this list
 setup: $(READY) ## make .venv with the pinned dependencies
 
 $(READY): constraints.txt setup.cfg pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(HAVE_PYTHON)
+	"$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python $(INSTALL) constraints.txt torch
+	$(BIN)/python $(INSTALL) constraints.txt --editable '.[test]'
+	@touch $@
+
+$(FLOOR)/.ready: constraints-floor.txt setup.cfg pyproject.toml
+	$(HAVE_PYTHON)
+	"$(PYTHON)" -m venv $(FLOOR)
+	$(FLOOR)/bin/python $(INSTALL) constraints-floor.txt torch
+	$(FLOOR)/bin/python $(INSTALL) constraints-floor.txt --editable '.[test]'
 	@touch $@
 
 train: $(READY) ## tune a prompt: make train TASK=mnli
-	@$(BIN)/python -m experiments.train $(OPTIONS) $(ARGS)
+	@$(BIN)/appo train $(OPTIONS) $(ARGS)
 
 tasks: $(READY) ## list the tasks, or show one: make tasks SHOW=mnli
-	@$(BIN)/python -m experiments.tasks $(if $(SHOW),--show "$(SHOW)") $(if $(DATA),--data "$(DATA)")
+	@$(BIN)/appo tasks $(if $(SHOW),--show "$(SHOW)") $(if $(DATA),--data "$(DATA)")
 
 compare: $(READY) ## APPO against best-of-N over SEEDS, with a table: make compare TASK=mnli
-	$(BIN)/python -m experiments.compare --task "$(TASK)" --seeds $(SEEDS) $(ARGS)
+	@$(BIN)/appo compare $(if $(TASK),--task "$(TASK)") --seeds $(SEEDS) $(ARGS)
 
 landscape: $(READY) ## measure the lab: accuracy under good and bad instructions, prior of a good one
 	$(BIN)/python -m experiments.lab.landscape
@@ -47,7 +63,16 @@ bench: $(READY) ## how fast scoring, sampling and updating are, against the plai
 	$(BIN)/python -m experiments.bench $(ARGS)
 
 test: $(READY) ## run the tests with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python $(PYTEST) --cov --cov-report=term
+
+test-floor: $(FLOOR)/.ready ## the tests with the oldest versions that setup.cfg allows, in an environment of their own
+	$(FLOOR)/bin/python $(PYTEST)
+
+test-gpu: $(READY) ## whole runs on a GPU; skipped where there is none
+	$(BIN)/python -m pytest -m gpu -rs
+
+weights: $(READY) ## put a real language model into models/: make weights MODEL=smollm2
+	@$(BIN)/appo weights $(MODEL) $(ARGS)
 
 fuzz: $(READY) ## search for input that is neither taken nor refused in one line: make fuzz MINUTES=60
 	@$(BIN)/python -m tests.fuzz $(MINUTES)
@@ -61,4 +86,4 @@ mutate: $(READY) ## break the maths on purpose, one fault at a time; the tests m
 	$(BIN)/python -m tests.mutate
 
 clean: ## remove the environment and caches, not the runs
-	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(FLOOR) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -17,6 +17,7 @@ import os
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
@@ -32,7 +33,9 @@ from appo.config import APPOConfig, SamplingConfig
 from appo.policy import Policy
 from appo.rollout import Batch, Query, Rollout, Scored
 from appo.trainer import APPOTrainer
-from experiments.config import RunConfig
+from experiments.command import Parser, UsageError, in_order
+from experiments.config import MAX_THREADS, RunConfig
+from experiments.files import write_whole
 from experiments.lab import grammar
 from experiments.models import load_model
 from experiments.plain import as_plain, plain_loss, plain_sample, plain_scores, plain_update
@@ -327,10 +330,11 @@ def _status(key: str) -> int:
     return 1024 * next((int(line.split()[1]) for line in lines if line.startswith(key)), 0)
 
 
-def main() -> None:
+@in_order
+def main(argv: Sequence[str]) -> int:
     """Runs the parts, prints a table as it goes, and writes bench.json."""
     parts = ("scoring", "sampling", "update", "iteration")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m experiments.bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -341,7 +345,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="(default: bench.json)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    if not 1 <= options.threads <= MAX_THREADS:
+        raise UsageError(f"--threads is {options.threads}; expected 1 to {MAX_THREADS}")
     torch.set_num_threads(options.threads)
     bench = Bench(options.seconds, options.device, getattr(torch, options.dtype))
     about = {
@@ -359,8 +365,9 @@ def main() -> None:
             print(row, flush=True)
             rows.append(row)
     found = {"about": about, "rows": [row._asdict() for row in rows]}
-    options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_whole(options.out, json.dumps(found, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from experiments.files import writing
+from rewards.target import out_of_memory
 
 SCHEMA = 3
 KEPT = 2  # checkpoints; the newest may turn out to be damaged
@@ -66,13 +67,11 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 def load(folder: Path) -> Loaded:
-    """The newest state that is whole; what a killed writer left half-written is removed.
+    """The newest state that is whole.
 
     Raises:
         CheckpointError: there is none, or none that is whole.
     """
-    for leftover in folder.glob("step-*.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
     damaged: list[str] = []
     for path in _found(folder):
         try:
@@ -80,6 +79,12 @@ def load(folder: Path) -> Loaded:
         except CheckpointError as error:
             damaged.append(f"{path}: {error}")
     raise CheckpointError("; ".join(damaged) or f"no checkpoint in {str(folder)!r}")
+
+
+def tidy(folder: Path) -> None:
+    """Removes what a killed writer left half-written."""
+    for leftover in folder.glob("step-*.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def any_in(folder: Path) -> bool:
@@ -109,9 +114,9 @@ def _whole(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"no sound manifest ({type(error).__name__}: {error})") from error
     try:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
     except Exception as error:  # torch falls over a file that is none of its own in every way there is
+        if out_of_memory(error):
+            raise
         what = type(error).__name__  # and advises to load it unsafely
         raise CheckpointError(f"{STATE} cannot be read, or holds more than plain values ({what})") from error
     if not isinstance(state, dict):

@@ -19,6 +19,10 @@ from experiments.files import writing
 from rewards.target import out_of_memory
 
 VALUE_HEAD = "value_head.safetensors"
+OWN_CODE = (
+    "it comes with code of its own, which runs if the command line has trust_remote_code=true, --trust-remote-code"
+)
+NO_NUMBERS = "its logits are not numbers; the weights are damaged, or too large for their dtype"
 TRIAL = "Input : a Output : b"
 
 
@@ -89,9 +93,10 @@ def _explaining(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory(error)):
+        if out_of_memory(error):
             raise
-        text = " ".join(str(error).split())[:300]
+        text = " ".join(str(error).split())
+        text = OWN_CODE if "trust_remote_code" in text else text[:300]
         plain = text and isinstance(error, (OSError, ValueError, RuntimeError))
         raise ModelError(
             f"{what}: {text if plain else ': '.join(filter(None, (type(error).__name__, text)))}"
@@ -107,13 +112,13 @@ def _check_runs(role: str, name: str, loaded: LoadedModel) -> None:
         if not ids or max(ids) >= rows:
             raise ValueError(f"its tokenizer makes {ids[:8]} of {TRIAL!r}, and the model knows {rows} tokens")
         logits = loaded.model(input_ids=torch.tensor([ids], device=loaded.model.device)).logits
-        if not logits.isfinite().all():
-            raise ValueError("its logits are not finite; the weights are damaged, or too large for their dtype")
+        if logits.isnan().any() or logits.isposinf().any():  # -inf may stand for a token that is never to come
+            raise ValueError(NO_NUMBERS)
 
 
 def _check_tokenizer(role: str, name: str, tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> None:
     if role == "agent" and tokenizer.eos_token_id is None:
-        raise ModelError(f"agent: the tokenizer of {name!r} has no end-of-sequence token, so that no prompt would end")
+        raise ModelError(f"agent: the tokenizer of {name!r} has no end-of-sequence token: no prompt would end")
     if chat and tokenizer.chat_template is None:
         raise ModelError(f"{role}: {role}_chat is true, but the tokenizer of {name!r} has no chat template")
     if chat or (chat is None and tokenizer.chat_template is not None):

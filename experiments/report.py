@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from html import escape
-from math import isfinite, nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ import yaml
 
 from experiments.command import Parser, in_order
 from experiments.runlog import CONFIG, RESULT, RunFolderError, RunLog, read_jsonl, read_result
-from experiments.strict import read_yaml
+from experiments.strict import LARGEST, read_yaml
 from tasks.catalogue import METRICS
 
 STYLE = """
@@ -36,6 +35,7 @@ figure { margin: 0; } figcaption { font-weight: 600; } svg { width: 100%; height
 """
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 220, 52, 28, 10, 10
 SHOWN_PROMPTS = 10
+LONGEST = 10**9  # iterations of a run
 CURVES = (  # title, what it says, columns of metrics.jsonl
     ("Reward", "mean and best of the prompts of an iteration", ("reward_mean", "reward_max")),
     ("Score", "mean over the prompts of an iteration, on its training examples", ("{metric}_mean",)),
@@ -233,17 +233,13 @@ def _numbers(values: object) -> list[float]:
 
 def _finite(value: object) -> float | None:
     """A number that can be drawn; None of all else, such as the null that stands for a NaN."""
-    try:
-        number = float(value) if isinstance(value, int | float) else nan
-    except OverflowError:
-        return None
-    return number if isfinite(number) else None
+    return float(value) if isinstance(value, int | float) and abs(value) <= LARGEST[float] else None
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file that belong to an iteration; none where a run was stopped before its first."""
     rows = read_jsonl(path) if path.is_file() else []
-    return [row for row in rows if _finite(row.get("iteration")) is not None]
+    return [row for row in rows if isinstance(row.get("iteration"), int) and 0 <= row["iteration"] < LONGEST]
 
 
 # -- command line ------------------------------------------------------------------------------------------------

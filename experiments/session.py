@@ -281,6 +281,7 @@ def begin(session: Session, resume: bool) -> list[str]:
         CheckpointError: no checkpoint can be gone back to; the folder is as it was.
     """
     run, notes = session.run, []
+    checkpoint.tidy(run.log.folder / "checkpoint")
     if resume and _killed_early(run):
         run.log.clear()
         notes = ["the run was stopped before its first checkpoint, and begins anew"]
@@ -290,7 +291,7 @@ def begin(session: Session, resume: bool) -> list[str]:
         except (CheckpointError, RunFolderError):
             raise
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and out_of_memory(error):
+            if out_of_memory(error):
                 raise
             folder = run.log.folder / "checkpoint"
             raise CheckpointError(f"{folder}: the newest holds no state of this run ({error!r})") from error

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from typing import Any
 
 
@@ -59,4 +60,5 @@ class Signals:
         if self.received:
             raise StoppedError(number)
         self.received = number
-        print("\nfinishing this iteration; once more to stop at once", file=sys.stderr, flush=True)
+        with suppress(RuntimeError):  # the signal came amidst another print
+            print("\nfinishing this iteration; once more to stop at once", file=sys.stderr, flush=True)

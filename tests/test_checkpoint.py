@@ -80,6 +80,7 @@ def test_leftovers_of_a_killed_writer_are_no_checkpoints(tmp_path: Path) -> None
     checkpoint.save(tmp_path, 1, state(1))
     (tmp_path / "step-000002.tmp-77").mkdir()
     assert checkpoint.load(tmp_path).state["number"] == 1
+    checkpoint.tidy(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 

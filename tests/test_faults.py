@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from experiments.models import LAB_DIR
 from experiments.train import main
@@ -82,6 +84,22 @@ def own(row: str, **keys: str) -> Callable[[Path], list[str]]:
 
 QUIZ = {"verbalizer": "{}", "choices": "[opts]", "input": '"{text}{choices}"'}
 OPEN = {"verbalizer": "{}", "answers": "[label]", "metric": "f1"}
+
+
+def changed(**values: object) -> Callable[[Path], object]:
+    """config.json with other values."""
+    return lambda folder: write(
+        folder / "config.json", json.dumps(json.loads((folder / "config.json").read_text(encoding="utf-8")) | values)
+    )
+
+
+def spoiled(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}, folder / "model.safetensors"
+    )
+
+
 HEADER = "sentence\tlabel\n"
 FAULTS: list[tuple[str, Callable[[Path], list[str]], list[str]]] = [
     ("1 unknown key", config("appo: {learnin_rate: 1e-5}"), ["conf.yaml", "learnin_rate", "learning_rate"]),
@@ -176,6 +194,32 @@ FAULTS: list[tuple[str, Callable[[Path], list[str]], list[str]]] = [
     ("39 weights cut short", model(cut_weights), ["target", "cannot load"]),
     ("17 no such device", options("device=cuda:7"), ["device 'cuda:7' cannot be used"]),
     ("28 prompts too long for the agent", options("sampling.max_new_tokens=5000"), ["context of 1024"]),
+    ("3 more digits than Python reads", options(f"steps={'9' * 5_000}"), ["steps", "cannot read the value"]),
+    ("3 more digits than it writes", options(f"steps=0x{'f' * 9_000}"), ["steps", "thousands of digits"]),
+    ("3 a date that is none", options("task=2001-99-99"), ["task", "cannot read the value"]),
+    ("3 half a character", options('task="\\ud800"'), ["task", "\\ud800"]),
+    ("7 a tag that is none", options("seed=!!timestamp x"), ["seed", "cannot read the value"]),
+    ("8 more than 64 bits of seed", options("--seed", str(2**64)), ["seed", "at most"]),
+    ("8 more threads than there can be", options("threads=100000"), ["threads is 100000", "at most 1024"]),
+    (
+        "9 more than float32 holds",
+        options("reward.accuracy_weight=1e308"),
+        ["reward.accuracy_weight", "at most 3.4e+38"],
+    ),
+    ("12 nested without end", options("key=" + "[" * 9_000), ["key", "cannot read the value"]),
+    ("12 nested without end in a file", config("key: " + "[" * 9_000), ["conf.yaml", "not YAML"]),
+    ("12 an option that is no number", options("--steps", "many"), ["--steps", "'many'", "appo train --help"]),
+    ("12 an unknown option", options("--stepz", "3"), ["--stepz", "appo train --help"]),
+    ("13 a preset from elsewhere", options("preset=../configs/lab"), ["unknown preset", "presets are lab"]),
+    ("13 a preset that is a list", options("preset=[lab]"), ["unknown preset", "presets are lab"]),
+    ("17 a device without numbers", options("device=meta"), ["device 'meta' cannot be used"]),
+    ("33 a model that is a file", options("--target", "setup.cfg"), ["target", "'setup.cfg' is a file"]),
+    ("34 code, asked for in a file", config("trust_remote_code: true"), ["conf.yaml", "on the command line only"]),
+    ("36 a chat without a template", options("target_chat=true"), ["target_chat is true", "no chat template"]),
+    ("39 a config that is a list", model(lambda f: write(f / "config.json", "[]")), ["target", "cannot load"]),
+    ("39 no attention heads", model(changed(num_attention_heads=0)), ["target", "cannot load", "ZeroDivisionError"]),
+    ("39 heads that cannot be shared", model(changed(num_key_value_heads=3)), ["target"]),
+    ("39 weights that are no numbers", model(spoiled), ["target", "does not run", "not numbers"]),
 ]
 
 

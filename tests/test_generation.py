@@ -68,6 +68,16 @@ def test_an_end_of_sequence_ends_an_answer(tiny_llama: PreTrainedModel, tokenize
     assert generate(target, ["p", "p"], ["x", "y"], BUDGET, ()) == ["", ""]
 
 
+def test_logits_that_are_no_numbers_end_in_an_error_that_says_so(
+    tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    target = TargetModel(always(tiny_llama, 9), tokenizer, TEMPLATE, ())
+    with torch.no_grad():
+        target.model.lm_head.bias[7] = torch.nan
+    with pytest.raises(FloatingPointError, match="the target's logits are not numbers"):
+        generate(target, ["p"], ["x"], BUDGET, ())
+
+
 def test_the_models_generation_config_changes_nothing(
     tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:

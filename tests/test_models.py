@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments import models
 from experiments.config import RunConfig
-from experiments.models import ModelError, load_model
+from experiments.models import NO_NUMBERS, ModelError, load_model
+from tests.conftest import byte_tokenizer, llama
 
 
 @pytest.fixture
@@ -118,23 +119,26 @@ def test_a_missing_folder_like_no_other_is_refused_without_asking_the_hub(
     assert refusal(name) == f"agent: no folder {name!r}"
 
 
-# A hub id has one slash at most. What the hub says when it cannot be reached, when there is no such model, and when
-# a model comes with code.
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError("We couldn't connect to 'https://huggingface.co'\nto load the files"),
-        ValueError("The repository contains custom code\nwhich must be executed: set trust_remote_code=True"),
-    ],
-)
+# A hub id has one slash at most. What the hub says when it cannot be reached, and when a model comes with code.
+ERRORS = {
+    "offline": (OSError("We couldn't connect to\nthe hub to load the files"), "We couldn't connect to the hub to load"),
+    "code": (
+        ValueError("long words\n" * 90 + "set trust_remote_code=True"),
+        "it comes with code of its own, which runs if",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
 @pytest.mark.parametrize("name", ["gpt7", "some/model"])
-def test_a_hub_that_fails_is_one_clear_line(name: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_fails_is_one_clear_line(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, words = ERRORS[kind]
+
     def from_pretrained(*_args: Any, **_options: Any) -> None:
         raise error
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
-    expected = f"agent: cannot load {name!r}: " + str(error).replace("\n", " ")
-    assert refusal(name) == expected
+    assert refusal(name).startswith(f"agent: cannot load {name!r}: {words}") and "\n" not in refusal(name)
 
 
 @pytest.mark.parametrize("trust", [False, True])
@@ -197,6 +201,72 @@ def test_a_broken_tokenizer_is_refused(folder: Path) -> None:
     assert refusal(folder).startswith(f"agent: cannot load {str(folder)!r}: ")
 
 
+SIZES = [{"num_attention_heads": 0}, {"num_key_value_heads": 3}, {"num_hidden_layers": "two"}, {"head_dim": -1}]
+
+
+@pytest.mark.parametrize("changes", SIZES, ids=str)
+def test_sizes_that_do_not_fit_together_are_refused(changes: dict[str, Any], folder: Path) -> None:
+    rewrite(folder / "config.json", lambda data: data.update(changes))
+    assert refusal(folder).startswith("agent: ")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "[" * 99_999])
+def test_a_config_that_is_no_model_is_refused(text: str, folder: Path) -> None:
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    assert refusal(folder).startswith(f"agent: cannot load {str(folder)!r}: ")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_refused(value: float, folder: Path, tiny_llama: PreTrainedModel) -> None:
+    with torch.no_grad():
+        tiny_llama.get_input_embeddings().weight.fill_(value)
+    tiny_llama.save_pretrained(folder)
+    assert refusal(folder) == f"agent: {str(folder)!r} does not run: {NO_NUMBERS}"
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder: Path) -> None:
+    llama(9).save_pretrained(folder)
+    assert "and the model knows 9 tokens" in refusal(folder)
+
+
+def test_an_agent_whose_tokenizer_has_no_end_is_refused(folder: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    assert (
+        refusal(folder) == f"agent: the tokenizer of {str(folder)!r} has no end-of-sequence token: no prompt would end"
+    )
+    assert load_model(config(folder), "target").tokenizer.eos_token is None
+
+
+@pytest.mark.parametrize("role", ["agent", "target"])
+def test_a_chat_template_that_is_asked_for_must_be_there(role: Literal["agent", "target"], folder: Path) -> None:
+    with pytest.raises(ModelError, match=rf"{role}: {role}_chat is true, but the tokenizer of .* has no chat template"):
+        load_model(config(folder, **{f"{role}_chat": True}), role)
+
+
+@pytest.mark.parametrize("template", ["{{ nothing.at.all }}", "{% if %}", "{{ raise_exception('no') }}"])
+def test_a_chat_template_that_cannot_be_filled_is_refused(template: str, folder: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    assert refusal(folder).startswith(f"agent: the chat template of {str(folder)!r} cannot be filled: ")
+
+
+def test_a_file_in_place_of_a_folder_is_refused(folder: Path) -> None:
+    path = folder / "config.json"
+    assert refusal(path) == f"agent: {str(path)!r} is a file; expected the folder of a causal LM"
+
+
+def test_too_little_memory_is_no_fault_of_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_pretrained(*_args: Any, **_options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_model(config(folder), "agent")
+
+
 def test_a_model_that_writes_no_text_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
     assert refusal(folder).startswith(f"agent: cannot load {str(folder)!r}: ")
@@ -205,7 +275,7 @@ def test_a_model_that_writes_no_text_is_refused(folder: Path) -> None:
 # -- devices -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:x", ""])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:x", "", "meta", "hpu", "lazy"])
 def test_a_device_that_cannot_be_used_is_named(device: str, folder: Path) -> None:
     message = refusal(folder, device=device)
     assert message.startswith(f"device {device!r} cannot be used: ") and "\n" not in message

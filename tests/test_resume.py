@@ -120,9 +120,9 @@ def test_a_killed_run_goes_on_bit_for_bit(kill: int, undisturbed: Path, tmp_path
     process = subprocess.Popen(
         [*command, *arguments(folder, f"steps={STEPS}")], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while process.poll() is None and not (folder / "checkpoint").is_dir():
+    while process.poll() is None and not (folder / "config.yaml").is_file():
         time.sleep(0.01)
-    time.sleep(random.Random(kill).uniform(0, 2.0))
+    time.sleep(random.Random(kill).uniform(0, 2.0))  # before the first checkpoint, too
     process.kill()
     process.wait()
     again = [*command, "--run", str(folder), "--resume"]

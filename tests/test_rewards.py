@@ -145,6 +145,13 @@ def test_accuracy_of_a_tie_goes_to_the_first_class() -> None:
     assert accuracy(logits, torch.tensor([0, 1, 2])).tolist() == [1, 0, 0]
 
 
+def test_accuracy_of_logits_that_are_no_numbers_is_none() -> None:
+    # argmax would take the NaN for the highest, so that the answer of a broken target would be right for label 0
+    logits = torch.tensor([[math.nan, 1.0], [0.0, 1.0], [-math.inf, 1.0]])
+    found = accuracy(logits, torch.tensor([0, 1, 1]))
+    assert found[0].isnan() and found[1:].tolist() == [1, 1]
+
+
 def test_accuracy_keeps_the_dtype_so_that_it_can_be_averaged() -> None:
     assert accuracy(logs(0.9, 0.1), torch.tensor([0])).dtype == torch.float64
 

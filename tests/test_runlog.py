@@ -65,8 +65,11 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
-        with pytest.raises(OSError, match="too large"):
-            log.append("metrics.jsonl", [{"text": "x" * 20_000}])
+        much = "x" * 20_000
+        for write in (lambda: log.append("metrics.jsonl", [{"text": much}]), lambda: log.write_text("a.txt", much)):
+            with pytest.raises(OSError, match="too large") as caught:
+                write()
+            assert str(caught.value.filename).startswith(str(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert contents(tmp_path) == before
@@ -260,6 +263,12 @@ def test_of_equal_prompts_scored_as_often_the_older_goes_first() -> None:
 
 def test_empty_prompts_do_not_enter_the_pool() -> None:
     assert pool((["", "a"], [9.0, 1.0])).best(5) == [PoolEntry("a", 1.0, 1)]
+
+
+@pytest.mark.parametrize("bad", [NAN, INFINITY, -INFINITY])
+def test_a_reward_that_is_no_number_says_nothing_of_a_prompt(bad: float) -> None:
+    best = pool((["never", "once", "always"], [bad, bad, 1.0]), (["once"], [3.0])).best(5)
+    assert best == [PoolEntry("once", 3.0, 1), PoolEntry("always", 1.0, 1)]
 
 
 def test_prompts_that_differ_in_case_or_spaces_are_different() -> None:

@@ -8,8 +8,8 @@ Accuracies are on the test rows, the mean over several wordings of each kind of 
 
 from __future__ import annotations
 
-import argparse
 import random
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from appo.config import SamplingConfig
 from appo.policy import Policy
+from experiments.command import Parser, UsageError, in_order
 from experiments.config import LAB_DIR, build_config
 from experiments.lab import grammar
 from experiments.models import load_model
@@ -93,15 +94,17 @@ def prior(task: str, samples: int, folder: Path = LAB_DIR, seed: int = 0, batch:
     return hits, best
 
 
-def main() -> None:
+@in_order
+def main(argv: Sequence[str]) -> int:
     """Prints the tables, in Markdown."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.lab.landscape", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = Parser(prog="python -m experiments.lab.landscape", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("tasks", nargs="*", default=list(grammar.LABS), help="of the lab (default: all six)")
     parser.add_argument("--prior", type=int, default=0, metavar="N", help="prompts to sample for the prior")
     parser.add_argument("--folder", type=Path, default=LAB_DIR, help="where agent and target are")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    for task in options.tasks:
+        if task not in grammar.LABS:
+            raise UsageError(f"the lab has no task {task!r}; tasks are {', '.join(grammar.LABS)}")
     torch.set_num_threads(2)
     print("| task | " + " | ".join(KINDS) + " |\n|" + "---|" * (len(KINDS) + 1))
     for task in options.tasks:
@@ -114,7 +117,8 @@ def main() -> None:
             # Exact (Poisson) for no hits, the usual approximation otherwise.
             bound = (3.0 if hits == 0 else hits + 1.645 * (hits + 1) ** 0.5 + 1) / options.prior
             print(f"| {task} | {options.prior} | {hits} | {bound:.1e} |", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

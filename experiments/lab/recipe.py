@@ -15,10 +15,10 @@ a single input asks for, then to write instructions of all kinds, and at last to
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -32,6 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from experiments.command import Parser, in_order
 from experiments.lab import grammar, wordplay
 from experiments.lab.packing import Packed, fit, pack
 from tasks.catalogue import load_spec
@@ -371,15 +372,14 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: P
     tokenizer.save_pretrained(folder)
 
 
-def main() -> None:
+@in_order
+def main(argv: Sequence[str]) -> int:
     """Builds the named parts, by default all of them; the two models at the same time."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.lab.recipe", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = Parser(prog="python -m experiments.lab.recipe", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="data|target|agent", help="what to build (default: all)")
     parser.add_argument("--folder", type=Path, default=LAB_DIR, help="where to put it (default: the lab itself)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the training times, to try the recipe quickly")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     parts = options.parts or ["data", "target", "agent"]
     if unknown := set(parts) - {"data", "target", "agent"}:
         parser.error(f"unknown part {min(unknown)!r}; parts are data, target, agent")
@@ -387,14 +387,14 @@ def main() -> None:
         write_data(options.folder / "data")
     builders = {"target": (build_target, TARGET_MINUTES), "agent": (build_agent, AGENT_MINUTES)}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        jobs = [
+        for job in [
             pool.submit(build, options.folder / part, minutes * options.scale)
             for part, (build, minutes) in builders.items()
             if part in parts
-        ]
-        for job in jobs:
+        ]:
             job.result()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""How commands end: one line and an exit code for what a user does, a traceback for a fault of ours."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from appo.selfcheck import SelfCheckError
+from appo.trainer import DivergedError
+from experiments import cli, command
+from experiments.cli import COMMANDS
+from experiments.command import FAULT, UsageError, in_order
+from experiments.signals import StoppedError
+from experiments.strict import ConfigError
+from rewards.target import ContextTooLongError
+
+ROOT = Path(__file__).parent.parent
+
+
+def ending(error: BaseException | None) -> int:
+    """The exit code of a command that raises this."""
+
+    @in_order
+    def main(argv: Sequence[str]) -> int:
+        if error:
+            raise error
+        return 0
+
+    return main([])
+
+
+ENDS = [  # what is raised, the exit code, what is said
+    (None, 0, ""),
+    (UsageError("no such thing"), 2, "error: no such thing\n"),
+    (ConfigError("a.csv:3: no label"), 2, "error: a.csv:3: no label\n"),
+    (ContextTooLongError("too long"), 2, "error: too long\n"),
+    (ConfigError("two\nlines \x1b[2J \u202e"), 2, "error: two lines \\x1b[2J \\u202e\n"),
+    (SelfCheckError("wrong temperature"), 3, "error: wrong temperature\n"),
+    (DivergedError("no sound step", {}), 3, "error: no sound step\n"),
+    (FloatingPointError("no numbers"), 3, "error: no numbers\n"),
+    (OSError(28, "No space left on device", "run/a"), 74, "error: run/a: No space left on device\n"),
+    (StoppedError(signal.SIGTERM), 143, "stopped\n"),
+    (KeyboardInterrupt(), 130, "stopped\n"),
+    (BrokenPipeError(32, "Broken pipe"), 141, ""),
+    (MemoryError(), 1, f"error: out of memory; {command.LESS_MEMORY}\n"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 1, f"error: out of memory; {command.LESS_MEMORY}\n"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "said"), ENDS, ids=[type(row[0]).__name__ for row in ENDS])
+def test_what_a_user_can_cause_is_one_line(
+    error: BaseException | None, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (ending(error), capsys.readouterr().err) == (code, said)
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), RuntimeError("x"), ZeroDivisionError("x")])
+def test_a_fault_of_ours_shows_where_and_asks_to_be_reported(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ending(error) == 70
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback ") and "raise error" in said and said.endswith(f"{FAULT}\n")
+
+
+def test_a_long_error_is_cut() -> None:
+    assert len(command.one_line(UsageError("x" * 10_000))) == command.LONGEST + 3
+
+
+def test_arguments_that_are_no_text_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert in_order(lambda argv: 0)(["--task", os.fsdecode(b"caf\xe9")]) == 2
+    assert capsys.readouterr().err == "error: the argument 'caf\\udce9' is not UTF-8\n"
+
+
+# -- processes ---------------------------------------------------------------------------------------------------
+
+
+def started(arguments: Sequence[str], **options: object) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    return subprocess.Popen([sys.executable, *arguments], **pipes | options)  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_torch_is_being_loaded_ends_without_a_traceback(number: int, code: int, tmp_path: Path) -> None:
+    process = started(["-m", "experiments.train", "--run", str(tmp_path / "run")])
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "libtorch" not in maps.read_text(encoding="utf-8"):
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, said = process.communicate()
+    assert (process.returncode, said) == (code, "stopped\n")
+
+
+def test_an_output_that_nobody_reads_on_ends_a_command_without_a_word() -> None:
+    process = started(["-m", "experiments.tasks"])
+    assert process.stdout and process.stderr and process.stdout.readline()
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 141)
+    process.stderr.close()
+
+
+def test_an_output_that_cannot_be_written_to_is_one_line() -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        process = started(["-m", "experiments.tasks"], stdout=full)
+        _, said = process.communicate()
+    assert (process.returncode, said) == (74, "error: No space left on device\n")
+
+
+# -- appo --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def appo(tmp_path: Path) -> Path:
+    """The script that pip makes of the entry point, in a folder where others are named like our packages."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    name, _, place = setup["options.entry_points"]["console_scripts"].strip().partition(" = ")
+    module, _, function = place.partition(":")
+    for folder in ("appo", "experiments", "rewards", "tasks"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text("raise SystemExit('the wrong folder')\n", encoding="utf-8")
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / name
+    script.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n", encoding="utf-8")
+    return script
+
+
+def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    process = started([str(script), *arguments], cwd=script.parents[1], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def test_appo_works_in_a_folder_where_others_have_our_names(appo: Path) -> None:
+    done = run(appo, "train", "--task", "sst2", "--steps", "1", "prompts=2", "examples.test_limit=10", "--run", "r")
+    assert (done.returncode, (appo.parents[1] / "r" / "best_prompt.json").is_file()) == (0, True), done.stderr
+    assert run(appo, "report", "r").stdout == "r/report.html\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_subcommand_says_what_it_takes(name: str, appo: Path) -> None:
+    done = run(appo, name, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: appo {name} ")
+
+
+def test_every_program_ends_in_order_and_every_subcommand_is_one() -> None:
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "experiments").rglob("*.py")}
+    programs = {path.stem for path, text in sources.items() if '__name__ == "__main__"' in text} - {"cli"}
+    assert programs == {path.stem for path, text in sources.items() if "@in_order\ndef main(argv" in text}
+    assert set(COMMANDS) <= programs
+
+
+def test_help_loads_nothing_that_takes_long() -> None:
+    code = "import sys; from experiments.cli import main; sys.argv = ['appo', '--help']; main(); print(*sys.modules)"
+    out, _ = started(["-c", code]).communicate()
+    assert all(name in out for name in COMMANDS)
+    assert not {"torch", "transformers", "numpy", "yaml", "datasets"} & set(out.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "fragment"),
+    [
+        ([], 0, "usage: appo COMMAND"),
+        (["--version"], 0, "."),
+        (["trian"], 2, "unknown command 'trian'; did you mean 'train'? commands are train, "),
+        (["--task", "mnli"], 2, "unknown command '--task'"),
+    ],
+)
+def test_appo_alone(
+    arguments: list[str],
+    code: int,
+    fragment: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr("sys.argv", ["appo", *arguments])
+    try:
+        assert cli.main() == code
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
+    captured = capsys.readouterr()
+    assert fragment in captured.out + captured.err

@@ -1,0 +1,41 @@
+"""The Makefile's targets become the commands that the README promises."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def printed(*arguments: str) -> str:
+    """What make would run."""
+    command = ["make", "--dry-run", "--no-print-directory", "--assume-old=ready", "READY=ready", "BIN=bin", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["train"], "bin/appo train"),
+        (["train", "TASK=rte", "MODE=tte", "STEPS=3"], 'bin/appo train --task "rte" --mode "tte" --steps "3"'),
+        (["train", "RUN=r", "RESUME=1"], 'bin/appo train --run "r" --resume'),  # of whatever task it is
+        (["train", "RUN=a b", "ARGS=steps=2"], 'bin/appo train --run "a b" steps=2'),
+        (["tasks", "SHOW=mnli"], 'bin/appo tasks --show "mnli"'),
+        (["compare", "SEEDS=0", "ARGS=steps=2"], "bin/appo compare --seeds 0 steps=2"),
+    ],
+)
+def test_a_target_becomes_a_command(arguments: list[str], command: str) -> None:
+    assert " ".join(printed(*arguments).split()) == command
+
+
+def test_where_there_is_no_python_one_line_says_so(tmp_path: Path) -> None:
+    command = ["make", "setup", f"VENV={tmp_path / 'venv'}", "PYTHON=no-such-python"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no Python from 3.11 on") and "PYTHON=" in done.stderr
+    assert not (tmp_path / "venv").exists()
