@@ -269,7 +269,8 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     for config in (model.config.get_text_config(), model.generation_config):
         named = getattr(config, "eos_token_id", None)
         ends |= set(named) if isinstance(named, list) else {named}
-    return ends - {None}
+    vocabulary = model.get_output_embeddings().weight.shape[0]  # a configuration may name what the model does not have
+    return {token for token in ends - {None} if token < vocabulary}
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:

@@ -77,26 +77,36 @@ def clip(text: str, width: int) -> str:
 
 def summary(result: Mapping[str, Any], folder: Path) -> str:
     """The table a run ends with: the manual prompt against the best one found, and where everything is."""
-    rows = [
-        ("manual prompt", result["manual_validation_score"], result["manual_test_score"]),
-        (
-            "a prompt per input" if result["mode"] == "tte" else "best prompt found",
-            result["validation_score"],
-            result["test_score"],
-        ),
+    name = "a prompt per input" if result["prompt"] is None else "best prompt found"
+    rows = [("manual prompt", "manual_"), *([] if result["chosen"] == "manual" else [(name, "")])]
+    columns = [f"{split} ({result[f'{split}_rows']} rows)" for split in ("validation", "test")]
+    lines = [f"{result['metric']:<20}{columns[0]:<26}{columns[1]}"]
+    lines += [
+        f"{name:<20}{_score(result, f'{which}validation'):<26}{_score(result, f'{which}test')}" for name, which in rows
     ]
-    lines = [f"{result['metric']:<20}{'validation':>12}{'test':>8}"]
-    lines += [f"{name:<20}{_number(validation):>12}{_number(test):>8}" for name, validation, test in rows]
-    lines.append("")
-    if result["mode"] == "tte":
+    lines += ["", result["verdict"], *_answers(result)]
+    if protocol := result.get("paper_protocol"):
+        lines.append(f"paper's protocol ({protocol['name']}): {_number(protocol['test_score'])}")
+    if result["prompt"] is None:
         lines += [f"for {edit['input']!r}:\n    {edit['prompt']}" for edit in result["edits"][:2]]
         lines.append(f"agent:       {folder / 'agent'}")
     else:
-        protocol = result["paper_protocol"]
-        lines.append(f"paper's protocol ({protocol['name']}): {_number(protocol['test_score'])}")
-        lines.append(f"best prompt: {result['prompt']}")
+        lines.append(f"prompt:      {result['prompt']}")
     lines.append(f"report:      {folder / 'report.html'}")
     return "\n".join(lines)
+
+
+def _score(result: Mapping[str, Any], name: str) -> str:
+    """A score and its 95 % interval."""
+    low, high = result[f"{name}_interval"]
+    return f"{_number(result[f'{name}_score'])} ({_number(low)} to {_number(high)})"
+
+
+def _answers(result: Mapping[str, Any]) -> list[str]:
+    """How the answers on test are spread over the labels: a target that always says the same has learnt nothing."""
+    spread = result.get("answers_on_test") or {}
+    shares = {name: ", ".join(f"{word} {share:.2f}" for word, share in spread[name].items()) for name in spread}
+    return [f"answers on test: {shares['best']} (right: {shares['right']})"] if shares else []
 
 
 def _number(score: float) -> str:

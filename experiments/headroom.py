@@ -48,7 +48,7 @@ class Headroom:
 
     def as_json(self) -> dict[str, Any]:
         """What headroom.json holds."""
-        return asdict(self)
+        return asdict(self) | {"lines": self.lines()}
 
     def lines(self) -> list[str]:
         """Four lines for a person."""

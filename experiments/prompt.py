@@ -31,9 +31,8 @@ from tasks.rows import SUFFIXES, read_rows, read_text
 
 def instructions(run: Run, inputs: Sequence[str]) -> list[str]:
     """The run's instruction for each input."""
-    if run.config.mode == "tte":
-        return run.editor.write(inputs)
-    return [read_result(run.log.folder)["prompt"]] * len(inputs)
+    prompt = read_result(run.log.folder)["prompt"]
+    return run.editor.write(inputs) if prompt is None else [prompt] * len(inputs)
 
 
 def answers(run: Run, prompts: Sequence[str], inputs: Sequence[str]) -> list[dict[str, Any]]:

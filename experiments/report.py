@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from experiments.command import Parser, in_order
-from experiments.runlog import CONFIG, RESULT, RunFolderError, RunLog, read_jsonl, read_result
+from experiments.runlog import CONFIG, RESULT, RunFolderError, RunLog, read_headroom, read_jsonl, read_result
 from experiments.strict import LARGEST, read_yaml
 from tasks.catalogue import METRICS
 
@@ -69,6 +69,8 @@ def render_report(folder: Path, metric: str) -> str:
         + escape(", ".join(f"{key} {described.get(key)}" for key in ("seed", "agent", "target", "data")))
         + "</p>",
         _result(result) if result else "<p>The run was stopped before its end; this is how far it came.</p>",
+        "<h2>Before training</h2>" if (looked := read_headroom(folder)) else "",
+        *(f"<p>{escape(line)}</p>" for line in looked),
         "<h2>How it went</h2>",
         '<p class="muted">Faint: single iterations; strong: their mean over the last ten. Upright lines: the anchor '
         f'was <span style="color:{MARKS["promote"]}">promoted</span> or the agent '
@@ -95,30 +97,41 @@ def render_report(folder: Path, metric: str) -> str:
 
 
 def _result(result: Mapping[str, Any]) -> str:
-    rows: list[tuple[str, float | None, float | None]]
-    if result["mode"] == "tte":
+    """The answer: what was found, in words and in numbers."""
+    if result["prompt"] is None:
         best = "a prompt for each input, the likeliest"
-        quotes = [
-            f"<p>{escape(edit['input'])}</p><blockquote>{escape(edit['prompt'])}</blockquote>"
-            for edit in result["edits"]
-        ]
-        rows = []
+        quotes = [f"<p>{escape(e['input'])}</p><blockquote>{escape(e['prompt'])}</blockquote>" for e in result["edits"]]
     else:
         best = "best prompt, chosen on validation"
         quotes = [f"<blockquote>{escape(result['prompt'])}</blockquote>"]
-        protocol = result["paper_protocol"]
-        rows = [(f"the paper's protocol: {protocol['name']}", None, protocol["test_score"])]
     rows = [
-        (best, result["validation_score"], result["test_score"]),
-        ("manual prompt", result["manual_validation_score"], result["manual_test_score"]),
-        *rows,
+        (name, _score(result, f"{which}validation"), _score(result, f"{which}test"))
+        for name, which in ((best, ""), ("manual prompt", "manual_"))
     ]
-    cells = [(name, _number(validation), _number(test)) for name, validation, test in rows]
+    if protocol := result.get("paper_protocol"):
+        rows.append((f"the paper's protocol: {protocol['name']}", "", _number(protocol["test_score"])))
+    splits = [f"{split} ({result[f'{split}_rows']} rows)" for split in ("validation", "test")]
     return (
         "".join(quotes)
-        + _table((result["metric"], "validation", "test"), cells)
+        + f"<p><strong>{escape(result['verdict'])}</strong></p>"
+        + _table((result["metric"], *splits), rows)
         + f'<p class="muted">Manual prompt: {escape(result["manual_prompt"])}</p>'
+        + _answers(result.get("answers_on_test") or {})
     )
+
+
+def _score(result: Mapping[str, Any], name: str) -> str:
+    low, high = result[f"{name}_interval"]
+    return f"{_number(result[f'{name}_score'])} ({_number(low)} to {_number(high)})"
+
+
+def _answers(spread: Mapping[str, Mapping[str, float]]) -> str:
+    """How the target's answers are spread over the labels."""
+    if not spread:
+        return ""
+    names = {"best": "under the best prompt", "manual": "under the manual prompt", "right": "right answers"}
+    rows = [(names.get(name, name), *map(_number, shares.values())) for name, shares in spread.items()]
+    return "<h2>Answers on test</h2>" + _table(("share of answers", *next(iter(spread.values()))), rows)
 
 
 def _prompt_table(prompts: Sequence[Mapping[str, Any]]) -> str:
@@ -138,7 +151,7 @@ def _review_table(metrics: Sequence[Mapping[str, Any]]) -> str:
         decision, review = row.get("anchor"), row.get("review")
         if decision and isinstance(review, Mapping):
             means = [_number(_mean(_numbers(review.get(side)))) for side in ("policy_scores", "anchor_scores")]
-            rows.append((str(decision), str(row["iteration"]), *means))
+            rows.append((f"{decision}: {review.get('reason', '')}", str(row["iteration"]), *means))
     if not rows:
         return '<p class="muted">None in this run.</p>'
     return _table(("decision", "iteration", "agent", "anchor"), rows)

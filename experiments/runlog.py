@@ -19,14 +19,16 @@ import yaml
 from experiments.files import write_whole, writing
 
 LOCK = ".lock"  # who is at work in a run's folder
-CONFIG, RESULT = "config.yaml", "best_prompt.json"
+CONFIG, RESULT, HEADROOM = "config.yaml", "best_prompt.json", "headroom.json"
+SCORES = tuple(f"{which}{split}" for which in ("", "manual_") for split in ("validation", "test"))
 UNBEGUN = {LOCK, f"{CONFIG}.part"}  # all that a run can leave that was killed before it wrote its configuration down
 NUMBER = (int, float, type(None))  # a score; None where it was not finite
 Kind = type | tuple[type, ...]
 RESULT_KEYS: dict[str, Kind] = {
-    **dict.fromkeys(("task", "mode", "metric", "manual_prompt"), str),
-    "seed": int,
-    **dict.fromkeys(("validation_score", "test_score", "manual_validation_score", "manual_test_score"), NUMBER),
+    **dict.fromkeys(("task", "mode", "metric", "manual_prompt", "chosen", "verdict"), str),
+    **dict.fromkeys(("seed", "validation_rows", "test_rows"), int),
+    **dict.fromkeys((f"{name}_score" for name in SCORES), NUMBER),
+    **dict.fromkeys((f"{name}_interval" for name in SCORES), list),
 }
 
 
@@ -164,14 +166,36 @@ def read_result(folder: Path) -> dict[str, Any]:
         raise RunFolderError(f"{str(folder)!r} holds no {RESULT}; expected the folder of a run that came to its end")
     result = _object(path.read_bytes(), str(path))
     _check(result, RESULT_KEYS, str(path))
+    for name in SCORES:
+        ends = result[f"{name}_interval"]
+        if len(ends) != 2 or not all(isinstance(end, NUMBER) for end in ends):
+            raise RunFolderError(f"{path}: '{name}_interval' is {reprlib.repr(ends)}; expected two numbers")
     if result["mode"] == "tte":
-        _check(result, {"edits": list}, str(path))
+        _check(result, {"edits": list, "prompt": (str, type(None))}, str(path))
         for edit in result["edits"]:
             _check(edit, {"input": str, "prompt": str}, f"{path}: 'edits'")
     else:
-        _check(result, {"prompt": str, "paper_protocol": dict}, str(path))
+        _check(result, {"prompt": str, "paper_protocol": dict, "answers_on_test": dict}, str(path))
         _check(result["paper_protocol"], {"name": str, "test_score": NUMBER}, f"{path}: 'paper_protocol'")
+        if shares := result["answers_on_test"]:
+            _check(shares, dict.fromkeys(("best", "manual", "right"), dict), f"{path}: 'answers_on_test'")
+            for name in shares:
+                _check(shares[name], dict.fromkeys(shares["right"], NUMBER), f"{path}: 'answers_on_test' {name!r}")
     return result
+
+
+def read_headroom(folder: Path) -> list[str]:
+    """The lines of headroom.json; none where the run was begun without a look.
+
+    Raises:
+        RunFolderError: the file is not what a run writes.
+    """
+    path = folder / HEADROOM
+    if not path.is_file():
+        return []
+    seen = _object(path.read_bytes(), str(path))
+    _check(seen, {"lines": list}, str(path))
+    return [str(line) for line in seen["lines"]]
 
 
 def _check(found: object, kinds: Mapping[str, Kind], where: str) -> None:

@@ -31,7 +31,7 @@ from experiments.hacking import only_labels, overlap
 from experiments.headroom import look
 from experiments.models import save_agent
 from experiments.report import render_report
-from experiments.runlog import PromptPool
+from experiments.runlog import HEADROOM, PromptPool
 from experiments.session import Run, Session, begin, meta_query, prepare, stored_config, stream
 from experiments.signals import Signals, StoppedError
 from experiments.statistics import compared, interval
@@ -58,7 +58,7 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
         print(f"note: {note}", file=sys.stderr)
     if config.headroom and session.iteration == 0:
         seen = look(run, config.headroom)
-        run.log.write_json("headroom.json", seen.as_json())
+        run.log.write_json(HEADROOM, seen.as_json())
         if not quiet:
             print(*seen.lines(), sep="\n", file=sys.stderr, flush=True)
     progress = Progress(run.steps, run.reward.metric, quiet, done=session.iteration)
@@ -169,7 +169,10 @@ def finish(run: Run, pool: PromptPool) -> dict[str, Any]:
     tuned = [entry.prompt for entry in pool.best(run.config.pool)]
     candidates = [manual, *few_shot_prompts(run), *tuned]
     validation = by_example(run.reward, candidates, run.data.validation)
-    rewards = run.reward(candidates, run.data.validation).scores.nan_to_num(-math.inf)
+    rewards = run.reward(candidates, run.data.validation).scores
+    if not rewards.isfinite().any():
+        raise FloatingPointError("no prompt has a finite score on the validation split; see metrics.jsonl")
+    rewards = rewards.nan_to_num(-math.inf)
     scores = validation.mean(1).tolist()
     best = max(range(len(candidates)), key=lambda i: (scores[i], rewards[i].item(), -i))
     best = best if scores[best] > scores[0] else 0

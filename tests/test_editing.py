@@ -32,7 +32,7 @@ from tests.conftest import sharpen
 TEMPLATE = "{prompt} Input : {input} Output :"
 WORDS = ("yes", "no")
 EXAMPLES = [Example(f"input number {i}" + " and more" * i, i % 2, WORDS[i % 2]) for i in range(5)]
-SMALL = [
+SMALL = ["headroom=0", 
     *("mode=tte", "prompts=2", "threads=1", "sampling.max_new_tokens=12", "examples.shots=3", "examples.batch_size=2"),
     *("examples.test_limit=6", "anchor.period=1"),
 ]

@@ -22,7 +22,7 @@ QUERIES = [Query((5, 6, 7))] * 4
 
 def trainer(**changes: object) -> APPOTrainer:
     tokenizer = byte_tokenizer()
-    policy = Policy(llama(len(tokenizer)), tokenizer, SamplingConfig(6))
+    policy = Policy(llama(len(tokenizer)), tokenizer, SamplingConfig(6, nonempty=False))
     config = APPOConfig(learning_rate=1e-3, **changes)  # type: ignore[arg-type]
     return APPOTrainer(policy, config, generator=torch.Generator().manual_seed(0))
 

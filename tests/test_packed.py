@@ -204,7 +204,7 @@ def test_closing_up_keeps_those_who_go_on_and_moves_few(going: list[bool]) -> No
 
 @pytest.mark.parametrize("name", [*PACKING, *PLAIN])
 def test_sampled_logprobs_equal_the_evaluated_ones(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    policy = Policy(build(name), tokenizer, SamplingConfig(max_new_tokens=12))
+    policy = Policy(build(name), tokenizer, SamplingConfig(max_new_tokens=12, nonempty=False))
     beginning = tuple(range(3, 30))  # which all queries share, and which is longer than the windows
     queries = [Query((*beginning, *ending)) for ending in ((40, 41), (50,), (60, 61, 62, 63, 64), (40, 41))]
     rollout = policy.sample(queries, torch.Generator().manual_seed(0))
@@ -239,7 +239,7 @@ def test_scores_equal_the_plain_ones(name: str, dtype: torch.dtype) -> None:
 
 
 def trainer(name: str, tokenizer: PreTrainedTokenizerBase, **options: bool) -> APPOTrainer:
-    return APPOTrainer(Policy(build(name), tokenizer, SamplingConfig(max_new_tokens=12), **options))
+    return APPOTrainer(Policy(build(name), tokenizer, SamplingConfig(max_new_tokens=12, nonempty=False), **options))
 
 
 def minibatch(trainer: APPOTrainer, responses: int) -> Batch:
