@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from appo.policy import Policy
 from experiments import train as train_module
@@ -130,19 +128,6 @@ def test_winner_is_chosen_on_validation_not_on_test(tmp_path: Path) -> None:
     assert result["test_score"] <= result["paper_protocol"]["test_score"]  # of a pool of five, the winner among them
     validation = {row["prompt"] for row in read_jsonl(tmp_path / "run/prompts.jsonl")}
     assert result["prompt"] in validation
-
-
-@pytest.mark.parametrize(
-    ("scores", "best"),
-    [([1.0, 3.0, 2.0], 1), ([math.nan, 1.0, 2.0], 2), ([math.inf, 1.0], 1), ([-math.inf, -5.0], 1), ([2.0, 2.0], 0)],
-)
-def test_the_final_choice_is_the_highest_finite_score(scores: list[float], best: int) -> None:
-    assert train_module._best(torch.tensor(scores)) == best
-
-
-def test_without_a_finite_score_there_is_no_choice() -> None:
-    with pytest.raises(FloatingPointError, match="no prompt has a finite score"):
-        train_module._best(torch.tensor([math.nan, math.inf]))
 
 
 def test_assignments_may_stand_between_options() -> None:
