@@ -12,7 +12,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from experiments.command import Program, UsageError, in_order
 from experiments.signals import end_at_once
@@ -47,7 +47,10 @@ def _say(argv: Sequence[str]) -> int:
         print("\n`appo COMMAND --help` says what each takes.")
         return 0
     if argv[0] == "--version":
-        print(version("stableprompt-appo"))
+        try:
+            print(version("stableprompt-appo"))
+        except PackageNotFoundError as error:
+            raise UsageError("this copy is not installed, so it has no version") from error
         return 0
     near = get_close_matches(argv[0], COMMANDS, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""

