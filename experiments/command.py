@@ -15,6 +15,7 @@ from functools import wraps
 from typing import NoReturn, Protocol
 
 from experiments.signals import StoppedError, raise_instead
+from tasks.errors import printable
 
 PACKAGES = ("appo", "rewards", "tasks", "experiments")
 LONGEST = 2000  # characters of an error that are shown
@@ -82,7 +83,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         text = ": ".join([*([str(error.filename)] if error.filename else []), error.strerror])
     text = " ".join(text.split()) or type(error).__name__
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    shown = printable(text)
     return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}..."
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from appo.config import AnchorConfig, APPOConfig, SamplingConfig
-from experiments.strict import ConfigError, Tree, assigned, construct, merge, read_yaml, shown
+from experiments.strict import ConfigError, Tree, assigned, construct, merge, read_yaml
 from tasks.catalogue import is_spec_file
+from tasks.errors import shown
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 LAB = "lab"

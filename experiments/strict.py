@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,10 +14,9 @@ from typing import Any, Literal
 import yaml
 
 from tasks.catalogue import parse_yaml
+from tasks.errors import shown
 
 LARGEST = {int: 2**64 - 1, float: 3.4e38}  # what a seed and a tensor of float32 can hold
-SHOWN = reprlib.Repr()  # of a value in an error: short, however large or deep it is
-SHOWN.maxstring = SHOWN.maxother = 200
 
 Tree = dict[str, Any]
 
@@ -101,14 +99,6 @@ def dotted_keys(cls: Any, prefix: str = "") -> list[str]:
     for name, kind in typing.get_type_hints(cls).items():
         keys += dotted_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [f"{prefix}{name}"]
     return keys
-
-
-def shown(value: object) -> str:
-    """The value in an error, cut short."""
-    try:
-        return SHOWN.repr(value)
-    except ValueError:  # Python writes no number of more than 4300 digits
-        return "a number of thousands of digits"
 
 
 def _parse(text: str) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tasks.catalogue import load_spec
-from tasks.cells import Row
+from tasks.cells import Row, text_of
 from tasks.errors import MissingFilesError, TaskError, TooFewRowsError
 from tasks.rows import SUFFIXES, read_json, read_rows, read_text
 from tasks.spec import SPLITS, Example, TaskSpec
@@ -82,8 +82,10 @@ def _find(spec: TaskSpec, folder: Path, split: str) -> Path | None:
 
 
 def _is_own(spec: TaskSpec, folder: Path) -> bool:
-    """Whether all that lies below a folder is the task's: it has the task's name, and the spec names no file to begin
-    with. In any other folder, files further down may be of anything."""
+    """Whether all that lies below a folder is the task's: it has the task's name, and the spec names no training file.
+
+    In any other folder, what lies further down may belong to something else.
+    """
     return folder.resolve().name == spec.short_name and not spec.files.get("train")
 
 
@@ -102,9 +104,12 @@ def _manual_prompt(spec: TaskSpec, folder: Path) -> str:
         if path.is_file() and path.suffix == ".json":
             annotations = read_json(path)
             found = annotations.get("annotations") if isinstance(annotations, dict) else None
-            if not isinstance(found, list) or not found or not isinstance(found[0], str):
+            if not isinstance(found, list) or not found:
                 raise TaskError(f"{path}: expected a list of instructions under 'annotations'")
-            return found[0].strip()
+            try:
+                return text_of(found[0], "annotations")
+            except TaskError as error:
+                raise TaskError(f"{path}: {error}") from None
         if path.is_file():
             return read_text(path).strip()
     return spec.manual_prompt

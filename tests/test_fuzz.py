@@ -305,7 +305,13 @@ NAMES = st.sampled_from(
 
 @FUZZ
 @given(
-    st.dictionaries(PATHS, st.just(b"") | st.binary(max_size=20) | st.just(WRITERS[".jsonl"](SOUND)), max_size=4),
+    st.dictionaries(
+        PATHS,
+        st.binary(max_size=20)
+        | st.just(WRITERS[".jsonl"](SOUND))
+        | JSON.map(lambda value: json.dumps({"annotations": [value], "examples": [value]}).encode()),
+        max_size=4,
+    ),
     st.dictionaries(
         st.sampled_from(["train", "validation", "test", "manual", "val"]), st.lists(NAMES, max_size=2), max_size=3
     ),
@@ -320,7 +326,7 @@ def test_a_folder_of_any_files(
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(content)
     try:
-        load_task(str(spec), str(tmp_path), shots=1)
+        load_task(str(spec), str(tmp_path), shots=1).spec.manual_prompt.encode()
     except TaskError as error:
         assert is_one_line(error)
     finally:

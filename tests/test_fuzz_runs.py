@@ -101,8 +101,21 @@ def with_value(key: int, value: object) -> Harm:
     return harm
 
 
+def absent(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def a_folder(path: Path) -> None:
+    absent(path)
+    path.mkdir()
+
+
 def replaced(content: bytes) -> Harm:
-    return lambda path: path.write_bytes(content)
+    def harm(path: Path) -> None:
+        absent(path)
+        path.write_bytes(content)
+
+    return harm
 
 
 JUNK = st.binary(max_size=8).filter(lambda written: not any(48 <= byte < 58 for byte in written))  # no larger numbers
@@ -115,25 +128,9 @@ HARMS: st.SearchStrategy[tuple[str, Harm]] = (
     | st.tuples(
         st.sampled_from(FILES),
         st.builds(replaced, st.binary(max_size=40) | FEW.map(text_of).map(str.encode) | YAML_TEXT.map(str.encode))
-        | st.sampled_from([lambda path: None, Path.mkdir]),
+        | st.sampled_from([absent, a_folder]),
     )
 )
-
-
-def harmed(folder: Path, name: str, harm: Harm) -> None:
-    """Does harm to one file of the folder; what is no change within the file takes its place."""
-    path = folder / name
-    if path.is_dir():
-        shutil.rmtree(path)
-        harm(path)
-        return
-    content = path.read_bytes()
-    path.unlink()
-    try:
-        harm(path)
-    except FileNotFoundError:  # it reads what stands there
-        path.write_bytes(content)
-        harm(path)
 
 
 @SLOW
@@ -148,7 +145,8 @@ def test_a_run_folder_of_any_content(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished[mode], folder)
-    harmed(folder, *harm)
+    name, do_harm = harm
+    do_harm(folder / name)
     arguments = {
         "evaluate": ["--run", str(folder)],
         "prompt": ["--run", str(folder), "--input", "review", "--answer"],

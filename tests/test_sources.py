@@ -173,11 +173,19 @@ def test_a_manual_prompt_file_is_read_or_refused(content: bytes, reason: str, tm
         assert load_task("sst2", str(tmp_path), shots=1).spec.manual_prompt == "Say yes."
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"annotations": []}', '{"annotations": [3]}', '{"annotations": "x"}'])
-def test_annotations_that_are_none_are_refused(content: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        *((content, "expected a list of instructions under 'annotations'") for content in ("[]", "{}", "3")),
+        ('{"annotations": []}', "expected a list of instructions under 'annotations'"),
+        ('{"annotations": [{}]}', "field 'annotations' is {}; expected some text"),
+        ('{"annotations": ["\\ud800"]}', r"field 'annotations' is '\ud800'; expected some text"),
+    ],
+)
+def test_annotations_that_are_none_are_refused(content: str, reason: str, tmp_path: Path) -> None:
     name = own_spec(tmp_path, files={"train": ["reviews.jsonl"], "manual": ["notes.json"]})
     path = write(tmp_path / "notes.json", content)
-    assert complaint(name, tmp_path, shots=1) == f"{path}: expected a list of instructions under 'annotations'"
+    assert complaint(name, tmp_path, shots=1) == f"{path}: {reason}"
 
 
 def test_a_file_that_the_spec_names_goes_before_the_usual_ones(tmp_path: Path) -> None:
