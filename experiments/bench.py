@@ -259,7 +259,9 @@ class Bench:
 
     def _trainer(self, name: str) -> APPOTrainer:
         policy = Policy(
-            build(SHAPES[name], self.dtype, self.device), self.tokenizer, SamplingConfig(max_new_tokens=RESPONSE)
+            build(SHAPES[name], self.dtype, self.device),
+            self.tokenizer,
+            SamplingConfig(max_new_tokens=RESPONSE, nonempty=False),
         )
         # No token ends a response: in both ways all are of full length.
         policy.tokenizer = SimpleNamespace(eos_token_id=-1)

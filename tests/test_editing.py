@@ -32,7 +32,8 @@ from tests.conftest import sharpen
 TEMPLATE = "{prompt} Input : {input} Output :"
 WORDS = ("yes", "no")
 EXAMPLES = [Example(f"input number {i}" + " and more" * i, i % 2, WORDS[i % 2]) for i in range(5)]
-SMALL = ["headroom=0", 
+SMALL = [
+    "headroom=0",
     *("mode=tte", "prompts=2", "threads=1", "sampling.max_new_tokens=12", "examples.shots=3", "examples.batch_size=2"),
     *("examples.test_limit=6", "anchor.period=1"),
 ]
@@ -200,8 +201,9 @@ def test_reviews_see_validation_and_the_test_split_is_read_once_at_the_end(
 
     monkeypatch.setattr(run.reward, "each", noting)
     train(run, quiet=True)
-    # Nine training examples in batches of two are five iterations an epoch: one review, of both sides.
-    assert seen == ["train"] * 5 + ["validation"] * 2 + ["validation", "test"]
+    # Nine training examples in batches of two are five iterations an epoch: one review, of both sides. At the end the
+    # agent's prompts and the manual one answer each split once.
+    assert seen == ["train"] * 5 + ["validation"] * 2 + ["validation"] * 2 + ["test"] * 2
 
 
 def test_training_and_use_ask_in_the_same_form(run: Run) -> None:

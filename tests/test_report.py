@@ -17,7 +17,11 @@ from experiments.report import BOTTOM, CURVES, HEIGHT, LEFT, RIGHT, TOP, WIDTH, 
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}  # elements that HTML does not close
 COLUMNS = [column.format(metric="accuracy") for _, _, columns in CURVES for column in columns]
-REVIEW = {"policy_scores": [0.5, 0.75], "anchor_scores": [0.25, 0.25]}  # means .625 and .25
+REVIEW = {
+    "reason": "as the scores say",
+    "policy_scores": [0.5, 0.75],
+    "anchor_scores": [0.25, 0.25],
+}  # means .625 and .25
 RESULT: dict[str, Any] = {
     "prompt": "Is it so?",
     "task": "mnli",
@@ -166,10 +170,28 @@ def test_the_page_declares_its_encoding_first_of_all(tmp_path: Path) -> None:
 
 def test_the_page_shows_the_scores_beside_the_manual_prompts(tmp_path: Path) -> None:
     assert cells(render(tmp_path), "<h1>") == [
-        ["best prompt, chosen on validation", "0.625", "0.750"],
-        ["manual prompt", "0.500", "0.250"],
+        ["best prompt, chosen on validation", "0.625 (0.125 to 0.875)", "0.750 (0.125 to 0.875)"],
+        ["manual prompt", "0.500 (0.125 to 0.875)", "0.250 (0.125 to 0.875)"],
         ["the paper's protocol: best of the top 5 by training reward, chosen on test", "", "0.875"],
     ]
+
+
+def test_the_verdict_is_there_in_words(tmp_path: Path) -> None:
+    assert f"<strong>{RESULT['verdict']}</strong>" in render(tmp_path)
+
+
+def test_answers_are_shown_label_by_label(tmp_path: Path) -> None:
+    shares = {"best": {"no": 0.25, "yes": 0.75}, "manual": {"no": 1.0, "yes": 0.0}, "right": {"no": 0.5, "yes": 0.5}}
+    assert cells(render(tmp_path, answers_on_test=shares), "Answers on test") == [
+        ["under the best prompt", "0.250", "0.750"],
+        ["under the manual prompt", "1.000", "0.000"],
+        ["right answers", "0.500", "0.500"],
+    ]
+
+
+def test_the_look_before_training_is_quoted(tmp_path: Path) -> None:
+    (tmp_path / "headroom.json").write_text(json.dumps({"lines": ["headroom: much", "  <b>verdict</b>"]}))
+    assert "<p>headroom: much</p><p>  &lt;b&gt;verdict&lt;/b&gt;</p>" in render(tmp_path).replace("\n", "")
 
 
 def test_the_page_says_what_was_run(tmp_path: Path) -> None:
@@ -200,9 +222,9 @@ def test_no_more_than_ten_prompts_are_shown(tmp_path: Path) -> None:
 def test_every_anchor_review_is_a_row_with_both_means(tmp_path: Path) -> None:
     metrics = [row(1), row(2, anchor="promote"), row(3, anchor="keep"), row(4, anchor="rollback")]
     assert cells(render(tmp_path, metrics), "Anchor reviews") == [
-        ["promote", "2", "0.625", "0.250"],
-        ["keep", "3", "0.625", "0.250"],
-        ["rollback", "4", "0.625", "0.250"],
+        ["promote: as the scores say", "2", "0.625", "0.250"],
+        ["keep: as the scores say", "3", "0.625", "0.250"],
+        ["rollback: as the scores say", "4", "0.625", "0.250"],
     ]
 
 

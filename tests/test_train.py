@@ -132,7 +132,8 @@ def test_test_split_is_not_touched_before_the_end(tmp_path: Path, monkeypatch: p
 
 def test_winner_is_chosen_on_validation_not_on_test(tmp_path: Path) -> None:
     result = run_small(tmp_path / "run", steps=4)
-    assert result["test_score"] <= result["paper_protocol"]["test_score"]  # of a pool of five, the winner among them
+    if result["chosen"] == "tuned":  # of a pool of five, the winner among them
+        assert result["test_score"] <= result["paper_protocol"]["test_score"]
     written = {row["prompt"] for row in read_jsonl(tmp_path / "run/prompts.jsonl")}
     assert result["prompt"] in written | {result["manual_prompt"]}
 
