@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from appo.config import APPOConfig, SamplingConfig
+from appo.ends import Ends
 from appo.policy import Policy
 from appo.rollout import Batch, Query, Rollout, Scored
 from appo.trainer import APPOTrainer
@@ -258,13 +258,12 @@ class Bench:
             yield from self.timed(f"iteration {name}, K {count}, B {size}", ways, [("all the plain way", "ours")])
 
     def _trainer(self, name: str) -> APPOTrainer:
-        policy = Policy(
-            build(SHAPES[name], self.dtype, self.device),
-            self.tokenizer,
-            SamplingConfig(max_new_tokens=RESPONSE, nonempty=False),
-        )
-        # No token ends a response: in both ways all are of full length.
-        policy.tokenizer = SimpleNamespace(eos_token_id=-1)
+        sampling = SamplingConfig(max_new_tokens=RESPONSE, nonempty=False)
+        model = build(SHAPES[name], torch.float32, self.device)
+        policy = Policy(model, self.tokenizer, sampling, compute_dtype=self.dtype)
+        policy.ends = Ends(
+            sampling, (), (), SHAPES[name].vocabulary, model.device
+        )  # all are of full length, in both ways
         return APPOTrainer(policy, APPOConfig(learning_rate=1e-6, target_kl=None))
 
     def _plain_trainer(self, name: str) -> APPOTrainer:
