@@ -61,15 +61,15 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     """Task, seeds, arms, folder and assignments of a comparison."""
     parser = Parser(prog="appo compare", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--task", default="mnli")
-    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2", "3", "4"])
-    parser.add_argument("--arms", nargs="+", default=["anchor", "best-of-n"], help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--seeds", nargs="+", action="append", help="default: 0 1 2 3 4")
+    parser.add_argument("--arms", nargs="+", action="append", help=f"of {', '.join(ARMS)} (default: anchor best-of-n)")
     parser.add_argument("--folder", type=Path, help="for the runs (default: runs/compare-DATE-TIME)")
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="for all runs")
     options = parser.parse_intermixed_args(argv)
-    for name in ("seeds", "arms"):  # they take in every word that follows, assignments too
-        words = getattr(options, name)
-        options.assignments += [word for word in words if "=" in word]
-        setattr(options, name, [word for word in words if "=" not in word])
+    for name, default in (("seeds", ["0", "1", "2", "3", "4"]), ("arms", ["anchor", "best-of-n"])):
+        given = getattr(options, name) or [default]  # each takes in every word that follows, assignments too
+        options.assignments += [word for words in given for word in words if "=" in word]
+        setattr(options, name, [word for word in given[-1] if "=" not in word])
     for word in options.seeds:
         if not word.isdecimal():
             raise UsageError(f"--seeds: {word!r} is no seed; expected whole numbers")

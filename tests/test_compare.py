@@ -38,6 +38,7 @@ def test_a_row_for_each_run_and_a_mean_for_each_arm(tmp_path: Path, capsys: pyte
 
 # What `make compare SEEDS=0 ARGS="steps=2"` and the like come to.
 ORDERS = [
+    ["--seeds", "5", "steps=2", "--arms", "tte", "--seeds", "0", "1", "prompts=3"],  # the later seeds count
     ["--seeds", "0", "1", "steps=2", "prompts=3"],
     ["steps=2", "--seeds", "0", "1", "prompts=3"],
     ["--seeds", "0", "1", "--arms", "tte", "steps=2", "prompts=3"],

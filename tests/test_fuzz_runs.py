@@ -213,7 +213,7 @@ def test_a_command_line_of_any_words(
     elsewhere: Path, finished: dict[str, Path], capsys: pytest.CaptureFixture[str], line: tuple[str, list[str]]
 ) -> None:
     command, words = line
-    short = [*SMALL, "examples.test_limit=4", "anchor.prompts=1"]
+    short = [*SMALL, "examples.test_limit=4", "anchor.prompts=1", "epochs=1"]
     begin = {
         "train": ["--task", "sst2", "--steps", "1", "--run", str(elsewhere / "run"), *short],
         "evaluate": ["--run", str(finished["fixed"])],
