@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from appo import linear, packed
 from appo.config import SamplingConfig
 from appo.ends import Ends, clean, whole_sentences
 from appo.functional import logprobs_and_entropy
+from appo.lm import linear, packed
+from appo.lm.attention import Branches
+from appo.lm.cache import closed_up, new_cache
 from appo.rollout import Query, Response, Rollout, distinct
 
 
@@ -190,7 +192,7 @@ class Policy(nn.Module):
             if not going.any():
                 break
             if not going.all():
-                rows = packed.closed_up(going)  # finished responses leave the batch
+                rows = closed_up(going)  # finished responses leave the batch
                 prefix.cache.reorder_cache(rows)
                 alive, inputs, mask = alive[rows], inputs[rows], mask[rows]
                 position, written = position[rows], written[rows]
@@ -209,7 +211,7 @@ class Policy(nn.Module):
         ]
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
         with self._computing(), _checkpointing(self.model, checkpointing):
-            output = packed.run(self.model, packed.Branches([query.tokens[:-1] for query in queries], branches, owner))
+            output = packed.run(self.model, Branches([query.tokens[:-1] for query in queries], branches, owner))
         logits, values = self._read(output)
         logprobs, entropy = logprobs_and_entropy(logits, rollout.tokens[rollout.mask])
         logprobs, entropy = self.ends.renormalise(logprobs, entropy, logits, rollout.tokens, rollout.mask)
@@ -227,7 +229,7 @@ class Policy(nn.Module):
         What all queries begin with is run once for all of them.
         """
         prefixes, owner = distinct(queries)
-        cache = packed.new_cache(self.model)
+        cache = new_cache(self.model)
         # A window that slides would count the padding between the common beginning and the rest.
         sharing = packed.packs(self.model) and not any(cache.is_sliding)
         shared = packed.common_prefix([query.tokens[:-1] for query in prefixes]) if sharing else 0

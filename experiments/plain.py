@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from appo import linear
 from appo.functional import policy_loss, value_loss
+from appo.lm import linear
 from appo.policy import Policy
 from appo.rollout import Batch, Query, Rollout
 from appo.trainer import APPOTrainer

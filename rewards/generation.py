@@ -8,7 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from appo import packed
+from appo.lm import packed
+from appo.lm.attention import Branches
+from appo.lm.cache import closed_up, new_cache
 from rewards.target import NO_NUMBERS, TargetModel, encode, out_of_memory
 
 T = TypeVar("T")
@@ -47,7 +49,7 @@ def generate(
 def _greedy(target: TargetModel, contexts: list[list[int]], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
     model, tokenizer = target.model, target.tokenizer
     ids, mask = packed.pad_left(contexts, model.device)
-    cache = packed.new_cache(model)
+    cache = new_cache(model)
     written: list[list[int]] = [[] for _ in contexts]
     texts = [""] * len(contexts)
     active = list(range(len(contexts)))  # rows still in the batch
@@ -73,7 +75,7 @@ def _greedy(target: TargetModel, contexts: list[list[int]], max_new_tokens: int,
             going[place] = not stopped
         if not any(going):
             break
-        kept = packed.closed_up(torch.tensor(going, device=model.device))
+        kept = closed_up(torch.tensor(going, device=model.device))
         if len(kept) < len(active):
             cache.reorder_cache(kept)
         active = [active[place] for place in kept.tolist()]
@@ -119,7 +121,7 @@ def answer_logprobs(
     def means(rows: list[int]) -> list[float]:
         counts = [lengths[r] for r in rows]
         # A token is predicted by the state before it, hence the last token is not run.
-        batch = packed.Branches([[]], [after[r][:-1] for r in rows], [0] * len(rows))
+        batch = Branches([[]], [after[r][:-1] for r in rows], [0] * len(rows))
         logprobs = packed.run(target.model, batch, counts).logits.float().log_softmax(-1)
         tokens = torch.tensor([token for r in rows for token in after[r][-lengths[r] :]], device=logprobs.device)
         chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from appo import linear, packed
+from appo.lm import linear, packed
+from appo.lm.attention import Branches
 
 REMEMBERED = 100_000  # pairs; some 20 MB
 NO_NUMBERS = "the target's logits are not numbers; its weights are damaged, or overflow"
@@ -76,7 +77,7 @@ class TargetModel:
     """Class logits of a frozen causal LM under prompts.
 
     The tokens that a prompt's examples share (the prompt itself, mostly) are run once, no token is run for padding,
-    and of the vocabulary only the label words are looked at; see appo/packed.py for how. What was scored once in
+    and of the vocabulary only the label words are looked at; see appo/lm/packed.py for how. What was scored once in
     a run is never scored again.
 
     Args:
@@ -212,7 +213,7 @@ class TargetModel:
         branches = [[*job.rest, *stem] for job in jobs for stem in self._stems]
         owner = [prefixes[job.prefix] for job in jobs for _ in self._stems]
         keep = [1 + len(stem) for stem in self._stems]
-        batch = packed.Branches(list(prefixes), branches, owner)
+        batch = Branches(list(prefixes), branches, owner)
         if self._stems == [()] and self.verbalizer.words:
             with _only_rows(self.model, [word[0] for word in self.verbalizer.tokens]) as columns:
                 return packed.run(self.model, batch, keep * len(jobs)).logits[:, columns].float().cpu()

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from appo import linear
-from appo.linear import FEW, OneDNNLinear
+from appo.lm import linear
+from appo.lm.linear import FEW, OneDNNLinear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 

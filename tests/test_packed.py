@@ -20,9 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from appo import packed
 from appo.config import SamplingConfig
-from appo.packed import Branches
+from appo.lm import attention, packed
+from appo.lm.attention import NAME, Branches
+from appo.lm.cache import RoomyLayer, closed_up, new_cache
 from appo.policy import Policy
 from appo.rollout import Batch, Query, Scored
 from appo.trainer import APPOTrainer
@@ -96,7 +97,7 @@ BATCH = random_branches([11, 1, 0, 20, 3], [(0, 9), (0, 1), (1, 14), (2, 5), (2,
 def test_packed_equals_every_sequence_alone(name: str, block_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(name)
     expected = alone(copy.deepcopy(model), BATCH)
-    monkeypatch.setattr(packed, "BLOCK_KEYS", block_keys)
+    monkeypatch.setattr(attention, "BLOCK_KEYS", block_keys)
     assert packed.install(model)
     assert_close(packed.run(model, BATCH).logits, expected, rtol=1e-4, atol=1e-4)
 
@@ -168,7 +169,7 @@ def test_a_saved_model_knows_nothing_of_ours(tmp_path: Path) -> None:
     model = build("llama")
     assert packed.install(model)
     model.save_pretrained(tmp_path)
-    assert packed.NAME not in (tmp_path / "config.json").read_text(encoding="utf-8")
+    assert NAME not in (tmp_path / "config.json").read_text(encoding="utf-8")
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert not packed.packs(again)
     assert_close(alone(again, BATCH), packed.run(model, BATCH).logits, rtol=1e-4, atol=1e-4)
@@ -179,11 +180,11 @@ def test_a_saved_model_knows_nothing_of_ours(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 def test_one_token_after_another_equals_all_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed.RoomyLayer, "ROOM", 3)  # has to grow now and then
+    monkeypatch.setattr(RoomyLayer, "ROOM", 3)  # has to grow now and then
     model = build(name)
     ids = torch.tensor([row[:12] for row in (BATCH.prefixes[3], BATCH.branches[5], BATCH.branches[2])])
     expected = model(ids).logits
-    cache, rows = packed.new_cache(model), torch.arange(3)
+    cache, rows = new_cache(model), torch.arange(3)
     # A row leaves, the rest change places, more of them go on.
     changes = {t: torch.tensor(new) for t, new in ((6, [0, 2]), (8, [1, 0]), (10, [1, 0, 1]), (11, [2]))}
     model(ids[:, :4], past_key_values=cache, use_cache=True)
@@ -197,7 +198,7 @@ def test_one_token_after_another_equals_all_at_once(name: str, monkeypatch: pyte
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12))
 def test_closing_up_keeps_those_who_go_on_and_moves_few(going: list[bool]) -> None:
-    rows = packed.closed_up(torch.tensor(going)).tolist()
+    rows = closed_up(torch.tensor(going)).tolist()
     assert sorted(rows) == [row for row, goes in enumerate(going) if goes]
     assert sum(row != place for place, row in enumerate(rows)) <= going.count(False)
 

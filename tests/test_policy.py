@@ -9,8 +9,8 @@ import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from appo import packed
 from appo.config import SamplingConfig
+from appo.lm import packed
 from appo.policy import Policy, clean
 from appo.rollout import Query, Rollout
 

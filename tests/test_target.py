@@ -21,7 +21,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from appo.packed import common_prefix
+from appo.lm.packed import common_prefix
 from rewards.target import ContextTooLongError, TargetModel, Verbalizer, encode
 from tests.conftest import SPECIAL, byte_tokenizer, gpt2, llama, sharpen
 

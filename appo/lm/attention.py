@@ -1,0 +1,154 @@
+"""The attention of packed sequences: the function in transformers' table, and the layouts that it goes by.
+
+All tokens of a pass stand in one row of S: prefixes, then the branches that go on from them. A layout says which of
+them each token sees, in blocks of sequences of about the same length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "appo_packed"
+CPU = torch.device("cpu")  # layouts are made there, whatever the model's device: many small steps
+BLOCK_KEYS = 2048  # keys that are attended to at once; more only adds to the memory
+
+
+class Branches(NamedTuple):
+    """N token sequences that go on from M prefixes: `owner[n]` is the prefix of branch n; a prefix may be empty."""
+
+    prefixes: Sequence[Sequence[int]]
+    branches: Sequence[Sequence[int]]
+    owner: Sequence[int]
+
+
+class _Block(NamedTuple):
+    """Some sequences of about the same length: places of their tokens and of what these may see, and the mask."""
+
+    queries: Tensor  # [n, R]
+    keys: Tensor  # [n, W]
+    age: Tensor  # [n, R, W]: how many positions the key is behind the query; negative where it must not be seen
+    mask: Tensor  # [n, 1, R, W], 0 or -inf
+
+
+class Layout(NamedTuple):
+    """Which tokens see which, of all that stand in one row."""
+
+    blocks: list[_Block]
+    restore: Tensor  # [S]: where in the blocks' queries, one after another, each token is
+
+
+def layout_of(
+    batch: Branches, starts: Sequence[int], asking: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Layout:
+    """Blocks of sequences that see equally long prefixes, sorted by length, so that little of a block is padding.
+
+    Args:
+        batch: of which the sequences are, prefixes and branches.
+        starts: where each of them begins, and at last the number of tokens S.
+        asking: how many of the last tokens of each attend; the others get what another token gets.
+    """
+    length = [len(row) for row in (*batch.prefixes, *batch.branches)]
+    parent = [-1] * len(batch.prefixes) + list(batch.owner)
+    seen = [length[m] if m >= 0 else 0 for m in parent]
+    blocks, groups = [], list[list[int]]()
+    for row in sorted((row for row in range(len(length)) if asking[row]), key=lambda row: (seen[row], length[row])):
+        fits = groups and (len(groups[-1]) + 1) * (seen[row] + length[row]) <= BLOCK_KEYS
+        if not fits or seen[groups[-1][0]] != seen[row]:
+            groups.append([])
+        groups[-1].append(row)
+    restore, offset = torch.zeros(starts[-1], dtype=torch.long, device=CPU), 0
+    for rows in groups:
+        first, size, count = (
+            torch.tensor([of[r] for r in rows], device=CPU)[:, None] for of in (starts, length, asking)
+        )
+        before = seen[rows[0]]
+        # Padded with the last token again.
+        own, steps = (
+            torch.arange(int(size.max()), device=CPU).clamp(max=size - 1),
+            torch.arange(int(count.max()), device=CPU),
+        )
+        asked = size - count + steps.clamp(max=count - 1)
+        queries = first + asked
+        inherited = torch.tensor([starts[max(parent[r], 0)] for r in rows], device=CPU)[:, None] + torch.arange(
+            before, device=CPU
+        )
+        keys = torch.cat([inherited, first + own], dim=1)
+        age = before + asked[:, :, None] - torch.arange(keys.shape[1], device=CPU)
+        age[:, :, before:].masked_fill_((torch.arange(own.shape[1], device=CPU) >= size)[:, None, :], -1)
+        mask = torch.zeros(age.shape, dtype=dtype, device=CPU).masked_fill(age < 0, -torch.inf).unsqueeze(1)
+        blocks.append(_Block(*(t.to(device) for t in (queries, keys, age, mask))))
+        real = steps < count
+        restore[queries[real]] = offset + torch.arange(real.numel(), device=CPU).view_as(real)[real]
+        offset += real.numel()
+    return Layout(blocks, restore.to(device))
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    layout: Layout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of a model: [1, heads, S, D] by `layout`; without one, an ordinary batch as SDPA has it.
+
+    Returns:
+        [B, S, heads, D], as Hugging Face wants it, and no weights.
+    """
+    if layout is None:
+        if softcap is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        if attention_mask is None:  # SDPA's way to say that nothing is hidden but what comes later
+            lengths = query.shape[2], key.shape[2]
+            attention_mask = torch.ones(lengths, dtype=torch.bool, device=key.device).tril(lengths[1] - lengths[0])
+        return _attend(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [S, heads, D]
+    parts = []
+    for block in layout.blocks:
+        mask = block.mask
+        if sliding_window is not None and sliding_window < mask.shape[-1]:
+            mask = mask.masked_fill((block.age >= sliding_window).unsqueeze(1), -torch.inf)
+        places = ((query, block.queries), (key, block.keys), (value, block.keys))
+        q, k, v = (_take(x, i).transpose(1, 2) for x, i in places)
+        parts.append(_attend(q, k, v, mask, scaling, softcap).transpose(1, 2).flatten(0, 1))
+    return _take(torch.cat(parts), layout.restore).unsqueeze(0), None
+
+
+def _take(x: Tensor, places: Tensor) -> Tensor:
+    """x[places], rows of x [S, *] at places [*]; several times as fast on a CPU."""
+    return x.index_select(0, places.flatten()).unflatten(0, places.shape)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """softmax(q k' * scaling + mask) v for [n, heads, R or W, D]; fewer key heads than query heads are shared."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # padding sees nothing: -inf would make NaN
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1) @ v
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

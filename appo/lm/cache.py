@@ -1,0 +1,67 @@
+"""Keys and values of one token after another: a cache with room to grow, and rows that leave it when they end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of a layer, with room for more: new ones are written there, where DynamicLayer copies all."""
+
+    ROOM = 128  # tokens
+    keys: Tensor | None
+    values: Tensor | None
+    is_initialized: bool
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.room: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None:
+            self.keys, self.values, self.is_initialized = key_states, value_states, True
+            return self.keys, self.values
+        held, length = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if not self.room or self.room[0].shape[2] < length:
+            rows, heads, _, _ = self.keys.shape
+            self.room = [x.new_empty(rows, heads, length + self.ROOM, x.shape[3]) for x in (self.keys, self.values)]
+            for room, old in zip(self.room, (self.keys, self.values), strict=True):
+                room[:, :, :held] = old
+        for room, new in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, held:length] = new
+        self.keys, self.values = (room[:, :, :length] for room in self.room)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        rows = len(beam_idx)
+        if not self.room or rows > len(self.room[0]):
+            super().reorder_cache(beam_idx)
+            self.room = []  # of the rows that were
+            return
+        assert self.keys is not None
+        held = self.keys.shape[2]
+        moved = (beam_idx != torch.arange(rows, device=beam_idx.device)).nonzero()[:, 0]
+        for room in self.room:
+            room[moved, :, :held] = room[beam_idx[moved], :, :held]
+        self.room = [room[:rows] for room in self.room]
+        self.keys, self.values = (room[:, :, :held] for room in self.room)
+
+
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache for the model; as transformers has it, but that a token more does not copy all those before."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def closed_up(going: Tensor) -> Tensor:
+    """Indices of the rows that go on, of [R] booleans; the last of them fill the gaps, so that few have to move."""
+    rows = going.nonzero()[:, 0]
+    order = torch.arange(len(rows), device=going.device)
+    order[~going[: len(rows)]] = rows[rows >= len(rows)]
+    return order

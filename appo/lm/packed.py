@@ -1,0 +1,204 @@
+"""Sequences that share prefixes, run through a causal LM as one: each prefix once, no padding.
+
+The K responses to a query share the query, the inputs under an instruction share the instruction. Run as padded rows,
+most of the work is repetition. Here all tokens stand in one row of S: the prefixes, then the branches that go on
+from them. Embeddings, MLPs and heads do not care who stands next to whom; attention does, and Hugging Face models
+take theirs from a table in which ours is entered: every branch sees its prefix and itself, and nothing else.
+
+Models that do not use that table get the padded rows after all, and give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from appo.lm.attention import CPU, NAME, Branches, Layout, layout_of
+
+
+class Output(NamedTuple):
+    """Of the kept tokens: logits [n, V] and the hidden states [n, H] that the head read."""
+
+    logits: Tensor
+    hidden: Tensor
+
+
+@torch.no_grad()
+def install(model: PreTrainedModel) -> bool:
+    """Makes the model's attention ours, which is SDPA for ordinary passes; False if the model does not fit it.
+
+    It does not where attention comes from elsewhere, or where other parts look at neighbours too (convolutions, state
+    spaces). Nothing says so reliably, hence a trial: packed and padded must give the same logits.
+    """
+    if packs(model) or not model._supports_attention_backend:
+        return packs(model)
+    before = model.config._attn_implementation
+    trial = Branches([[1, 2, 3, 4], [5]], [[6, 7, 8], [9], [3, 2]], [0, 0, 1])
+    counts = [len(branch) for branch in trial.branches]
+    model.set_attn_implementation("eager")  # the model's definition; SDPA may leave a soft cap out without a word
+    defined = _run_padded(model, trial, counts).logits
+    model.set_attn_implementation(NAME)
+    if packs(model):
+        padded, packed = _run_padded(model, trial, counts).logits, run(model, trial).logits
+        # bfloat16 moves single rows of eager attention by 0.4 of the deviation, most by 0.07; a wrong layout moves most
+        # rows by 0.5. The same attention, packed and padded, differs by 0.02 at most.
+        loose = 0.05 if model.dtype.itemsize >= 4 else 0.25
+        if not (
+            _apart(packed, padded).max() <= 0.05 and _apart(padded, defined).median() <= loose
+        ):  # so NaN is refused
+            model.set_attn_implementation(before)
+    return packs(model)
+
+
+def _apart(some: Tensor, others: Tensor) -> Tensor:
+    """How far logits [n, V] are from others, row by row, as a share of their standard deviation: [n]."""
+    return (some - others).float().square().mean(-1).sqrt() / others.float().std()
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether `run` packs for this model."""
+    return bool(model.config.get_text_config()._attn_implementation == NAME)
+
+
+def run(model: PreTrainedModel, batch: Branches, keep: Sequence[int] | None = None) -> Output:
+    """Logits and hidden states of the branches' tokens, in order.
+
+    Args:
+        model: in eval mode.
+        batch: what to run.
+        keep: how many of each branch's last tokens are wanted; default: all of them.
+    """
+    counts = [len(branch) for branch in batch.branches] if keep is None else list(keep)
+    if not packs(model):
+        return _run_padded(model, batch, counts)
+    device = model.device
+    rows = [*batch.prefixes, *batch.branches]
+    starts = [0]
+    for row in rows:
+        starts.append(starts[-1] + len(row))
+    ends = starts[len(batch.prefixes) + 1 :]
+    offsets = [0] * len(batch.prefixes) + [len(batch.prefixes[m]) for m in batch.owner]
+    ids = torch.tensor([[token for row in rows for token in row]], device=device)
+    positions = torch.cat([torch.arange(o, o + len(row), device=CPU) for o, row in zip(offsets, rows, strict=True)]).to(
+        device
+    )
+    wanted = torch.cat(
+        [torch.arange(end - count, end, device=CPU) for end, count in zip(ends, counts, strict=True)]
+    ).to(device)
+    layout = layout_of(batch, starts, [len(row) for row in rows], model.dtype, device)
+    reading = layout_of(batch, starts, [0] * len(batch.prefixes) + counts, model.dtype, device)
+    unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # a mask in four dimensions is not made again
+    with _last_layer_on(model, wanted, starts[-1], reading):
+        logits, hidden = call(
+            model,
+            input_ids=ids,
+            position_ids=positions.unsqueeze(0),
+            attention_mask=unmasked,
+            logits_to_keep=wanted,
+            use_cache=False,
+            layout=layout,
+        )
+    return Output(logits.squeeze(0), hidden.squeeze(0))  # as [0], but that has zeros made for the gradient
+
+
+def call(model: PreTrainedModel, **inputs: Any) -> Output:
+    """One forward pass of the model as it is: its logits, and the hidden states that its head made them from."""
+    seen: list[Tensor] = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _module, arguments: seen.append(arguments[0]))
+    try:
+        return Output(model(**inputs).logits, seen[0])
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _last_layer_on(model: PreTrainedModel, wanted: Tensor, total: int, reading: Layout) -> Iterator[None]:
+    """Spares the last layer what the wanted ones of the `total` tokens do not need: the others are attended to no more.
+
+    Its attention goes by the layout `reading`; its MLP and the projections around its attention, all but those for
+    keys and values, see the wanted tokens alone.
+    """
+    last = next(reversed(layers(model)), None)
+    if last is None or last.training:  # checkpointing: the layer is run again when the hooks are gone
+        yield
+        return
+
+    def attend(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {"layout": reading}
+
+    def pick(_part: nn.Module, states: tuple[Tensor]) -> tuple[Tensor]:
+        return (states[0].index_select(1, wanted),)
+
+    def put_back(part: nn.Module, states: tuple[Tensor], output: Any) -> Any:
+        if isinstance(output, tuple):  # with the scores of a router
+            return put_back(part, states, output[0]), *output[1:]
+        return output.new_zeros(1, total, output.shape[-1]).index_copy(1, wanted, output)
+
+    handles = [last.register_forward_pre_hook(attend, with_kwargs=True)]
+    parts = dict(last.named_modules())
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp"):
+        if name in parts:
+            handles += [parts[name].register_forward_pre_hook(pick), parts[name].register_forward_hook(put_back)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run_padded(model: PreTrainedModel, batch: Branches, counts: Sequence[int]) -> Output:
+    """The plain way, for models with an attention of their own: every sequence whole, in a padded row."""
+    rows = [[*batch.prefixes[m], *branch] for m, branch in zip(batch.owner, batch.branches, strict=True)]
+    ids, mask = pad_left(rows, model.device)
+    most = max(counts)
+    output = call(
+        model,
+        input_ids=ids,
+        attention_mask=mask.long(),
+        position_ids=real_positions(mask),
+        logits_to_keep=most,
+        use_cache=False,
+    )
+    wanted = torch.arange(most, device=CPU) >= most - torch.tensor(counts, device=CPU).unsqueeze(1)
+    return Output(output.logits[wanted], output.hidden[:, -most:][wanted])
+
+
+def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [R, L] and their mask, True on real tokens; all rows end in the last column."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, torch.arange(width, device=device) >= width - lengths.unsqueeze(1)
+
+
+def real_positions(mask: Tensor) -> Tensor:
+    """[R, L], counting real tokens only: models with learned positions (GPT-2) give other logits without them."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The model's decoder layers, in order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the longest prefix that all sequences share."""
+    columns = zip(*sequences, strict=False)
+    return next((i for i, column in enumerate(columns) if len(set(column)) > 1), min(map(len, sequences)))
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """All tokens that end a text: the tokenizer's, and those that the model's configuration names (turn ends, too)."""
+    ends = {tokenizer.eos_token_id}
+    for config in (model.config.get_text_config(), model.generation_config):
+        named = getattr(config, "eos_token_id", None)
+        ends |= set(named) if isinstance(named, list) else {named}
+    vocabulary = model.get_output_embeddings().weight.shape[0]  # a configuration may name what the model does not have
+    return {token for token in ends - {None} if token < vocabulary}
