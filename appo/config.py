@@ -1,7 +1,9 @@
 """Settings of the algorithm: frozen dataclasses, checked when made, a comment on where each default comes from.
 
 [P] is the paper (StablePrompt, arXiv 2410.07652: Table 6 and section 3). Where it is silent, the published code
-ran with TRL 0.11's defaults, marked [TRL]; what neither says is ours and gives a reason.
+ran with TRL 0.11's defaults, marked [TRL]. Where a default is neither, the other value stands beside ours: the defaults
+are those with which real agents of 135 M parameters learn (docs/real-models.md); experiments/configs/paper.yaml has the
+paper's.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ Reference = Literal["anchor", "initial", "previous", "none"]
 class SamplingConfig:
     """How the agent writes. No top-k and no top-p: the log-probabilities must be those of what was sampled from."""
 
-    max_new_tokens: int = 150  # longest prompt, in tokens of the agent [P]
-    temperature: float = 1.0  # divides the logits, in sampling and in the loss alike [published code]
+    max_new_tokens: int = 32  # longest prompt, in tokens of the agent; [P]: 150, which small agents fill with anything
+    temperature: float = 0.85  # divides the logits, in sampling and in the loss alike; published code: 1
     nonempty: bool = True  # no end before something is written; ours
-    one_line: bool = False  # a line break ends a prompt, once something is written; ours
-    whole_sentences: bool = False  # a prompt that is cut off loses the sentence it did not end; ours
+    one_line: bool = True  # a line break ends a prompt, once something is written; ours
+    whole_sentences: bool = True  # a prompt that is cut off loses the sentence it did not end; ours
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
@@ -50,14 +52,14 @@ class AnchorConfig:
 class APPOConfig:
     """PPO, and what its penalty is measured against."""
 
-    learning_rate: float = 1e-5  # of AdamW [P]
+    learning_rate: float = 6e-5  # of AdamW; [P]: 1e-5, of adapters
     value_learning_rate: float | None = None  # of the value head alone; null: as the rest [P]
     clip_range: float = 0.2  # of the probability ratio [P]
     value_clip_range: float | None = 0.2  # of the value head around its old values; null: off [TRL]
-    value_coef: float = 0.1  # weight of the value loss [P]
+    value_coef: float = 0.01  # weight of the value loss; [P]: 0.1, with which its gradient drowns the policy's
     gamma: float = 1.0  # discount [P]
-    lam: float = 0.95  # of generalised advantage estimation [P]
-    ppo_epochs: int = 4  # passes over each rollout [TRL]
+    lam: float = 1.0  # of generalised advantage estimation; [P]: 0.95, for which a critic has to be right
+    ppo_epochs: int = 2  # passes over each rollout; [TRL]: 4
     minibatch_size: int = 0  # responses per optimizer step; 0: the whole rollout, ours: K = 4 is small enough
     micro_batch_size: int = 0  # responses per backward pass (gradient accumulation); 0: the whole minibatch
     max_grad_norm: float | None = 1.0  # gradient clipping, null: off; ours, usual for language models
@@ -67,7 +69,7 @@ class APPOConfig:
     whiten_advantages: bool = True  # over all tokens of the rollout [TRL]
     leave_one_out: bool = True  # scores: less the mean of the others to the same query; ours, see trainer.advantages
     reference: Reference = "anchor"  # KL against: anchor (APPO), initial (RLHF), previous (plain PPO), none
-    kl_coef: float = 0.2  # the paper prints no coefficient; 0.2 is [TRL]
+    kl_coef: float = 0.05  # the paper prints no coefficient; [TRL]: 0.2
     kl_in_loss: bool = False  # True: the k3 estimate in the loss, in place of a penalty on each token's reward
     kl_target: float | None = None  # nats per response the coefficient adapts to; [TRL] has 6; null: constant
     kl_horizon: int = 10_000  # responses over which it adapts [TRL]

@@ -258,7 +258,7 @@ class Bench:
             yield from self.timed(f"iteration {name}, K {count}, B {size}", ways, [("all the plain way", "ours")])
 
     def _trainer(self, name: str) -> APPOTrainer:
-        sampling = SamplingConfig(max_new_tokens=RESPONSE, nonempty=False)
+        sampling = SamplingConfig(RESPONSE, 1.0, nonempty=False, one_line=False)
         model = build(SHAPES[name], torch.float32, self.device)
         policy = Policy(model, self.tokenizer, sampling, compute_dtype=self.dtype)
         policy.ends = Ends(

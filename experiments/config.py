@@ -38,7 +38,7 @@ class ExamplesConfig:
 
     shots: int = 16  # per label in train, and as many in validation [P, Table 7]
     pairs: int = 5  # input-output pairs in the meta-prompt [P, Figure 6]
-    batch_size: int = 16  # training examples that the prompts of an iteration are scored on [published code]
+    batch_size: int = 32  # training examples that the prompts of an iteration are scored on; published code: 16
     test_limit: int | None = None  # at most so many test examples; null: all of them
 
     def __post_init__(self) -> None:
@@ -50,8 +50,8 @@ class RewardConfig:
     """R = accuracy_weight * accuracy + margin_weight * softmax margin, or metric_weight * metric of generated text."""
 
     accuracy_weight: float = 10.0  # c_a [P]
-    margin_weight: float = 0.1  # c_s [P]
-    metric_weight: float = 1.0  # of generated text: the paper's reward is the F1 itself
+    margin_weight: float = 10.0  # c_s; [P]: 0.1. The margin tells apart prompts whose few examples come out equal
+    metric_weight: float = 10.0  # of generated text, on the scale of the accuracy; [P]: 1, the F1 itself
     likelihood_weight: float = 0.0  # of generated text: of how likely the right answer was, which breaks ties; ours
     answer_tokens: int = 50  # longest generated answer, in tokens of the target (APE, Zhou et al. 2023)
 
@@ -73,8 +73,8 @@ class RunConfig:
     seed: int = 0  # of splits, batches, sampling and minibatch order
     epochs: int = 100  # passes over the training examples [P, A.5]
     steps: int | None = None  # iterations; null: as many as the epochs take
-    prompts: int = 4  # K, sampled per iteration, in mode tte per input [P, Table 6; the published code has 2 in TTE]
-    pool: int = 5  # best prompts by training reward that are re-scored on validation at the end [P, 4.1]
+    prompts: int = 8  # K, sampled per iteration, in mode tte per input; [P, Table 6]: 4
+    pool: int = 16  # best prompts by training reward that are re-scored on validation at the end; [P, 4.1]: 5
     few_shot: int = 0  # prompts with training pairs, behind the manual one, that stand for election beside the pool
     headroom: int = 16  # prompts of the untrained agent that are looked at before training; 0: no look
     frozen: bool = False  # True: never update the agent, that is, best-of-N sampling; the control arm

@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from appo.config import SamplingConfig
+
 # CI draws the same examples in every call, `make fuzz` new ones (tests/fuzz.py).
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", max_examples=200, deadline=None, print_blob=True)
@@ -35,6 +37,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+
+
+def plain_sampling(length: int, temperature: float = 1.0) -> SamplingConfig:
+    """Sampling from the whole softmax: any token at any place, and only the model's end tokens end a response."""
+    return SamplingConfig(length, temperature, nonempty=False, one_line=False, whole_sentences=False)
 
 
 def llama(vocabulary: int, seed: int = 0) -> PreTrainedModel:

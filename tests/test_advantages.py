@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from appo.config import APPOConfig, SamplingConfig
+from appo.config import APPOConfig
 from appo.policy import Policy
 from appo.rollout import Query, Response, Rollout, Scored
 from appo.trainer import APPOTrainer, advantages
-from tests.conftest import byte_tokenizer, llama
+from tests.conftest import byte_tokenizer, llama, plain_sampling
 from tests.test_trainer import Rewarded
 
-OLD_WAY = {"leave_one_out": False, "lam": 0.95}  # as published code has it
+OLD_WAY = {"leave_one_out": False, "lam": 0.95, "value_coef": 0.1, "ppo_epochs": 4}  # as published code has it
 
 
 def scored(
@@ -96,7 +96,7 @@ def drift(steps: int = 20, **config: object) -> tuple[list[float], list[float]]:
     model = llama(len(tokenizer))
     with torch.no_grad():  # ends are likely enough for lengths to vary
         model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 4
-    policy = Policy(model, tokenizer, SamplingConfig(24, nonempty=False))
+    policy = Policy(model, tokenizer, plain_sampling(24))
     settings = APPOConfig(learning_rate=1e-3, kl_coef=0.0, **config)  # type: ignore[arg-type]
     trainer = APPOTrainer(policy, settings, generator=torch.Generator().manual_seed(0))
     query, lengths, ends = policy.query("", "one"), [], []

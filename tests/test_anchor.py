@@ -12,14 +12,14 @@ import torch
 from torch.testing import assert_close
 
 from appo.anchor import Anchor, AnchorDecision, KLController, decide
-from appo.config import SamplingConfig
 from appo.policy import Policy
 from appo.rollout import Rollout
+from tests.conftest import plain_sampling
 
 
 @pytest.fixture
 def policy(tiny_llama, tokenizer) -> Policy:
-    return Policy(tiny_llama, tokenizer, SamplingConfig(6))
+    return Policy(tiny_llama, tokenizer, plain_sampling(6))
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from appo.config import SamplingConfig
 from appo.policy import Policy
 from experiments import evaluate as evaluate_module
 from experiments import prompt as prompt_module
@@ -27,7 +26,7 @@ from rewards.reward import ClassificationReward, GenerationReward
 from rewards.target import TargetModel
 from tasks.meta_prompt import rewrite_prompt
 from tasks.spec import Example
-from tests.conftest import sharpen
+from tests.conftest import plain_sampling, sharpen
 
 TEMPLATE = "{prompt} Input : {input} Output :"
 WORDS = ("yes", "no")
@@ -59,7 +58,7 @@ def test_a_manual_prompt_to_edit_stands_before_the_pairs() -> None:
 
 @pytest.fixture
 def editor(tiny_gpt2: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Editor:
-    return Editor(Policy(sharpen(tiny_gpt2), tokenizer, SamplingConfig(8)), EXAMPLES, pairs=2)
+    return Editor(Policy(sharpen(tiny_gpt2), tokenizer, plain_sampling(8)), EXAMPLES, pairs=2)
 
 
 def test_an_input_is_never_shown_with_its_own_answer(editor: Editor) -> None:

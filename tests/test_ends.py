@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from appo.config import SamplingConfig
 from appo.ends import clean, whole_sentences
 from appo.policy import Policy
 from appo.rollout import Query, Response, Rollout
-from tests.conftest import byte_tokenizer, llama
+from tests.conftest import byte_tokenizer, llama, plain_sampling
 
 END, NEWLINE, SPACE, A = (byte_tokenizer().convert_tokens_to_ids(token) for token in ("</s>", "Ċ", "Ġ", "a"))
 QUERIES = [Query((5, 6, 7))] * 64
@@ -28,7 +29,7 @@ def make(likely: int, by: float = 6.0, length: int = 12, **sampling: bool) -> Po
             layer.mlp.down_proj.weight.zero_()
         model.lm_head.weight.zero_()
         model.lm_head.weight[likely] = by / 32
-    return Policy(model, tokenizer, SamplingConfig(length, **{"nonempty": False, **sampling}))
+    return Policy(model, tokenizer, replace(plain_sampling(length), **sampling))
 
 
 def sampled(policy: Policy) -> Rollout:
@@ -125,7 +126,7 @@ def test_every_end_that_the_model_names_ends_a_response(
     tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     tiny_llama.generation_config.eos_token_id = [END, A]
-    policy = Policy(tiny_llama, tokenizer, SamplingConfig(40))
+    policy = Policy(tiny_llama, tokenizer, plain_sampling(40))
     with torch.no_grad():
         tiny_llama.lm_head.weight[A] *= 30
     rollouts = sampled(policy)

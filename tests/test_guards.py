@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from appo.config import APPOConfig, SamplingConfig
+from appo.config import APPOConfig
 from appo.policy import Policy
 from appo.rollout import Batch, Query
 from appo.trainer import FAULTS, APPOTrainer, DivergedError, _distinct, advantages
-from tests.conftest import byte_tokenizer, llama
+from tests.conftest import byte_tokenizer, llama, plain_sampling
 
 QUERIES = [Query((5, 6, 7))] * 4
 
 
 def trainer(**changes: object) -> APPOTrainer:
     tokenizer = byte_tokenizer()
-    policy = Policy(llama(len(tokenizer)), tokenizer, SamplingConfig(6, nonempty=False))
-    config = APPOConfig(learning_rate=1e-3, **changes)  # type: ignore[arg-type]
+    policy = Policy(llama(len(tokenizer)), tokenizer, plain_sampling(6))
+    config = APPOConfig(**{"learning_rate": 1e-3, "ppo_epochs": 4, **changes})  # type: ignore[arg-type]
     return APPOTrainer(policy, config, generator=torch.Generator().manual_seed(0))
 
 

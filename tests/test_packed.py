@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from appo.config import SamplingConfig
 from appo.lm import attention, packed
 from appo.lm.attention import NAME, Branches
 from appo.lm.cache import RoomyLayer, closed_up, new_cache
@@ -29,7 +28,7 @@ from appo.rollout import Batch, Query, Scored
 from appo.trainer import APPOTrainer
 from experiments.plain import as_plain, plain_loss, plain_sample, plain_scores
 from rewards.target import TargetModel
-from tests.conftest import byte_tokenizer, sharpen
+from tests.conftest import byte_tokenizer, plain_sampling, sharpen
 
 VOCABULARY = 259  # of the byte tokenizer
 SIZES = {
@@ -205,7 +204,7 @@ def test_closing_up_keeps_those_who_go_on_and_moves_few(going: list[bool]) -> No
 
 @pytest.mark.parametrize("name", [*PACKING, *PLAIN])
 def test_sampled_logprobs_equal_the_evaluated_ones(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    policy = Policy(build(name), tokenizer, SamplingConfig(max_new_tokens=12, nonempty=False))
+    policy = Policy(build(name), tokenizer, plain_sampling(12))
     beginning = tuple(range(3, 30))  # which all queries share, and which is longer than the windows
     queries = [Query((*beginning, *ending)) for ending in ((40, 41), (50,), (60, 61, 62, 63, 64), (40, 41))]
     rollout = policy.sample(queries, torch.Generator().manual_seed(0))
@@ -240,7 +239,7 @@ def test_scores_equal_the_plain_ones(name: str, dtype: torch.dtype) -> None:
 
 
 def trainer(name: str, tokenizer: PreTrainedTokenizerBase, **options: bool) -> APPOTrainer:
-    return APPOTrainer(Policy(build(name), tokenizer, SamplingConfig(max_new_tokens=12, nonempty=False), **options))
+    return APPOTrainer(Policy(build(name), tokenizer, plain_sampling(12), **options))
 
 
 def minibatch(trainer: APPOTrainer, responses: int) -> Batch:

@@ -9,10 +9,10 @@ import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from appo.config import SamplingConfig
 from appo.lm import packed
 from appo.policy import Policy, clean
 from appo.rollout import Query, Rollout
+from tests.conftest import plain_sampling
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
@@ -29,7 +29,7 @@ def make(
 ) -> Policy:
     with torch.no_grad():  # make endings likely, so that responses are ragged
         model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 4
-    return Policy(model, tokenizer, SamplingConfig(length, temperature, nonempty=False), compute_dtype=compute_dtype)
+    return Policy(model, tokenizer, plain_sampling(length, temperature), compute_dtype=compute_dtype)
 
 
 def ragged_queries(policy: Policy) -> list[Query]:
@@ -133,7 +133,7 @@ def test_sampling_follows_the_generator(tiny_llama, tokenizer) -> None:
 
 
 def test_tokens_are_drawn_with_their_probabilities(tiny_llama, tokenizer) -> None:
-    policy = Policy(tiny_llama, tokenizer, SamplingConfig(max_new_tokens=1, temperature=0.02))
+    policy = Policy(tiny_llama, tokenizer, plain_sampling(1, 0.02))
     query, draws = policy.query("One", "two"), 20_000
     drawn = torch.bincount(policy.sample([query] * draws, seeded()).tokens[:, 0], minlength=tiny_llama.vocab_size)
     logits = tiny_llama(torch.tensor([query.tokens])).logits[0, -1]
@@ -205,7 +205,7 @@ def test_plain_query_is_request_newline_opening(tiny_llama, tokenizer) -> None:
 
 
 def test_query_that_leaves_no_room_is_refused(tiny_llama, tokenizer) -> None:
-    policy = Policy(tiny_llama, tokenizer, SamplingConfig(500))
+    policy = Policy(tiny_llama, tokenizer, plain_sampling(500))
     policy.check_fits(policy.query("", "x" * 11))  # 12 tokens with the newline and 500 are 512, the context
     with pytest.raises(ValueError, match="512"):
         policy.check_fits(policy.query("", "x" * 12))
@@ -233,7 +233,7 @@ def test_a_data_row_cannot_smuggle_special_tokens_into_a_query(
     tokenizer.chat_template = (
         "{% for m in messages %}<s>{{ m['content'] }}{% if not loop.last %}</s>{% endif %}{% endfor %}"
     )
-    policy = Policy(tiny_llama, tokenizer, SamplingConfig(4), chat=chat)
+    policy = Policy(tiny_llama, tokenizer, plain_sampling(4), chat=chat)
     counts = [
         sum(token in tokenizer.all_special_ids for token in policy.query(request, "Go :").tokens)
         for request in ("a plain row", "a row </s> with <pad> more <s>")

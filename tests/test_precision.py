@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from appo.config import APPOConfig, SamplingConfig
+from appo.config import APPOConfig
 from appo.policy import Policy
 from appo.selfcheck import self_check
 from appo.trainer import APPOTrainer
 from rewards.target import TargetModel
-from tests.conftest import byte_tokenizer, llama, sharpen
+from tests.conftest import byte_tokenizer, llama, plain_sampling, sharpen
 from tests.test_trainer import queries, share_of_a
 
 
 def make(dtype: torch.dtype = torch.bfloat16, **config: object) -> APPOTrainer:
     tokenizer = byte_tokenizer()
-    policy = Policy(llama(len(tokenizer)), tokenizer, SamplingConfig(8), compute_dtype=dtype)
+    policy = Policy(llama(len(tokenizer)), tokenizer, plain_sampling(8), compute_dtype=dtype)
     settings = APPOConfig(**{"learning_rate": 3e-3, **config})  # type: ignore[arg-type]
     return APPOTrainer(policy, settings, generator=torch.Generator().manual_seed(0))
 
@@ -89,7 +89,7 @@ def test_the_layers_do_compute_in_bfloat16() -> None:
 def test_log_probabilities_are_those_of_float32_but_for_rounding() -> None:
     tokenizer = byte_tokenizer()
     model = sharpen(llama(len(tokenizer)))
-    full, half = (Policy(model, tokenizer, SamplingConfig(8), compute_dtype=d) for d in (torch.float32, torch.bfloat16))
+    full, half = (Policy(model, tokenizer, plain_sampling(8), compute_dtype=d) for d in (torch.float32, torch.bfloat16))
     rollout = full.sample([full.query("", "one")] * 4, torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert_close(half.evaluate(rollout).logprobs, full.evaluate(rollout).logprobs, rtol=0, atol=0.1)

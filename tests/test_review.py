@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from appo.anchor import AnchorDecision, Health, collapse
-from appo.config import AnchorConfig, APPOConfig, SamplingConfig
+from appo.config import AnchorConfig, APPOConfig
 from appo.policy import Policy
 from appo.rollout import Query
 from appo.trainer import APPOTrainer
-from tests.conftest import byte_tokenizer, llama
+from tests.conftest import byte_tokenizer, llama, plain_sampling
 
 SOUND = Health(length=30.0, empty_rate=0.0, distinct_2=0.9, entropy=2.0)
 
@@ -42,7 +42,7 @@ def test_an_agent_is_as_short_or_repetitive_as_its_anchor_may_be() -> None:
 
 def make(anchor: AnchorConfig | None = None, **config: object) -> APPOTrainer:
     tokenizer = byte_tokenizer()
-    policy = Policy(llama(len(tokenizer)), tokenizer, SamplingConfig(24))
+    policy = Policy(llama(len(tokenizer)), tokenizer, plain_sampling(24))
     settings = APPOConfig(**config)  # type: ignore[arg-type]
     return APPOTrainer(policy, settings, anchor, torch.Generator().manual_seed(0))
 

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from appo.anchor import Anchor
-from appo.config import SamplingConfig
 from appo.policy import Policy
 from appo.rollout import Rollout
 from appo.selfcheck import SelfCheckError, self_check
+from tests.conftest import plain_sampling
 
 
 def ready(model, tokenizer) -> tuple[Policy, Anchor, Rollout]:
-    policy = Policy(model, tokenizer, SamplingConfig(8))
+    policy = Policy(model, tokenizer, plain_sampling(8))
     queries = [policy.query("", text) for text in ("a", "a much longer query", "a much longer query")]
     rollout = policy.sample(queries, torch.Generator().manual_seed(0))
     return policy, Anchor(policy, torch.optim.AdamW(policy.parameters())), rollout

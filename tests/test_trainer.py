@@ -9,11 +9,11 @@ import torch
 from torch.testing import assert_close
 
 from appo.anchor import AnchorDecision
-from appo.config import AnchorConfig, APPOConfig, SamplingConfig
+from appo.config import AnchorConfig, APPOConfig
 from appo.policy import Policy
 from appo.rollout import Batch, Query
 from appo.trainer import APPOTrainer, advantages
-from tests.conftest import byte_tokenizer, llama
+from tests.conftest import byte_tokenizer, llama, plain_sampling
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def share_of_a(prompts: list[str]) -> Rewarded:
 
 def make(length: int = 8, anchor: AnchorConfig | None = None, seed: int = 0, **config: object) -> APPOTrainer:
     tokenizer = byte_tokenizer()
-    policy = Policy(llama(len(tokenizer)), tokenizer, SamplingConfig(length))
+    policy = Policy(llama(len(tokenizer)), tokenizer, plain_sampling(length))
     settings = {"learning_rate": 3e-3, **config}
     return APPOTrainer(policy, APPOConfig(**settings), anchor, torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
 
@@ -161,7 +161,7 @@ def test_an_update_takes_in_all_collects_and_empties_the_buffer() -> None:
 
 
 def test_adaptive_coefficient_follows_the_kl() -> None:
-    trainer = make(kl_target=6.0, kl_horizon=100)
+    trainer = make(kl_coef=0.2, kl_target=6.0, kl_horizon=100)
     trainer.step(queries(trainer), share_of_a)  # KL 0 at first: error -.2, 8 responses, factor 1 - .2 * 8 / 100
     assert trainer.kl_controller.coef == pytest.approx(0.2 * (1 - 0.016), rel=1e-6)
 
