@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from appo.config import ReferenceName
+from appo.policy import Policy
 from appo.rollout import Rollout
 
 
@@ -77,30 +79,31 @@ class Anchor:
     """A snapshot of what is trained (value head included) and of the optimizer that trains it.
 
     Args:
-        policy: the live module; its parameters with requires_grad are copied.
+        policy: the live agent; its parameters with requires_grad are copied.
         optimizer: the live optimizer over them.
     """
 
-    def __init__(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._parameters = {name: p.detach().clone() for name, p in _trainable(policy)}
+    def __init__(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+        self._policy, self._optimizer = policy, optimizer
+        self._parameters = {name: p.detach().clone() for name, p in self._live()}
         self._optimizer_state = copy.deepcopy(optimizer.state_dict())
 
     @torch.no_grad()
-    def promote(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def promote(self) -> None:
         """anchor := copy of the policy, optimizer state included."""
-        for name, parameter in _trainable(policy):
+        for name, parameter in self._live():
             self._parameters[name].copy_(parameter)
-        self._optimizer_state = copy.deepcopy(optimizer.state_dict())
+        self._optimizer_state = copy.deepcopy(self._optimizer.state_dict())
 
     @torch.no_grad()
-    def rollback(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def rollback(self) -> None:
         """policy := copy of the anchor, in place, so that the optimizer stays attached to the live parameters.
 
         The optimizer's state goes back too: moments gathered on the way down would move the weights there again.
         """
-        for name, parameter in _trainable(policy):
+        for name, parameter in self._live():
             parameter.copy_(self._parameters[name])
-        optimizer.load_state_dict(copy.deepcopy(self._optimizer_state))
+        self._optimizer.load_state_dict(copy.deepcopy(self._optimizer_state))
 
     def state_dict(self) -> dict[str, Any]:
         """The snapshot, to be saved."""
@@ -114,26 +117,52 @@ class Anchor:
         self._optimizer_state = copy.deepcopy(state["optimizer"])
 
     @contextmanager
-    def in_place_of(self, policy: nn.Module) -> Iterator[None]:
+    def in_place(self) -> Iterator[None]:
         """For the length of the block the policy *is* the anchor; nothing is copied, storage changes hands.
 
         Not to be entered between a forward pass and its backward pass.
         """
-        self._exchange(policy)
+        self._exchange()
         try:
             yield
         finally:
-            self._exchange(policy)
+            self._exchange()
 
     @torch.no_grad()
-    def logprobs(self, policy: nn.Module, rollout: Rollout) -> Tensor:
+    def logprobs(self, rollout: Rollout) -> Tensor:
         """log p_anchor of the rollout's tokens, [B, T], 0 on padding."""
-        with self.in_place_of(policy):
-            return policy(rollout).logprobs
+        with self.in_place():
+            return self._policy.evaluate(rollout).logprobs
 
-    def _exchange(self, policy: nn.Module) -> None:
-        for name, parameter in _trainable(policy):
+    def _exchange(self) -> None:
+        for name, parameter in self._live():
             parameter.data, self._parameters[name] = self._parameters[name], parameter.data
+
+    def _live(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self._policy.named_parameters() if p.requires_grad)
+
+
+class Reference(NamedTuple):
+    """What the KL penalty is measured against, and how it enters: all that `APPOConfig.reference` decides."""
+
+    fixed: bool  # against the anchor's weights; else against the policy that samples, where it is 0 at sampling time
+    moves: bool  # the anchor may be promoted
+    in_loss: bool  # as k3 in the loss; else as k1 in each token's reward
+
+    @property
+    def reviewed(self) -> bool:
+        """Whether reviews have a point: only where the anchor may move."""
+        return self.fixed and self.moves
+
+    @classmethod
+    def of(cls, name: ReferenceName, kl_in_loss: bool) -> Reference:
+        """anchor: APPO. initial: RLHF-style PPO. previous: plain PPO. none: no penalty."""
+        fixed = name in ("anchor", "initial")
+        return cls(fixed, name != "initial", name == "previous" or (fixed and kl_in_loss))
+
+    def logprobs(self, anchor_logprobs: Tensor, logprobs: Tensor) -> Tensor:
+        """Of the anchor's log-probabilities and those at sampling, the ones that the penalty compares with."""
+        return anchor_logprobs if self.fixed else logprobs
 
 
 class KLController:
@@ -160,7 +189,3 @@ class KLController:
             return
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.coef *= 1.0 + error * n / self.horizon
-
-
-def _trainable(policy: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in policy.named_parameters() if p.requires_grad)

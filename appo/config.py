@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Reference = Literal["anchor", "initial", "previous", "none"]
+ReferenceName = Literal["anchor", "initial", "previous", "none"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class APPOConfig:
     max_bad_steps: int = 3  # iterations in a row without a sound step: back to the anchor; twice as many: the end; ours
     whiten_advantages: bool = True  # over all tokens of the rollout [TRL]
     leave_one_out: bool = True  # scores: less the mean of the others to the same query; ours, see trainer.advantages
-    reference: Reference = "anchor"  # KL against: anchor (APPO), initial (RLHF), previous (plain PPO), none
+    reference: ReferenceName = "anchor"  # KL against: anchor (APPO), initial (RLHF), previous (plain PPO), none
     kl_coef: float = 0.05  # the paper prints no coefficient; [TRL]: 0.2
     kl_in_loss: bool = False  # True: the k3 estimate in the loss, in place of a penalty on each token's reward
     kl_target: float | None = None  # nats per response the coefficient adapts to; [TRL] has 6; null: constant

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Ends:
     def __init__(
         self,
         sampling: SamplingConfig,
-        tokens: Sequence[int],
+        tokens: Collection[int],
         texts: Sequence[str],
         vocabulary: int,
         device: torch.device,

@@ -8,15 +8,13 @@ are 0. That is why padding is removed with `masked_fill` and never by multiplyin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 KLKind = Literal["k1", "k2", "k3"]
-LOGITS_AT_ONCE = 2**17  # the vocabulary is large: what is computed from logits is computed some rows at a time
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -57,72 +55,25 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 
 def logprobs_from_logits(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log softmax(logits)[token] in float32, without keeping a second tensor over the vocabulary.
+    """log softmax(logits)[token], in float32 (float64 for float64 logits).
 
     Args:
         logits: [*, V], any floating dtype.
         tokens: [*] token ids.
 
     Returns:
-        [*] float32 (float64 for float64 logits).
+        [*]
     """
-    chosen: Tensor = _TokenLogprobs.apply(logits.reshape(-1, logits.shape[-1]), tokens.flatten(), False)[0]
-    return chosen.view(tokens.shape)
+    return at_least_float32(logits).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """Entropy in nats of softmax(logits): [*, V] -> [*]. Tokens of probability 0 add nothing."""
-    rows = _chunks(logits.reshape(-1, logits.shape[-1]))
-    entropies = [_entropy(_at_least_float32(part).log_softmax(-1)) for (part,) in rows]
-    return torch.cat(entropies).view(logits.shape[:-1])
+    return entropy_from_logprobs(at_least_float32(logits).log_softmax(-1))
 
 
-def logprobs_and_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """`logprobs_from_logits` and `entropy_from_logits` in one pass over the logits; the latter has no gradient."""
-    found: tuple[Tensor, Tensor] = _TokenLogprobs.apply(logits.reshape(-1, logits.shape[-1]), tokens.flatten(), True)
-    return found[0].view(tokens.shape), found[1].view(tokens.shape)
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(logits)[token] [n] of logits [n, V], and entropies [n] if wanted; only the logits are kept.
-
-    Autograd's own way takes several times the memory of the logits, which are by far the largest tensor of PPO on
-    language models. The gradient is that of cross-entropy: one at the token, minus softmax(logits).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        tokens = tokens.unsqueeze(-1)
-        ctx.save_for_backward(logits, tokens)
-        chosen, entropies = [], []
-        for rows, token in _chunks(logits, tokens):
-            logprobs = _at_least_float32(rows).log_softmax(-1)
-            chosen.append(logprobs.gather(-1, token).squeeze(-1))
-            if entropy:
-                entropies.append(_entropy(logprobs))
-        if not entropy:
-            return torch.cat(chosen), None
-        found = torch.cat(entropies)
-        ctx.mark_non_differentiable(found)
-        return torch.cat(chosen), found
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        logits, tokens = ctx.saved_tensors
-        gradient = torch.empty_like(logits)
-        for rows, token, grad, out in _chunks(logits, tokens, grad_outputs[0].unsqueeze(-1), gradient):
-            out.copy_(_at_least_float32(rows).softmax(-1).mul_(-grad).scatter_add_(-1, token, grad))
-        return gradient, None, None
-
-
-def _chunks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows at a time of logits [n, V], and the same rows of the others [n, *]."""
-    rows = max(1, LOGITS_AT_ONCE // logits.shape[-1])
-    return zip(*(x.split(rows) for x in (logits, *others)), strict=True)
-
-
-def _entropy(logprobs: Tensor) -> Tensor:
-    """[n, V] -> [n]."""
+def entropy_from_logprobs(logprobs: Tensor) -> Tensor:
+    """Entropy in nats of a distribution by its log-probabilities: [*, V] -> [*]."""
     return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)  # 0 * -inf is NaN
 
 
@@ -274,5 +225,6 @@ def value_loss(
     return ValueLoss(0.5 * masked_mean(torch.maximum(unclipped, clipped), mask), clip_fraction)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 if it is that."""
     return x if x.dtype == torch.float64 else x.float()

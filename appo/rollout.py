@@ -3,18 +3,19 @@
 Time alignment, stated here for the whole package: index t of logprobs, values, rewards, advantages and returns
 refers to response token t, and `values[:, t]` is the value of the state *before* token t is emitted.
 
-Responses are ragged. They are right-padded to a common T only where tensors are needed, and everything outside
-`mask` is zero.
+Responses are right-padded to a common T, and everything outside `mask` is zero. A rollout holds each query once; its
+`owner` says which of them a response is to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,6 @@ class Query:
             raise ValueError("a query needs at least one token; the agent's first token is conditioned on it")
 
 
-def distinct(queries: Sequence[Query]) -> tuple[list[Query], list[int]]:
-    """The queries without repetition, in order, and for each of the given ones its place among them."""
-    places = {query: m for m, query in enumerate(dict.fromkeys(queries))}
-    return list(places), [places[query] for query in queries]
-
-
 @dataclass(frozen=True)
 class Response:
     """One sampled continuation, ragged: tokens [t] (the end-of-sequence token included), logprobs [t], values [t]."""
@@ -45,10 +40,11 @@ class Response:
 
 @dataclass(frozen=True)
 class Rollout:
-    """B responses to B queries, as sampled.
+    """B responses to M queries, as sampled.
 
     Attributes:
-        queries: one per response; responses to the same query hold equal (mostly the same) objects.
+        queries: M of them.
+        owner: [B] int64, the number of the query that each response is to.
         tokens: [B, T] int64.
         mask: [B, T] bool, True on real tokens.
         logprobs: [B, T], log-probability of each token under the policy that sampled it.
@@ -56,32 +52,43 @@ class Rollout:
     """
 
     queries: tuple[Query, ...]
+    owner: Tensor
     tokens: Tensor
     mask: Tensor
     logprobs: Tensor
     values: Tensor
 
     def __post_init__(self) -> None:
-        shape = (len(self.queries), self.tokens.shape[-1])
+        shape = (len(self.owner), self.tokens.shape[-1])
         for name in ("tokens", "mask", "logprobs", "values"):
             found = tuple(getattr(self, name).shape)
             if found != shape:
-                raise ValueError(f"{name} has shape {found}; {len(self.queries)} queries and T tokens need {shape}")
+                raise ValueError(f"{name} has shape {found}; {len(self.owner)} responses of T tokens need {shape}")
 
     def __len__(self) -> int:
-        return len(self.queries)
+        return len(self.owner)
 
     @classmethod
-    def stack(cls, queries: Sequence[Query], responses: Sequence[Response]) -> Rollout:
+    def stack(cls, queries: Sequence[Query], owner: Sequence[int], responses: Sequence[Response]) -> Rollout:
         """Right-pads ragged responses to the longest of them."""
-        if len(queries) != len(responses) or not responses:
-            raise ValueError(f"{len(queries)} queries and {len(responses)} responses; expected as many, and some")
-        mask = [torch.ones_like(r.tokens, dtype=torch.bool) for r in responses]
+        if len(owner) != len(responses) or not responses:
+            raise ValueError(f"{len(owner)} owners and {len(responses)} responses; expected as many, and some")
+        width = max(len(response.tokens) for response in responses)
+        mask = [torch.ones_like(response.tokens, dtype=torch.bool) for response in responses]
         columns = [[r.tokens for r in responses], mask, [r.logprobs for r in responses], [r.values for r in responses]]
-        return cls(tuple(queries), *(pad_sequence(column, batch_first=True) for column in columns))
+        padded = (torch.stack([F.pad(x, (0, width - len(x))) for x in column]) for column in columns)
+        return cls(tuple(queries), torch.tensor(owner, device=responses[0].tokens.device), *padded)
+
+    def select(self, rows: Tensor) -> Self:
+        """The given rows with the queries that they are to, cut to the longest response among them."""
+        width = max(int(self.mask[rows].sum(1).max()), 1)
+        used, owner = self.owner[rows].unique(return_inverse=True)
+        picked = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("queries", "owner")}
+        cut = {name: value[:, :width] if value.dim() > 1 else value for name, value in picked.items()}
+        return replace(self, queries=tuple(self.queries[m] for m in used.tolist()), owner=owner, **cut)
 
     def responses(self) -> list[Response]:
-        """The ragged responses again, without padding."""
+        """The responses without padding."""
         return [
             Response(self.tokens[i, row], self.logprobs[i, row], self.values[i, row]) for i, row in enumerate(self.mask)
         ]
@@ -94,57 +101,9 @@ class Scored(Rollout):
     ref_logprobs: Tensor
     scores: Tensor
 
-    @property
-    def groups(self) -> Tensor:
-        """[B], the same number for responses to the same query."""
-        return torch.tensor(distinct(self.queries)[1], device=self.scores.device)
-
-
-@dataclass(frozen=True)
-class Batch(Scored):
-    """All that the losses need: a scored rollout with its advantages and returns, each [B, T]."""
-
-    advantages: Tensor
-    returns: Tensor
-
     @classmethod
-    def of(cls, scored: Scored, advantages: Tensor, returns: Tensor) -> Batch:
-        """The scored rollout with these advantages and returns."""
-        given = {f.name: getattr(scored, f.name) for f in fields(Scored)}
-        return cls(**given, advantages=advantages, returns=returns)
-
-    def select(self, rows: Tensor) -> Batch:
-        """The given rows, cut to the longest response among them."""
-        width = max(int(self.mask[rows].sum(1).max()), 1)
-        tensors = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "queries"}
-        cut = {name: value[:, :width] if value.dim() > 1 else value for name, value in tensors.items()}
-        return replace(self, queries=tuple(self.queries[i] for i in rows.tolist()), **cut)
-
-    def split(self, size: int) -> Iterator[Batch]:
-        """Consecutive parts of at most `size` rows; 0 means all of it."""
-        for rows in torch.arange(len(self), device="cpu").split(size or len(self)):
-            yield self.select(rows)
-
-
-class RolloutBuffer:
-    """Collects scored rollouts until an update is due."""
-
-    def __init__(self) -> None:
-        self._queries: list[Query] = []
-        self._responses: list[Response] = []
-        self._ref_logprobs: list[Tensor] = []
-        self._scores: list[Tensor] = []
-
-    def __len__(self) -> int:
-        return len(self._responses)
-
-    def add(self, rollout: Rollout, scores: Tensor, ref_logprobs: Tensor) -> None:
-        """Takes in one collect; nothing of the caller's is kept by reference or changed.
-
-        Args:
-            rollout: B responses.
-            scores: [B], the reward of each whole response.
-            ref_logprobs: [B, T], what the KL penalty is measured against.
+    def of(cls, rollout: Rollout, scores: Tensor, ref_logprobs: Tensor) -> Scored:
+        """The rollout with its scores; nothing of the caller's is kept by reference.
 
         Raises:
             ValueError: shapes that do not fit the rollout, or a score that is not finite.
@@ -158,23 +117,62 @@ class RolloutBuffer:
         if not scores.isfinite().all():
             bad = int((~scores.isfinite()).nonzero()[0])
             raise ValueError(f"the reward of response {bad} is {scores[bad].item()}; rewards must be finite")
-        self._queries += rollout.queries
-        self._responses += rollout.responses()
-        self._ref_logprobs += [ref[row].clone() for ref, row in zip(ref_logprobs, rollout.mask, strict=True)]
-        self._scores.append(scores.detach().clone().float())
+        copies = {f.name: getattr(rollout, f.name).clone() for f in fields(Rollout) if f.name != "queries"}
+        worth = {"ref_logprobs": ref_logprobs.clone(), "scores": scores.detach().clone().float()}
+        return cls(queries=rollout.queries, **copies, **worth)
+
+
+@dataclass(frozen=True)
+class Batch(Scored):
+    """All that the losses need: a scored rollout with its advantages and returns, each [B, T]."""
+
+    advantages: Tensor
+    returns: Tensor
+
+    @classmethod
+    def finish(cls, scored: Scored, advantages: Tensor, returns: Tensor) -> Batch:
+        """The scored rollout with these advantages and returns."""
+        given = {f.name: getattr(scored, f.name) for f in fields(Scored)}
+        return cls(**given, advantages=advantages, returns=returns)
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Consecutive parts of at most `size` rows; 0 means all of it."""
+        for rows in torch.arange(len(self), device="cpu").split(size or len(self)):
+            yield self.select(rows)
+
+
+class RolloutBuffer:
+    """Collects scored rollouts until an update is due."""
+
+    def __init__(self) -> None:
+        self._parts: list[Scored] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def add(self, rollout: Rollout, scores: Tensor, ref_logprobs: Tensor) -> None:
+        """Takes in one collect; see `Scored.of`."""
+        self._parts.append(Scored.of(rollout, scores, ref_logprobs))
 
     def stacked(self) -> Scored:
         """Everything collected so far as one scored rollout; the buffer itself is unchanged."""
-        if not self._responses:
+        if not self._parts:
             raise ValueError("the buffer is empty; add a rollout before an update")
-        rollout = Rollout.stack(self._queries, self._responses)
-        tensors = (rollout.tokens, rollout.mask, rollout.logprobs, rollout.values)
-        ref_logprobs = pad_sequence(self._ref_logprobs, batch_first=True)
-        return Scored(rollout.queries, *tensors, ref_logprobs, torch.cat(self._scores))
+        width = max(part.tokens.shape[1] for part in self._parts)
+        starts = [sum(len(part.queries) for part in self._parts[:n]) for n in range(len(self._parts))]
+        merged: dict[str, Tensor] = {}
+        for f in fields(Scored):
+            if f.name in ("queries", "owner"):
+                continue
+            columns = [getattr(part, f.name) for part in self._parts]
+            padded = [F.pad(x, (0, width - x.shape[1])) if x.dim() > 1 else x for x in columns]
+            merged[f.name] = torch.cat(padded)
+        owner = torch.cat([part.owner + start for part, start in zip(self._parts, starts, strict=True)])
+        return Scored(queries=tuple(q for part in self._parts for q in part.queries), owner=owner, **merged)
 
     def clear(self) -> None:
         """Forgets everything collected."""
-        self.__init__()  # type: ignore[misc]
+        self._parts = []
 
 
 def minibatches(batch: Batch, size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:

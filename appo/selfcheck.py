@@ -30,14 +30,15 @@ def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
     Raises:
         SelfCheckError: one of them does not hold.
     """
-    tolerance = TOLERANCES.get(policy.model.dtype, 0.1)
+    tolerance = TOLERANCES.get(policy.lm.compute_dtype, 0.1)
     together = policy.evaluate(rollout).logprobs
-    if not torch.equal(together, anchor.logprobs(policy, rollout)):
+    if not torch.equal(together, anchor.logprobs(rollout)):
         cause = _dropout(policy) or "the anchor is not a copy of the agent's present weights"
         raise SelfCheckError(f"KL to the anchor is not 0 before the first update; likely cause: {cause}")
 
-    shortest = min(range(len(rollout)), key=lambda i: len(rollout.queries[i].tokens) + int(rollout.mask[i].sum()))
-    alone = Rollout.stack([rollout.queries[shortest]], [rollout.responses()[shortest]])
+    queries = [len(rollout.queries[m].tokens) for m in rollout.owner.tolist()]
+    shortest = min(range(len(rollout)), key=lambda i: queries[i] + int(rollout.mask[i].sum()))
+    alone = rollout.select(torch.tensor([shortest], device="cpu"))
     error = (policy.evaluate(alone).logprobs[0] - together[shortest][rollout.mask[shortest]]).abs().max().item()
     if not error <= tolerance:
         raise SelfCheckError(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from appo.lm.attention import CPU, NAME, Branches, Layout, layout_of
@@ -49,9 +49,8 @@ def install(model: PreTrainedModel) -> bool:
         # bfloat16 moves single rows of eager attention by 0.4 of the deviation, most by 0.07; a wrong layout moves most
         # rows by 0.5. The same attention, packed and padded, differs by 0.02 at most.
         loose = 0.05 if model.dtype.itemsize >= 4 else 0.25
-        if not (
-            _apart(packed, padded).max() <= 0.05 and _apart(padded, defined).median() <= loose
-        ):  # so NaN is refused
+        same = _apart(packed, padded).max() <= 0.05 and _apart(padded, defined).median() <= loose  # not so with NaN
+        if not same:
             model.set_attn_implementation(before)
     return packs(model)
 
@@ -120,7 +119,7 @@ def call(model: PreTrainedModel, **inputs: Any) -> Output:
 
 @contextmanager
 def _last_layer_on(model: PreTrainedModel, wanted: Tensor, total: int, reading: Layout) -> Iterator[None]:
-    """Spares the last layer what the wanted ones of the `total` tokens do not need: the others are attended to no more.
+    """Skips work of the last layer that nobody reads: all tokens give keys and values, only `wanted` ones are queried.
 
     Its attention goes by the layout `reading`; its MLP and the projections around its attention, all but those for
     keys and values, see the wanted tokens alone.
@@ -192,13 +191,3 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the longest prefix that all sequences share."""
     columns = zip(*sequences, strict=False)
     return next((i for i, column in enumerate(columns) if len(set(column)) > 1), min(map(len, sequences)))
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """All tokens that end a text: the tokenizer's, and those that the model's configuration names (turn ends, too)."""
-    ends = {tokenizer.eos_token_id}
-    for config in (model.config.get_text_config(), model.generation_config):
-        named = getattr(config, "eos_token_id", None)
-        ends |= set(named) if isinstance(named, list) else {named}
-    vocabulary = model.get_output_embeddings().weight.shape[0]  # a configuration may name what the model does not have
-    return {token for token in ends - {None} if token < vocabulary}

@@ -1,0 +1,289 @@
+"""A bare causal LM and its tokenizer: text to tokens, passes over what is given, and one token after another.
+
+Whatever is particular to running a Hugging Face model is here or beside it in `appo/lm`, for agents and targets alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from appo.lm import linear, packed
+from appo.lm.attention import Branches
+from appo.lm.cache import closed_up, new_cache
+from appo.lm.packed import Output, common_prefix
+
+# Given the logits and hidden states of R responses and their numbers [R]: their next tokens [R], and which go on [R].
+Choose = Callable[[Output, Tensor], tuple[Tensor, Tensor]]
+
+
+class ContextTooLongError(ValueError):
+    """A text does not fit into a model's context."""
+
+
+class CausalLM:
+    """A causal LM, as it is asked for everything; built once, where models are loaded.
+
+    This is the only place that alters a model. It puts the model into eval mode and, where the model allows it, enters
+    an attention that runs shared prefixes once (`packed`), products by oneDNN (`linear`) and a gradient of a tied
+    embedding that is added to the head's in place. None of it changes what the model computes but for rounding.
+
+    Args:
+        model: any Hugging Face causal LM. Of its generation_config only the end tokens are read.
+        tokenizer: the one that it was trained with.
+        chat: put requests into the tokenizer's chat template; None: if it has one.
+        compute_dtype: what the layers compute in, by autocast; weights stay as they are.
+        gradient_checkpointing: keep only the layers' inputs for the backward pass; saves memory, costs a third of time.
+        onednn: leave large products to oneDNN on CPUs where it is the faster.
+
+    Attributes:
+        context: how many tokens it can see; None: it does not say.
+        ends: tokens that end a text.
+        packs: whether shared prefixes are run once; else every sequence is a padded row.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        chat: bool | None = None,
+        compute_dtype: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
+        onednn: bool = True,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.chat = tokenizer.chat_template is not None if chat is None else chat
+        self.compute_dtype = compute_dtype
+        self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.ends = _end_tokens(model, tokenizer)
+        if onednn:
+            linear.install(model)
+        self.packs = packed.install(model)
+        self._checkpoints = gradient_checkpointing
+        if gradient_checkpointing:
+            # The name that transformers has now, else the one it had before.
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        embedding = model.get_input_embeddings()
+        if embedding.weight is model.get_output_embeddings().weight and embedding.weight.requires_grad:
+            # The head's gradient is as large as the vocabulary: that of the few tokens read is added to it, where a
+            # dense one would be made beside it.
+            embedding.sparse = True
+            embedding.weight.register_post_accumulate_grad_hook(_make_dense)  # of a loss that does not use the head
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = self.model.device
+        return found
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the width of the logits."""
+        return len(self.model.get_output_embeddings().weight)
+
+    # -- text --------------------------------------------------------------------------------------------------------
+
+    def text(self, request: str, opening: str = "") -> str:
+        """What the model reads: the request, then the opening of the answer that it is to go on with.
+
+        In a chat the request is the user's turn and the opening begins an assistant's turn that is left open: closed,
+        the model would be asked to speak after it had ended its turn.
+        """
+        if not self.chat:
+            return f"{request}\n{opening}" if opening else request
+        turns = [{"role": "user", "content": self._spelt_out(request)}]
+        if not opening:
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        turns.append({"role": "assistant", "content": opening})
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True))
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of what `text` made.
+
+        A chat template has written its special tokens already. In plain text they are added here, and one that is spelt
+        out ("</s>") is a few characters like any others: requests come from a model and from data, and neither may end
+        the text or open a turn.
+        """
+        encoded = self.tokenizer(list(texts), add_special_tokens=not self.chat, split_special_tokens=not self.chat)
+        return list(encoded["input_ids"])
+
+    def encode(self, request: str, opening: str = "") -> tuple[int, ...]:
+        """The token ids of a request with the opening of its answer."""
+        return tuple(self.tokens([self.text(request, opening)])[0])
+
+    def decode_text(self, tokens: Sequence[int] | Tensor) -> str:
+        """Tokens as text, without special ones."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def check_fits(self, count: int, what: str) -> None:
+        """Refuses more tokens than the context holds.
+
+        Raises:
+            ContextTooLongError: `what` needs more.
+        """
+        if self.context is not None and count > self.context:
+            raise ContextTooLongError(f"{what}: up to {count} tokens, and the context holds {self.context}")
+
+    def _spelt_out(self, text: str) -> str:
+        """The text with a space in every special token that it spells out: in a chat only the template's own count."""
+        special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return re.sub("|".join(map(re.escape, special)) or r"(?!)", lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+    # -- passes ------------------------------------------------------------------------------------------------------
+
+    def run(self, batch: Branches, keep: Sequence[int] | None = None, only: Sequence[int] | None = None) -> Output:
+        """Logits and hidden states of the branches' tokens, in order, from one pass.
+
+        Args:
+            batch: prefixes, each run once, and what goes on from them.
+            keep: how many of each branch's last tokens are wanted; default: all of them.
+            only: the few tokens of the vocabulary whose logits are wanted, in float32; default: all, as they come.
+        """
+        with self._computing(), self._checkpointing(), _only_rows(self.model, only) as columns:
+            output = packed.run(self.model, batch, keep)
+        return output if columns is None else Output(output.logits[:, columns].float(), output.hidden)
+
+    @torch.no_grad()
+    def decode(self, contexts: Sequence[Sequence[int]], choose: Choose, budget: int, copies: int = 1) -> None:
+        """One token after another, for `copies` responses to each context, until `choose` lets none go on.
+
+        Args:
+            contexts: token ids, at least one each. Each is run once, and what all begin with once for all.
+            choose: called with what the model says to the responses that go on; see `Choose`.
+            budget: tokens of a response, at most.
+            copies: responses to each context; response r is to context r // copies.
+        """
+        with self._computing():
+            cache, mask, inputs, lengths = self._prefill(contexts, copies)
+            position = lengths - 1
+            padded = not mask.all()  # else no mask is needed, nor made from step to step
+            alive = torch.arange(len(inputs), device=self.device)
+            for _ in range(budget):
+                mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1) if padded else mask
+                output = self._step(inputs, mask if padded else None, position.unsqueeze(1), cache)
+                with torch.autocast(self.device.type, enabled=False):
+                    tokens, going = choose(Output(output.logits[:, 0], output.hidden[:, 0]), alive)
+                inputs, position = tokens.unsqueeze(1), position + 1
+                if not going.any():
+                    return
+                if not going.all():
+                    rows = closed_up(going)  # finished responses leave the batch
+                    cache.reorder_cache(rows)
+                    alive, inputs, mask, position = alive[rows], inputs[rows], mask[rows], position[rows]
+
+    def _prefill(self, contexts: Sequence[Sequence[int]], copies: int) -> _Prefix:
+        """Runs each context but for its last token, and gives every response its own view of it."""
+        cache = new_cache(self.model)
+        # A window that slides would count the padding between the common beginning and the rest.
+        sharing = self.packs and not any(cache.is_sliding)
+        shared = common_prefix([context[:-1] for context in contexts]) if sharing else 0
+        ids, mask = packed.pad_left([context[shared:] for context in contexts], self.device)  # all end in one column
+        mask = torch.cat([mask.new_ones(len(contexts), shared), mask], dim=1)
+        positions = packed.real_positions(mask)
+        if shared:
+            beginning = torch.tensor([list(contexts[0][:shared])], device=self.device)
+            self._step(beginning, mask[:1, :shared], positions[:1, :shared], cache)
+            if len(contexts) > 1:
+                cache.reorder_cache(torch.zeros(len(contexts), dtype=torch.long, device=self.device))
+        if ids.shape[1] > 1:
+            self._step(ids[:, :-1], mask[:, :-1], positions[:, shared:-1], cache)
+        rows = torch.arange(len(contexts), device=self.device).repeat_interleave(copies)
+        if copies > 1:
+            cache.reorder_cache(rows)
+        return _Prefix(cache, mask[rows, :-1], ids[rows, -1:], mask.sum(1)[rows])
+
+    def _step(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache) -> Output:
+        """What the model says to the last of the ids, [B, 1, *]; the cache takes in all."""
+        return packed.call(
+            self.model,
+            input_ids=ids,
+            attention_mask=None if mask is None else mask.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+
+    def _computing(self) -> torch.autocast:
+        """The layers compute in `compute_dtype` within this block; weights are cast once for all of it."""
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Gradient checkpointing, which Hugging Face ties to training mode, for a model in eval mode."""
+        layers = packed.layers(self.model) if self._checkpoints and torch.is_grad_enabled() else []
+        for layer in layers:
+            layer.training = True  # the layer's own flag only, not that of its dropout
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
+
+class _Prefix(NamedTuple):
+    """Contexts without their last token: the cache of B rows, its mask [B, L - 1], last tokens [B, 1], lengths [B]."""
+
+    cache: DynamicCache
+    mask: Tensor
+    last_tokens: Tensor
+    lengths: Tensor
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the error is one of memory, on a GPU or on the CPU."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """All tokens that end a text: the tokenizer's, and those that the model's configuration names (turn ends, too)."""
+    ends = {tokenizer.eos_token_id}
+    for config in (model.config.get_text_config(), model.generation_config):
+        named = getattr(config, "eos_token_id", None)
+        ends |= set(named) if isinstance(named, list) else {named}
+    vocabulary = len(model.get_output_embeddings().weight)  # a configuration may name what the model does not have
+    return {token for token in ends - {None} if token < vocabulary}
+
+
+def _make_dense(weight: Tensor) -> None:
+    if weight.grad is not None:
+        weight.grad = weight.grad.to_dense()
+
+
+@contextmanager
+def _only_rows(model: PreTrainedModel, tokens: Sequence[int] | None) -> Iterator[list[int] | None]:
+    """Lets the model compute the logits of a few tokens only; yields the columns where they are then.
+
+    What a model does to its logits (soft-capping, scaling) it still does. A head that is no plain linear layer
+    stays as it is. The few rows are float32 also where the model is bfloat16, in which logits near 20 are 0.125 apart:
+    label words would tie, and the first one win.
+    """
+    head = model.get_output_embeddings()
+    if tokens is None or type(head) not in (nn.Linear, linear.OneDNNLinear):
+        yield None if tokens is None else list(tokens)
+        return
+    model.set_output_embeddings(_HeadRows(head, tokens))
+    try:
+        yield list(range(len(tokens)))
+    finally:
+        model.set_output_embeddings(head)
+
+
+class _HeadRows(nn.Module):
+    """Some rows of a linear head, in float32."""
+
+    def __init__(self, head: nn.Linear, tokens: Sequence[int]) -> None:
+        super().__init__()
+        self.weight = head.weight[list(tokens)].float()
+        self.bias = None if head.bias is None else head.bias[list(tokens)].float()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight, self.bias)

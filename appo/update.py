@@ -1,0 +1,168 @@
+"""The update of PPO: from a scored rollout to advantages, then some epochs of clipped steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from appo.anchor import Reference
+from appo.config import APPOConfig
+from appo.functional import (
+    gae,
+    kl_estimate,
+    leave_one_out,
+    masked_mean,
+    masked_whiten,
+    policy_loss,
+    token_rewards,
+    value_loss,
+)
+from appo.policy import Policy
+from appo.rollout import Batch, Scored, minibatches
+
+MEAN_RATE = 0.1  # of the running mean of scores, per iteration
+FAULTS = ("nonfinite_reward", "nonfinite_loss", "nonfinite_gradient", "exploded_ratio")  # counted in the statistics
+
+
+def advantages(scored: Scored, config: APPOConfig, kl_coef: float, mean_score: float = 0.0) -> tuple[Tensor, Tensor]:
+    """From scores to advantages and returns, each [B, T], 0 on padding: baseline, token rewards, GAE, whitening.
+
+    A score that is the same for all responses must move nothing. It would: while the value head is still 0, GAE with
+    lam < 1 gives token t of T the advantage lam^(T - 1 - t) * score, and whitening turns that into a push on every
+    end-of-sequence token. On real language models this shrinks all prompts to nothing in ten iterations. So scores
+    are centred first (`config.leave_one_out`); the paper is silent, the published code does not centre them.
+
+    Args:
+        scored: a scored rollout.
+        config: leave_one_out, gamma, lam, whiten_advantages.
+        kl_coef: weight of the k1 penalty on each token's reward; 0 for none.
+        mean_score: the baseline of a response that is the only one to its query: the mean of earlier scores.
+    """
+    scores = scored.scores
+    if config.leave_one_out:
+        scores = leave_one_out(scores, scored.owner, otherwise=mean_score)
+    kl = kl_estimate(scored.logprobs, scored.ref_logprobs)
+    rewards = token_rewards(scores, kl, scored.mask, kl_coef)
+    estimated, returns = gae(rewards, scored.values, scored.mask, config.gamma, config.lam)
+    if config.whiten_advantages:
+        estimated = masked_whiten(estimated, scored.mask)
+    return estimated, returns
+
+
+class Updater:
+    """Moves a policy by PPO, one scored rollout after another.
+
+    Args:
+        policy: its parameters with requires_grad are trained.
+        config: of PPO.
+        generator: of the minibatch order, on the CPU.
+
+    Raises:
+        ValueError: the policy has nothing to train.
+    """
+
+    def __init__(self, policy: Policy, config: APPOConfig, generator: torch.Generator | None = None) -> None:
+        self.policy, self.config, self.generator = policy, config, generator
+        self.reference = Reference.of(config.reference, config.kl_in_loss)
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in policy.model.parameters() if p.requires_grad]},
+            {"params": list(policy.value_head.parameters())},
+        ]
+        if not groups[0]["params"]:
+            raise ValueError(
+                "the agent has no parameter to train: all have requires_grad=False; is its model the same object as "
+                "that of the frozen target?"
+            )
+        groups[1]["lr"] = config.value_learning_rate or config.learning_rate
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=0.0, fused=True)
+        self.mean_score: float | None = None  # running, over updates
+
+    def update(self, scored: Scored, kl_coef: float) -> dict[str, float]:
+        """PPO epochs on a scored rollout. Returns means over the optimizer steps.
+
+        With a `target_kl` no further epoch is begun once the policy has moved that far.
+        """
+        config = self.config
+        penalty = 0.0 if self.reference.in_loss else kl_coef
+        batch = Batch.finish(scored, *advantages(scored, config, penalty, self._follow(scored.scores)))
+        steps: list[dict[str, float]] = []
+        for _ in range(config.ppo_epochs):
+            parts = minibatches(batch, config.minibatch_size, self.generator)
+            epoch = [self.optimizer_step(part, kl_coef) for part in parts]
+            steps += epoch
+            if config.target_kl is not None and _mean([s.get("approx_kl", 0.0) for s in epoch]) > config.target_kl:
+                break
+        names = dict.fromkeys(name for step in steps for name in step if name not in FAULTS)
+        faults = {name: sum(step.get(name, 0.0) for step in steps) for name in FAULTS}
+        return {name: _mean([step[name] for step in steps if name in step]) for name in names} | faults
+
+    def _follow(self, scores: Tensor) -> float:
+        """The mean of earlier scores, which takes these in; at the first time, theirs."""
+        now = (scores[0] + (scores - scores[0]).mean()).item()  # exact where all scores are equal
+        before = now if self.mean_score is None else self.mean_score
+        self.mean_score = before + MEAN_RATE * (now - before)
+        return before
+
+    def optimizer_step(self, minibatch: Batch, kl_coef: float = 0.0) -> dict[str, float]:
+        """One gradient step; micro-batches add up to exactly the gradient of the whole minibatch.
+
+        A loss or gradient that is not finite, or a mean probability ratio above `max_ratio`, ends the step before it
+        touches the weights: it counts as skipped, and the fault is named.
+        """
+        self.optimizer.zero_grad()
+        tokens = minibatch.mask.sum()
+        totals: dict[str, float] = {}
+        for part in minibatch.split(self.config.micro_batch_size):
+            share = part.mask.sum() / tokens  # means over tokens, hence weighted by tokens
+            loss, stats = self.loss(part, kl_coef)
+            (share * loss).backward()
+            for name, value in stats.items():
+                totals[name] = totals.get(name, 0.0) + (share * value).item()
+        limit = float("inf") if self.config.max_grad_norm is None else self.config.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit).item()
+        fault = self._fault(totals, norm)
+        if fault:
+            self.optimizer.zero_grad()
+            return {"skipped_steps": 1.0, fault: 1.0}
+        self.optimizer.step()
+        return {**totals, "grad_norm": norm, "skipped_steps": 0.0}
+
+    def _fault(self, stats: Mapping[str, float], grad_norm: float) -> str | None:
+        """What makes a step unsound, if anything does; one of FAULTS."""
+        if not all(math.isfinite(stats[name]) for name in ("policy_loss", "value_loss")):
+            return "nonfinite_loss"
+        if not math.isfinite(grad_norm):
+            return "nonfinite_gradient"
+        if self.config.max_ratio is not None and stats["ratio"] > self.config.max_ratio:
+            return "exploded_ratio"
+        return None
+
+    def loss(self, batch: Batch, kl_coef: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """L = policy loss + value_coef * value loss (StablePrompt, Eq. 12) on a batch, and its statistics.
+
+        With the KL in the loss (`kl_in_loss`, and always for reference "previous"), kl_coef * k3 is added.
+        """
+        config = self.config
+        now = self.policy.evaluate(batch)
+        policy = policy_loss(now.logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip_range)
+        value = value_loss(now.values, batch.values, batch.returns, batch.mask, config.value_clip_range)
+        loss = policy.loss + config.value_coef * value.loss
+        if self.reference.in_loss:
+            loss = loss + kl_coef * masked_mean(kl_estimate(now.logprobs, batch.ref_logprobs, "k3"), batch.mask)
+        stats = {
+            "policy_loss": policy.loss,
+            "value_loss": value.loss,
+            "entropy": masked_mean(now.entropy, batch.mask),
+            "ratio": masked_mean((now.logprobs - batch.logprobs).exp(), batch.mask),
+            "clip_fraction": policy.clip_fraction,
+            "approx_kl": policy.approx_kl,
+        }
+        return loss, {name: value.detach() for name, value in stats.items()}
+
+
+def _mean(scores: Sequence[float]) -> float:
+    return sum(scores) / len(scores)
