@@ -28,14 +28,6 @@ from appo.rollout import Query, Rollout, RolloutBuffer
 from appo.update import FAULTS, Updater
 
 
-class DivergedError(ArithmeticError):
-    """Training has come to a state that it cannot leave; `stats` are those of the iteration that showed it."""
-
-    def __init__(self, message: str, stats: Mapping[str, float]) -> None:
-        super().__init__(message)
-        self.stats = dict(stats)
-
-
 class Rewarded(Protocol):
     """What prompts are worth: scores [B], and what they are made of by name, each [B]."""
 
@@ -104,6 +96,14 @@ class Iteration:
     collected: Collected
     stats: dict[str, float]
     review: AnchorReview | None = None
+
+
+class DivergedError(ArithmeticError):
+    """Training has come to a state that it cannot leave; `iteration` is the one that showed it."""
+
+    def __init__(self, message: str, iteration: Iteration) -> None:
+        super().__init__(message)
+        self.iteration = iteration
 
 
 class APPOTrainer:
@@ -177,9 +177,15 @@ class APPOTrainer:
             self.kl_controller.update(collected.kl, len(collected.rollout))
         else:
             stats = {"skipped_steps": 1.0, "nonfinite_reward": 1.0}
-        stats = {**collected.stats(), **stats}
-        self._guard(stats)
-        return Iteration(collected, stats)
+        iteration = Iteration(collected, {**collected.stats(), **stats})
+        self._guard(iteration)
+        return iteration
+
+    def explore(self, queries: Sequence[Query], reward_fn: RewardFn, copies: int = 1) -> Iteration:
+        """As `step`, but without the update: best-of-N sampling."""
+        collected = self.collect(queries, reward_fn, copies)
+        self.buffer.clear()
+        return Iteration(collected, collected.stats())
 
     def collect(self, queries: Sequence[Query], reward_fn: RewardFn, copies: int = 1) -> Collected:
         """Samples `copies` responses to each query, scores them, and adds them to the buffer; may be called repeatedly.
@@ -203,14 +209,16 @@ class APPOTrainer:
         self.buffer.clear()
         return self.updater.update(scored, self.kl_controller.coef)
 
-    def _guard(self, stats: Mapping[str, float]) -> None:
+    def _guard(self, iteration: Iteration) -> None:
         """Counts iterations without a single sound optimizer step: after some back to the anchor, after more an end."""
+        stats = iteration.stats
         self.bad_steps = self.bad_steps + 1 if stats["skipped_steps"] == 1.0 else 0
         if self.bad_steps == self.config.max_bad_steps and self.anchor_config.rollback:
             self.anchor.rollback()
         if self.bad_steps >= 2 * self.config.max_bad_steps:
             reasons = ", ".join(name for name in FAULTS if stats.get(name))
-            raise DivergedError(f"{self.bad_steps} iterations in a row without a sound step ({reasons})", stats)
+            message = f"{self.bad_steps} iterations in a row without a sound step ({reasons})"
+            raise DivergedError(message, iteration)
 
     # -- the anchor ----------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from experiments.signals import end_at_once
+from experiments.terminal.signals import end_at_once
 
 if sys.argv[:1] == ["-m"]:  # `python -m experiments.X` is being loaded, which takes seconds; see command.in_order
     end_at_once()

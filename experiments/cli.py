@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 
-from experiments.command import Program, UsageError, in_order
-from experiments.signals import end_at_once
+from experiments.terminal.command import Program, UsageError, in_order
+from experiments.terminal.signals import end_at_once
 
 COMMANDS = {  # the modules of this package with a `main`, and what they do
     "train": "tune a prompt for a task",

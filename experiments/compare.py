@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from appo.trainer import DivergedError
-from experiments.command import UNSOUND, Parser, UsageError, in_order, one_line
 from experiments.config import build_config
-from experiments.runlog import read_jsonl
-from experiments.session import prepare
+from experiments.run.run import prepare
+from experiments.run.runlog import read_jsonl
+from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order, one_line
 from experiments.train import train
 
 ARMS = {

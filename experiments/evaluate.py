@@ -13,45 +13,45 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from experiments.command import Parser, UsageError, in_order
-from experiments.fingerprint import changed_since
-from experiments.runlog import read_result
-from experiments.session import Run, open_run
-from experiments.strict import LARGEST
-from rewards.functional import best, normalise
-from rewards.generation import generate
-from rewards.reward import STOPS, TEXT_METRICS, GenerationReward
+from experiments.arms.editor import editor_of
+from experiments.config.strict import LARGEST
+from experiments.run.fingerprint import changed_since
+from experiments.run.run import Run, open_run
+from experiments.run.runlog import read_result
+from experiments.terminal.command import Parser, UsageError, in_order
+from rewards.functional import normalise
+from rewards.reward import Reply
 from rewards.target import NO_NUMBERS
 from tasks.spec import Example
 
 Vote = Literal["majority", "margin"]
 
 
-def count_votes(probabilities: Tensor, how: Vote) -> Tensor:
-    """The class that K answers to each of N inputs come to.
+def vote(replies: Sequence[Reply], how: Vote) -> str:
+    """The answer that several replies to one input come to.
 
     Args:
-        probabilities: [K, N, C], over the classes.
-        how: "majority": the class that most answers name, of equals the one with more probability in all;
-            "margin": what the answer says whose first class leads its second by most.
-
-    Returns:
-        [N] class indices.
+        replies: at least one.
+        how: "majority": the answer that most of them give, of equals the one with more probability in all, then the
+            first; "margin": that of the reply whose first answer leads its second by most.
     """
     if how == "margin":
-        top = probabilities.topk(2, dim=-1).values  # [K, N, 2]
-        surest = (top[..., 0] - top[..., 1]).argmax(0)  # [N]
-        return probabilities.argmax(-1).gather(0, surest.unsqueeze(0)).squeeze(0)
-    named = torch.nn.functional.one_hot(probabilities.argmax(-1), probabilities.shape[-1]).sum(0)  # [N, C]
-    return (named + probabilities.mean(0)).argmax(-1)  # the mean is below 1, so it only breaks ties
+        return max(replies, key=lambda reply: _lead(sorted(reply.probabilities.values()))).answer
+    named: dict[str, list[str]] = {}  # texts that differ in case or punctuation only are one answer
+    for reply in replies:
+        named.setdefault(reply.answer if reply.probabilities else normalise(reply.answer), []).append(reply.answer)
+    chances = {name: sum(reply.probabilities.get(name, 0.0) for reply in replies) for name in named}
+    return named[max(named, key=lambda name: (len(named[name]), chances[name]))][0]
+
+
+def _lead(ascending: Sequence[float]) -> float:
+    return ascending[-1] - ascending[-2]
 
 
 def evaluate(run: Run, votes: int = 1, how: Vote = "majority", sampled: bool = False, seed: int = 0) -> dict[str, Any]:
@@ -75,9 +75,11 @@ def evaluate(run: Run, votes: int = 1, how: Vote = "majority", sampled: bool = F
         prompt = read_result(run.log.folder)["prompt"]
         score = run.reward([prompt], examples).metrics[run.reward.metric].item()
     else:
+        if votes > 1 and how == "margin" and not run.data.words:
+            raise UsageError("generated text has no margin; use --vote majority")
         generator = torch.Generator(run.policy.device).manual_seed(seed) if votes > 1 or sampled else None
-        inputs = [example.input for example in examples]
-        prompts = [run.editor.write(inputs, seed=draw, generator=generator) for draw in range(votes)]
+        editor, inputs = editor_of(run), [example.input for example in examples]
+        prompts = [editor.write(inputs, seed=draw, generator=generator) for draw in range(votes)]
         score = _voted(run, prompts, examples, how) if votes > 1 else _mean(run, prompts[0], examples)
     seconds = time.perf_counter() - started
     if not math.isfinite(score):
@@ -102,29 +104,12 @@ def _mean(run: Run, prompts: Sequence[str], examples: Sequence[Example]) -> floa
 
 
 def _voted(run: Run, prompts: Sequence[Sequence[str]], examples: Sequence[Example], how: Vote) -> float:
-    inputs = [example.input for example in examples]
-    if isinstance(run.reward, GenerationReward):
-        if how == "margin":
-            raise UsageError("generated text has no margin; use --vote majority")
-        said = [generate(run.reward.target, row, inputs, run.reward.answer_tokens, STOPS) for row in prompts]
-        metric = TEXT_METRICS[run.reward.metric]
-        chosen = [_commonest(answers) for answers in zip(*said, strict=True)]
-        return sum(best(metric, text, e.answers) for text, e in zip(chosen, examples, strict=True)) / len(examples)
-    logits = torch.stack([run.reward.target.pair_logits(row, inputs) for row in prompts]).cpu()
-    if logits.isnan().any():
+    inputs, choices = [example.input for example in examples], [example.choices for example in examples]
+    replies = [run.reward.reply(row, inputs, choices) for row in prompts]
+    if not all(reply.sound for row in replies for reply in row):
         raise FloatingPointError(NO_NUMBERS)
-    for n, example in enumerate(examples):
-        if example.choices:
-            logits[:, n, example.choices :] = -torch.inf
-    classes = count_votes(logits.softmax(-1), how).tolist()
-    right = [c in (e.label, *e.also) for c, e in zip(classes, examples, strict=True)]
-    return sum(right) / len(right)
-
-
-def _commonest(answers: Sequence[str]) -> str:
-    """The answer that is given most often, as it was first put."""
-    (winner, _), *_ = Counter(map(normalise, answers)).most_common(1)
-    return next(answer for answer in answers if normalise(answer) == winner)
+    chosen = [vote(given, how) for given in zip(*replies, strict=True)]
+    return sum(map(run.reward.right, chosen, examples)) / len(examples)
 
 
 @in_order

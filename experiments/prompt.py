@@ -17,12 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.command import Parser, in_order
-from experiments.fingerprint import changed_since
-from experiments.runlog import read_result
-from experiments.session import Run, open_run
-from rewards.generation import generate
-from rewards.reward import STOPS, GenerationReward
+from experiments.arms.editor import editor_of
+from experiments.run.fingerprint import changed_since
+from experiments.run.run import Run, open_run
+from experiments.run.runlog import read_result
+from experiments.terminal.command import Parser, in_order
 from rewards.target import NO_NUMBERS
 from tasks.cells import Row, column, lettered, text_of
 from tasks.errors import TaskError, printable, shown
@@ -32,23 +31,16 @@ from tasks.rows import SUFFIXES, read_rows, read_text
 def instructions(run: Run, inputs: Sequence[str]) -> list[str]:
     """The run's instruction for each input."""
     prompt = read_result(run.log.folder)["prompt"]
-    return run.editor.write(inputs) if prompt is None else [prompt] * len(inputs)
+    return editor_of(run).write(inputs) if prompt is None else [prompt] * len(inputs)
 
 
 def answers(run: Run, prompts: Sequence[str], inputs: Sequence[str]) -> list[dict[str, Any]]:
     """The target's answer to each input under its prompt; with label words or letters also their probabilities."""
-    target = run.reward.target
-    if isinstance(run.reward, GenerationReward):
-        said = generate(target, prompts, inputs, run.reward.answer_tokens, STOPS)
-        return [{"answer": text} for text in said]
-    logits = target.pair_logits(prompts, inputs)
-    if logits.isnan().any():
+    choices = [len(offered_words(run, text)) or None for text in inputs]
+    replies = run.reward.reply(prompts, inputs, choices)
+    if not all(reply.sound for reply in replies):
         raise FloatingPointError(NO_NUMBERS)
-    found = []
-    for row, text in zip(logits, inputs, strict=True):
-        words = offered_words(run, text)
-        found.append(dict(zip(words, row[: len(words)].softmax(-1).tolist(), strict=True)))
-    return [{"answer": max(row, key=lambda word: row[word]), "probabilities": row} for row in found]
+    return [{name: value for name, value in reply._asdict().items() if value or name == "answer"} for reply in replies]
 
 
 def offered_words(run: Run, text: str) -> tuple[str, ...]:
@@ -75,13 +67,11 @@ def check_answerable(run: Run, inputs: Sequence[str]) -> None:
         ContextTooLongError: an input leaves the target no room for an instruction.
         TaskError: an input lacks the choices to choose from.
     """
-    text_answers = isinstance(run.reward, GenerationReward)
-    room = run.config.sampling.max_new_tokens + (run.config.reward.answer_tokens if text_answers else 0)
+    room = run.config.sampling.max_new_tokens + (0 if run.data.words else run.config.reward.answer_tokens)
     for text in inputs:
-        if not text_answers:
-            offered_words(run, text)
+        offered_words(run, text)
         if run.config.mode == "tte":  # one instruction for all is known, and checked as it is run
-            run.reward.target.check_fits(room, text)
+            run.target.check_fits(room, text)
 
 
 def read_inputs(path: Path) -> list[str]:

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from experiments.command import Parser, in_order
-from experiments.runlog import CONFIG, RESULT, RunFolderError, RunLog, read_headroom, read_jsonl, read_result
-from experiments.strict import LARGEST, read_yaml
+from experiments.config.strict import LARGEST, read_yaml
+from experiments.run.runlog import CONFIG, RESULT, RunFolderError, RunLog, read_headroom, read_jsonl, read_result
+from experiments.terminal.command import Parser, in_order
 from tasks.catalogue import METRICS
 
 STYLE = """

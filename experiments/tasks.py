@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 
-from experiments.command import Parser, in_order
 from experiments.config import LAB_DIR, data_source
+from experiments.terminal.command import Parser, in_order
 from tasks.catalogue import load_spec, task_names
 from tasks.errors import MissingFilesError, printable
 from tasks.meta_prompt import meta_prompt

@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from experiments.command import Parser, UsageError, in_order
+from experiments.terminal.command import Parser, UsageError, in_order
 
 FOLDER = Path("models")
 MEGABYTE = 1_000_000

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.session import Batches, stream
+from experiments.run.session import Batches, stream
 from tasks.spec import Example
 
 

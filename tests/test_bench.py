@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import bench
-from experiments.bench import Bench, Shape
+from experiments.bench import bench
+from experiments.bench.bench import Bench, Shape
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import checkpoint
-from experiments.checkpoint import MANIFEST, STATE, CheckpointError
+from experiments.run import checkpoint
+from experiments.run.checkpoint import MANIFEST, STATE, CheckpointError
 
 
 def state(number: int) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import pytest
 from experiments import train
 from experiments.config import build_config
 from experiments.lab import grammar
-from experiments.runlog import PromptPool
-from experiments.session import Run, prepare
+from experiments.run.runlog import PromptPool
+from experiments.run.session import Run, prepare
 from experiments.train import NO_BETTER, few_shot_prompts, finish, finish_editing
 from rewards.reward import by_example
 

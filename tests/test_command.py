@@ -16,11 +16,12 @@ import torch
 
 from appo.selfcheck import SelfCheckError
 from appo.trainer import DivergedError
-from experiments import cli, command
+from experiments import cli
 from experiments.cli import COMMANDS
-from experiments.command import FAULT, UsageError, in_order
-from experiments.signals import StoppedError
-from experiments.strict import ConfigError
+from experiments.config.strict import ConfigError
+from experiments.terminal import command
+from experiments.terminal.command import FAULT, UsageError, in_order
+from experiments.terminal.signals import StoppedError
 from rewards.target import ContextTooLongError
 
 ROOT = Path(__file__).parent.parent

@@ -17,10 +17,10 @@ from appo.policy import Policy
 from experiments import evaluate as evaluate_module
 from experiments import prompt as prompt_module
 from experiments import train as train_module
+from experiments.arms.editing import Editor
 from experiments.config import build_config
-from experiments.editing import Editor
 from experiments.evaluate import count_votes, evaluate
-from experiments.session import Run, open_run, prepare
+from experiments.run.session import Run, open_run, prepare
 from experiments.train import train
 from rewards.reward import ClassificationReward, GenerationReward
 from rewards.target import TargetModel

@@ -21,11 +21,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from appo.policy import clean
-from experiments import checkpoint
-from experiments.checkpoint import MANIFEST, STATE, CheckpointError
-from experiments.command import one_line
 from experiments.config import ConfigError, RunConfig, build_config, to_dict
+from experiments.run import checkpoint
+from experiments.run.checkpoint import MANIFEST, STATE, CheckpointError
 from experiments.tasks import show
+from experiments.terminal.command import one_line
 from tasks.catalogue import load_spec
 from tasks.errors import TaskError
 from tasks.rows import read_rows

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rewards.generation import answer_logprobs, generate
 from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rewards.functional import best, contains, exact_match, exact_set, exact_string, f1, normalise
-from rewards.generation import answer_logprobs, generate
 from rewards.reward import TEXT_METRICS, ClassificationReward, GenerationReward
 from rewards.target import ContextTooLongError, TargetModel
 from tasks.spec import Example

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.hacking import only_labels, overlap, word_runs
+from experiments.diagnostics.overlap import only_labels, overlap, word_runs
 
 RUNS = word_runs(["The cat sat on the mat .", "dogs bark"])
 

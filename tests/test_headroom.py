@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from experiments.config import build_config
-from experiments.headroom import look
-from experiments.session import Run, prepare
+from experiments.diagnostics.headroom import look
+from experiments.run.session import Run, prepare
 from experiments.train import train
 from rewards.reward import ClassificationReward
 from rewards.target import TargetModel

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments.lab import grammar, landscape, packing, recipe, wordplay
 from experiments.lab.grammar import Item, Judge, Treat
-from experiments.models import LAB_DIR
+from experiments.run.models import LAB_DIR
 
 TASKS = list(grammar.LABS)
 MEGABYTE = 2**20

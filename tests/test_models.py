@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from experiments import models
 from experiments.config import RunConfig
-from experiments.models import NO_NUMBERS, ModelError, load_model
+from experiments.run import models
+from experiments.run.models import NO_NUMBERS, ModelError, load_model
 from tests.conftest import byte_tokenizer, llama
 
 

@@ -26,7 +26,7 @@ from appo.lm.cache import RoomyLayer, closed_up, new_cache
 from appo.policy import Policy
 from appo.rollout import Batch, Query, Scored
 from appo.trainer import APPOTrainer
-from experiments.plain import as_plain, plain_loss, plain_sample, plain_scores
+from experiments.bench.plain import as_plain, plain_loss, plain_sample, plain_scores
 from rewards.target import TargetModel
 from tests.conftest import byte_tokenizer, plain_sampling, sharpen
 

@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from appo.trainer import APPOTrainer
-from experiments.checkpoint import MANIFEST
 from experiments.config import build_config
-from experiments.console import Progress
-from experiments.runlog import LOCK, RunLog, read_jsonl
-from experiments.signals import Signals, StoppedError
+from experiments.run.checkpoint import MANIFEST
+from experiments.run.runlog import LOCK, RunLog, read_jsonl
+from experiments.terminal.console import Progress
+from experiments.terminal.signals import Signals, StoppedError
 from experiments.train import main, prepare, train
 from rewards.reward import ClassificationReward, RewardResult
 from tests.test_checkpoint import signed, stored

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments.runlog import PoolEntry, PromptPool, RunExistsError, RunLog, read_jsonl
+from experiments.run.runlog import PoolEntry, PromptPool, RunExistsError, RunLog, read_jsonl
 
 NAN, INFINITY = float("nan"), float("inf")
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.statistics import compared, interval, paired_p, spread, wilson
+from experiments.run.statistics import compared, interval, paired_p, spread, wilson
 
 scores = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30)
 

@@ -15,7 +15,7 @@ import pytest
 from appo.policy import Policy
 from experiments import train as train_module
 from experiments.config import build_config
-from experiments.runlog import read_jsonl
+from experiments.run.runlog import read_jsonl
 from experiments.train import main, parse_args, prepare, train
 
 ROOT = Path(__file__).parent.parent

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from experiments import weights
 from experiments.cli import COMMANDS
 from experiments.config import RunConfig
-from experiments.models import load_model
+from experiments.run.models import load_model
 from experiments.weights import SOURCES, main
 
 gguf = pytest.importorskip("gguf")

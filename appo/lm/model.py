@@ -121,6 +121,10 @@ class CausalLM:
         """Tokens as text, without special ones."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
+    def continued(self, text: str, answer: str) -> str:
+        """What `text` made, with an answer behind it, after a space where none stands there yet."""
+        return f"{text}{'' if self.chat or not text or text[-1].isspace() else ' '}{answer}"
+
     def check_fits(self, count: int, what: str) -> None:
         """Refuses more tokens than the context holds.
 

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from appo.config import SamplingConfig
 from appo.policy import Policy
-from experiments.command import Parser, UsageError, in_order
 from experiments.config import LAB_DIR, build_config
 from experiments.lab import grammar
-from experiments.models import load_model
+from experiments.run.models import load_model
+from experiments.terminal.command import Parser, UsageError, in_order
+from rewards.local import LocalTarget
 from rewards.reward import ClassificationReward
-from rewards.target import TargetModel
 from tasks.meta_prompt import meta_prompt
 from tasks.sources import load_task
 from tasks.splits import TaskData
@@ -57,9 +57,7 @@ def load_reward(task: str, folder: Path = LAB_DIR) -> tuple[TaskData, Classifica
     """A lab task and the reward of its target."""
     data = load_task(task, str(LAB_DIR / "data"))
     target = load_model(build_config({"target": str(folder / "target")}), "target")
-    return data, ClassificationReward(
-        TargetModel(target.model, target.tokenizer, data.spec.template, data.words)
-    )  # fmt: skip
+    return data, ClassificationReward(LocalTarget(target, data.spec.template, data.words))
 
 
 def accuracies(task: str, folder: Path = LAB_DIR, seed: int = 0) -> dict[str, float]:
@@ -80,11 +78,11 @@ def prior(task: str, samples: int, folder: Path = LAB_DIR, seed: int = 0, batch:
     data, reward = load_reward(task, folder)
     best = accuracies(task, folder)["best"]
     agent = load_model(build_config({"agent": str(folder / "agent")}), "agent")
-    policy = Policy(agent.model, agent.tokenizer, SamplingConfig(96))
+    policy = Policy(agent, SamplingConfig(96))
     hits = 0
     for _ in tqdm(range(0, samples, batch), desc=f"prior {task}", disable=None):
         query = policy.query(*meta_prompt(rng.sample(data.train, 5)))
-        prompts = policy.decode(policy.sample([query] * batch, generator))
+        prompts = policy.decode(policy.sample([query], generator, batch))
         near = prompts
         for rows, slack in ((data.validation[:8], 0.25), (data.validation, 0.1)):
             scores = reward(near, rows).metrics["accuracy"].tolist() if near else []

@@ -32,9 +32,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from experiments.command import Parser, in_order
 from experiments.lab import grammar, wordplay
 from experiments.lab.packing import Packed, fit, pack
+from experiments.terminal.command import Parser, in_order
+from rewards.target import fill
 from tasks.catalogue import load_spec
 from tasks.meta_prompt import MetaPrompt, meta_prompt, rewrite_prompt
 from tasks.spec import Example, TaskSpec
@@ -70,7 +71,7 @@ def sample_example(rng: random.Random, task: str) -> Example:
 
 def target_text(spec: TaskSpec, text: str) -> str:
     """What follows an instruction in the target's template."""
-    return spec.template.replace("{prompt}", "").replace("{input}", text)
+    return fill(spec.template, "", text)
 
 
 # -- data --------------------------------------------------------------------------------------------------------

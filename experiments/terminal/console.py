@@ -11,8 +11,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.runlog import PromptPool
-
 WARNINGS = (  # statistic, from where on it is worth a word, the word
     ("empty_rate", 0.9, "nearly all prompts are empty; the agent has collapsed: lower appo.learning_rate"),
     ("duplicate_rate", 0.9, "nearly all prompts are the same; the agent no longer explores: lower appo.learning_rate"),
@@ -41,20 +39,18 @@ class Progress:
             self._bar = tqdm(total=steps, initial=done, desc="tuning", unit="it", dynamic_ncols=True, position=0)
             self._best = tqdm(total=0, bar_format="{desc}", position=1)
 
-    def show(self, iteration: int, stats: Mapping[str, float], pool: PromptPool) -> None:
-        """Moves on to `iteration`."""
+    def show(self, iteration: int, stats: Mapping[str, float], best: str = "") -> None:
+        """Moves on to `iteration`; `best` says which prompt is the best so far."""
         if not self._quiet:
             self._warn(iteration, stats)
-        best = pool.best(1)
-        prompt = f"best {best[0].reward:.2f}  {best[0].prompt}" if best else ""
         numbers = {"reward": stats["reward_mean"], self._metric: stats[f"{self._metric}_mean"], "kl": stats["kl"]}
         if self._live:
             self._bar.update()
             self._bar.set_postfix({name: f"{value:.2f}" for name, value in numbers.items()})
-            self._best.set_description_str(clip(prompt, shutil.get_terminal_size().columns - 1))
+            self._best.set_description_str(clip(best, shutil.get_terminal_size().columns - 1))
         elif not self._quiet and (iteration % max(1, self._steps // 20) == 0 or iteration == 1):
             line = "  ".join(f"{name} {value:.2f}" for name, value in numbers.items())
-            print(f"{iteration:4d}/{self._steps}  {line}  {clip(prompt, 100)}", file=sys.stderr, flush=True)
+            print(f"{iteration:4d}/{self._steps}  {line}  {clip(best, 100)}", file=sys.stderr, flush=True)
 
     def _warn(self, iteration: int, stats: Mapping[str, float]) -> None:
         """Says once, in plain words, that something is going wrong."""

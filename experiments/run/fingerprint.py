@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from experiments.runlog import read_result
+from experiments.run.runlog import read_result
 from tasks.spec import SPLITS
 from tasks.splits import TaskData
 

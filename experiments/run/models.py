@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from appo.lm.model import CausalLM, out_of_memory
 from appo.policy import Policy
 from experiments.config import LAB, LAB_DIR, RunConfig
-from experiments.files import writing
-from rewards.target import out_of_memory
+from experiments.run.files import writing
 
 VALUE_HEAD = "value_head.safetensors"
 OWN_CODE = (
@@ -30,24 +30,18 @@ class ModelError(ValueError):
     """A model cannot be loaded; the message says which, from where, and why."""
 
 
-class LoadedModel(NamedTuple):
-    """A causal LM and its tokenizer."""
+def load_model(config: RunConfig, role: Literal["agent", "target"]) -> CausalLM:
+    """The model that `config.agent` or `config.target` names, on its device, tried on a few tokens.
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-
-
-def load_model(config: RunConfig, role: Literal["agent", "target"]) -> LoadedModel:
-    """The model that `config.agent` or `config.target` names, on its device, in eval mode, tried on a few tokens.
-
-    The agent's weights are float32 whatever it computes in (`compute_dtype`); the target's are what it computes in.
+    The agent's weights are float32 whatever it computes in; the target's are what it computes in, and frozen.
 
     Raises:
         ModelError: no such folder or hub id, a folder without config or safetensors weights, no such device, a model
             that cannot be loaded, does not run, or has no end token or chat template where one is needed.
     """
     device = find_device(config.device)
-    dtype = torch.float32 if role == "agent" else compute_dtype(config.target_dtype, device)
+    computes_in = compute_dtype(config.dtype if role == "agent" else config.target_dtype, device, role)
+    stored_in = torch.float32 if role == "agent" else computes_in
     name = getattr(config, role)
     source = str(LAB_DIR / role) if name == LAB else name
     if Path(source).is_dir():
@@ -62,16 +56,18 @@ def load_model(config: RunConfig, role: Literal["agent", "target"]) -> LoadedMod
     with _explaining(f"{role}: cannot load {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            source, dtype=stored_in, use_safetensors=True, output_loading_info=True, **options
         )
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:5])
         raise ModelError(f"{role}: cannot load {name!r}: the weights lack {names}")
-    loaded = LoadedModel(model.to(device).eval(), tokenizer)
-    _check_runs(role, name, loaded)
+    model = model.to(device).eval()
+    _check_runs(role, name, model, tokenizer)
     chat = config.agent_chat if role == "agent" else config.target_chat
     _check_tokenizer(role, name, tokenizer, chat)
-    return loaded
+    if role == "target":
+        return CausalLM(model.requires_grad_(False), tokenizer, chat, onednn=config.onednn)
+    return CausalLM(model, tokenizer, chat, computes_in, config.gradient_checkpointing, config.onednn)
 
 
 def save_agent(policy: Policy, folder: Path) -> None:
@@ -83,7 +79,7 @@ def save_agent(policy: Policy, folder: Path) -> None:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)  # transformers would pass over a file in its place without an error
         policy.model.save_pretrained(folder)
-        policy.tokenizer.save_pretrained(folder)
+        policy.lm.tokenizer.save_pretrained(folder)
         save_file(policy.value_head.state_dict(), folder / VALUE_HEAD)
 
 
@@ -104,14 +100,14 @@ def _explaining(what: str) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _check_runs(role: str, name: str, loaded: LoadedModel) -> None:
+def _check_runs(role: str, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Runs a few tokens: a model may load and have sizes that do not fit together, or weights that are no numbers."""
     with _explaining(f"{role}: {name!r} does not run"):
-        ids = list(loaded.tokenizer(TRIAL)["input_ids"])
-        rows = loaded.model.get_input_embeddings().weight.shape[0]
+        ids = list(tokenizer(TRIAL)["input_ids"])
+        rows = model.get_input_embeddings().weight.shape[0]
         if not ids or max(ids) >= rows:
             raise ValueError(f"its tokenizer makes {ids[:8]} of {TRIAL!r}, and the model knows {rows} tokens")
-        logits = loaded.model(input_ids=torch.tensor([ids], device=loaded.model.device)).logits
+        logits = model(input_ids=torch.tensor([ids], device=model.device)).logits
         if logits.isnan().any() or logits.isposinf().any():  # -inf may stand for a token that is never to come
             raise ValueError(NO_NUMBERS)
 
@@ -143,7 +139,7 @@ def _nearest(path: Path) -> str:
     return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
 
 
-def compute_dtype(name: str, device: torch.device, role: Literal["agent", "target"] = "target") -> torch.dtype:
+def compute_dtype(name: str, device: torch.device, role: Literal["agent", "target"]) -> torch.dtype:
     """The type that "float32", "bfloat16" or "auto" stands for on a device.
 
     On a CPU, auto leaves the agent in float32: in bfloat16 the ratios of PPO would start near 1 only.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import NoReturn, Protocol
 
-from experiments.signals import StoppedError, raise_instead
+from experiments.terminal.signals import StoppedError, raise_instead
 from tasks.errors import printable
 
 PACKAGES = ("appo", "rewards", "tasks", "experiments")
@@ -126,6 +126,6 @@ def _end_stdout() -> None:
 def _out_of_memory(error: BaseException) -> bool:
     if "torch" not in sys.modules:  # which takes seconds to load, and no error is one of its own
         return isinstance(error, MemoryError)
-    from rewards.target import out_of_memory
+    from appo.lm.model import out_of_memory
 
     return out_of_memory(error)

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from appo.config import AnchorConfig, APPOConfig, SamplingConfig
-from experiments.strict import ConfigError, Tree, assigned, construct, merge, read_yaml
+from experiments.config.strict import ConfigError, Tree, assigned, construct, merge, read_yaml
 from tasks.catalogue import is_spec_file
 from tasks.errors import shown
 
-CONFIG_DIR = Path(__file__).parent / "configs"
+CONFIG_DIR = Path(__file__).parents[1] / "configs"
 LAB = "lab"
 Dtype = Literal["auto", "float32", "bfloat16"]
-LAB_DIR = Path(__file__).parent / "lab"
+LAB_DIR = Path(__file__).parents[1] / "lab"
 DEFAULT_PRESETS = {  # (the lab's agent, mode tte) -> name
     (True, False): LAB,
     (True, True): f"{LAB}_tte",
@@ -84,6 +84,7 @@ class RunConfig:
     target_dtype: Dtype = "auto"  # of the frozen target. auto: bfloat16 where the device has instructions for it
     threads: int = 2  # CPU threads of torch; results repeat bit for bit only under the same number
     gradient_checkpointing: bool = False  # of the agent: a third more time for far less memory in updates
+    onednn: bool = True  # leave large products to oneDNN on CPUs where it is the faster; false: torch's own
     agent_chat: bool | None = None  # use the agent's chat template; null: if it has one
     target_chat: bool = False  # likewise the target's; the paper's template is plain text
     trust_remote_code: bool = False  # run code that comes with a model; counts on the command line of a call only

@@ -1,7 +1,7 @@
-"""The plain way to score, sample and update: whole sequences in padded rows, logits of the whole vocabulary everywhere.
+"""The plain way to score, sample and update: whole sequences in padded rows, all logits at all positions.
 
-What published implementations do, kept as the measure of ours: `experiments.bench` times the one against the other,
-tests hold the one's numbers against the other's.
+What published implementations do, kept as the measure of ours: `experiments.bench` times the one against the other, tests
+hold the one's numbers against the other's.
 """
 
 from __future__ import annotations
@@ -11,35 +11,36 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from appo.functional import policy_loss, value_loss
 from appo.lm import linear
+from appo.lm.model import CausalLM
 from appo.policy import Policy
 from appo.rollout import Batch, Query, Rollout
 from appo.trainer import APPOTrainer
-from rewards.target import TargetModel
+from rewards.local import LocalTarget
 
 
-def as_plain(model: PreTrainedModel) -> None:
+def as_plain(lm: CausalLM) -> None:
     """Gives the model the linear layers and the attention back that torch and transformers choose for it."""
+    model = lm.model
     linear.uninstall(model)
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)  # which SDPA would leave out
     model.set_attn_implementation("sdpa" if model._supports_sdpa and not capped else "eager")
 
 
 @torch.inference_mode()
-def plain_scores(target: TargetModel, prompts: Sequence[str], inputs: Sequence[str], size: int) -> Tensor:
+def plain_scores(target: LocalTarget, prompts: Sequence[str], inputs: Sequence[str], size: int) -> Tensor:
     """[K, N, C]: prompt by prompt, in padded batches of `size`, all logits of all positions."""
     words = [word[0] for word in target.verbalizer.tokens]
     logits = []
     for prompt in prompts:
         for start in range(0, len(inputs), size):
             texts = [target.context(prompt, text) for text in inputs[start : start + size]]
-            batch = target.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-            mask = batch["attention_mask"].to(target.model.device)
-            output = target.model(
-                input_ids=batch["input_ids"].to(target.model.device),
+            batch = target.lm.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+            mask = batch["attention_mask"].to(target.lm.device)
+            output = target.lm.model(
+                input_ids=batch["input_ids"].to(target.lm.device),
                 attention_mask=mask,
                 position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             )
@@ -63,14 +64,15 @@ def plain_sample(policy: Policy, query: Query, count: int, length: int) -> Rollo
     )
     tokens = sequences[:, len(query.tokens) :]
     nothing = torch.zeros(tokens.shape, device=policy.device)
-    rollout = Rollout((query,) * count, tokens, tokens >= 0, nothing, nothing)
+    owner = torch.zeros(count, dtype=torch.long, device=policy.device)
+    rollout = Rollout((query,), owner, tokens, tokens >= 0, nothing, nothing)
     logprobs, values, _ = plain_forward(policy, rollout)
     return replace(rollout, logprobs=logprobs, values=values)
 
 
 def plain_forward(policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities and values [B, T], and the logits of all positions of whole sequences that they come from."""
-    queries = torch.tensor([query.tokens for query in rollout.queries], device=policy.device)
+    queries = torch.tensor([query.tokens for query in rollout.queries], device=policy.device)[rollout.owner]
     ids = torch.cat([queries, rollout.tokens], dim=1)
     output = policy.model(ids, output_hidden_states=True, use_cache=False)
     logprobs = output.logits[:, :-1].log_softmax(-1)
@@ -81,7 +83,7 @@ def plain_forward(policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor, Ten
 
 
 def plain_loss(trainer: APPOTrainer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The loss of `APPOTrainer.loss` on the plain pass, and the entropies, which TRL takes at all positions too."""
+    """The loss of `Updater.loss` on the plain pass, and the entropies, which TRL takes at all positions too."""
     config = trainer.config
     logprobs, values, logits = plain_forward(trainer.policy, batch)
     policy = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip_range)
@@ -96,8 +98,8 @@ def plain_update(trainer: APPOTrainer, batch: Batch, passes: int) -> None:
         for _ in range(passes):
             plain_forward(trainer.policy, batch)
     for _ in range(trainer.config.ppo_epochs):
-        trainer.optimizer.zero_grad()
+        trainer.updater.optimizer.zero_grad()
         loss, _ = plain_loss(trainer, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainer.policy.parameters(), 1.0)
-        trainer.optimizer.step()
+        trainer.updater.optimizer.step()

@@ -10,13 +10,12 @@ import platform
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from experiments.files import write_whole, writing
+from experiments.run.files import write_whole, writing
 
 LOCK = ".lock"  # who is at work in a run's folder
 CONFIG, RESULT, HEADROOM = "config.yaml", "best_prompt.json", "headroom.json"
@@ -217,44 +216,3 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RunFolderError(f"{where}: expected a JSON object, found {type(found).__name__}")
     return found
-
-
-@dataclass(frozen=True)
-class PoolEntry:
-    """A prompt, its mean training reward and how often it was scored."""
-
-    prompt: str
-    reward: float
-    count: int
-
-
-class PromptPool:
-    """All distinct prompts of a run with their mean training reward; the best of them are looked at again.
-
-    Batches differ, so a prompt that was scored several times is judged by the mean of its rewards. Empty prompts
-    are not instructions and do not enter, nor do rewards that are not finite: they say nothing.
-    """
-
-    def __init__(self) -> None:
-        self._entries: dict[str, PoolEntry] = {}
-
-    def add(self, prompts: Sequence[str], rewards: Sequence[float]) -> None:
-        """Takes in the prompts of one iteration."""
-        for prompt, reward in zip(prompts, rewards, strict=True):
-            if not prompt or not math.isfinite(reward):
-                continue
-            old = self._entries.get(prompt, PoolEntry(prompt, 0.0, 0))
-            mean = (old.reward * old.count + reward) / (old.count + 1)
-            self._entries[prompt] = PoolEntry(prompt, mean, old.count + 1)
-
-    def state_dict(self) -> list[tuple[str, float, int]]:
-        """The entries, oldest first."""
-        return [(entry.prompt, entry.reward, entry.count) for entry in self._entries.values()]
-
-    def load_state_dict(self, state: Sequence[tuple[str, float, int]]) -> None:
-        """Takes over saved entries."""
-        self._entries = {prompt: PoolEntry(prompt, reward, count) for prompt, reward, count in state}
-
-    def best(self, size: int) -> list[PoolEntry]:
-        """The `size` best distinct prompts, best first; of equal ones the more often scored, then the older."""
-        return sorted(self._entries.values(), key=lambda e: (-e.reward, -e.count))[:size]

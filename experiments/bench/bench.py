@@ -30,16 +30,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from appo.config import APPOConfig, SamplingConfig
 from appo.ends import Ends
+from appo.lm.model import CausalLM
 from appo.policy import Policy
 from appo.rollout import Batch, Query, Rollout, Scored
 from appo.trainer import APPOTrainer
-from experiments.command import Parser, UsageError, in_order
+from experiments.bench.plain import as_plain, plain_loss, plain_sample, plain_scores, plain_update
 from experiments.config import MAX_THREADS, RunConfig
-from experiments.files import write_whole
 from experiments.lab import grammar
-from experiments.models import load_model
-from experiments.plain import as_plain, plain_loss, plain_sample, plain_scores, plain_update
-from rewards.target import TargetModel
+from experiments.run.files import write_whole
+from experiments.run.models import load_model
+from experiments.terminal.command import Parser, UsageError, in_order
+from rewards.local import LocalTarget
+from rewards.target import fill, grid
 
 Work = Callable[[], Any]
 
@@ -158,11 +160,10 @@ class Bench:
     def _scoring(self, name: str, count: int, size: int, prompt: int, length: int) -> Iterator[Row]:
         prompts, inputs = self._texts(count, prompt), self._texts(size, length)
         plain, exact, half = (self._target(name, d) for d in (torch.float32, torch.float32, torch.bfloat16))
-        as_plain(plain.model)
+        as_plain(plain.lm)
 
-        def ours(target: TargetModel) -> Tensor:
-            target.scored.clear()
-            return target.class_logits(prompts, inputs)
+        def ours(target: LocalTarget) -> Tensor:
+            return target.class_logits(grid(prompts, inputs)).view(len(prompts), len(inputs), -1)
 
         same(plain_scores(plain, prompts, inputs, 4).log_softmax(-1), ours(exact).log_softmax(-1))
         ways = {
@@ -177,18 +178,19 @@ class Bench:
         work = f"scoring {name}, K {count}, B {size}, {prompt} + {length} tokens"
         yield from self.timed(work, ways, pairs)
 
-    def _target(self, name: str, dtype: torch.dtype) -> TargetModel:
-        return TargetModel(build(SHAPES[name], dtype, self.device), self.tokenizer, TEMPLATE, WORDS)
+    def _target(self, name: str, dtype: torch.dtype) -> LocalTarget:
+        model = build(SHAPES[name], dtype, self.device).requires_grad_(False)
+        return LocalTarget(CausalLM(model, self.tokenizer), TEMPLATE, WORDS)
 
-    def _products(self, target: TargetModel, prompts: Sequence[str], inputs: Sequence[str]) -> Work:
+    def _products(self, target: LocalTarget, prompts: Sequence[str], inputs: Sequence[str]) -> Work:
         """The products with the layers' weights, at their own shapes, for the tokens that have to be run: the floor.
 
         The ratio to ours is the share of this machine's rate of matrix products that ours reaches.
         """
-        around = len(self.tokenizer(TEMPLATE.format(prompt="", input=""))["input_ids"])
+        around = len(self.tokenizer(fill(TEMPLATE, "", ""))["input_ids"])
         tokens = sum(len(ids) for ids in self.tokenizer([*prompts, *list(inputs) * len(prompts)])["input_ids"])
         tokens += (around - 1) * len(prompts) * len(inputs) - len(prompts)
-        layers = [layer for layer in target.model.model.modules() if isinstance(layer, nn.Linear)]
+        layers = [layer for layer in target.lm.model.model.modules() if isinstance(layer, nn.Linear)]
         states = {width: torch.randn(tokens, width, device=self.device) for width in {x.in_features for x in layers}}
 
         @torch.inference_mode()
@@ -215,7 +217,7 @@ class Bench:
             plain, ours, query = self._plain_trainer(name).policy, self._trainer(name).policy, self._query()
             ways = {
                 "generate and a pass": lambda p=plain, q=query, k=count: plain_sample(p, q, k, RESPONSE),
-                "ours": lambda p=ours, q=query, k=count: p.sample([q] * k),
+                "ours": lambda p=ours, q=query, k=count: p.sample([q], copies=k),
             }
             yield from self.timed(f"sampling {name}, K {count}", ways, [("generate and a pass", "ours")])
 
@@ -223,9 +225,9 @@ class Bench:
         """Four PPO epochs on K responses, with the passes for reference log-probabilities before them."""
         for name, count in UPDATES:
             plain, ours = self._plain_trainer(name), self._trainer(name)
-            rollout = ours.policy.sample([self._query()] * count)
+            rollout = ours.policy.sample([self._query()], copies=count)
             batch = as_batch(rollout)
-            same(gradients(plain, plain_loss(plain, batch)[0]), gradients(ours, ours.loss(batch)[0]))
+            same(gradients(plain, plain_loss(plain, batch)[0]), gradients(ours, ours.updater.loss(batch)[0]))
             ways = {
                 "TRL's passes": lambda t=plain, b=batch: plain_update(t, b, passes=2),
                 "ours": lambda t=ours, r=rollout: our_update(t, r),
@@ -241,7 +243,7 @@ class Bench:
             prompts, inputs, query = self._texts(count, PROMPT), self._texts(size, INPUT), self._query()
             plain, ours = self._plain_trainer(name), self._trainer(name)
             answering, target = self._target(name, self.dtype), self._target(name, self.dtype)
-            as_plain(answering.model)
+            as_plain(answering.lm)
 
             def published(t=plain, q=query, k=count, m=answering, p=prompts, i=inputs) -> None:  # type: ignore[no-untyped-def]
                 rollout = plain_sample(t.policy, q, k, RESPONSE)
@@ -249,9 +251,8 @@ class Bench:
                 plain_update(t, as_batch(rollout), passes=2)
 
             def appo(t=ours, q=query, k=count, m=target, p=prompts, i=inputs) -> None:  # type: ignore[no-untyped-def]
-                rollout = t.policy.sample([q] * k)
-                m.scored.clear()
-                m.class_logits(p, i)
+                rollout = t.policy.sample([q], copies=k)
+                m.class_logits(grid(p, i))
                 our_update(t, rollout)
 
             ways = {"all the plain way": published, "ours": appo}
@@ -260,15 +261,13 @@ class Bench:
     def _trainer(self, name: str) -> APPOTrainer:
         sampling = SamplingConfig(RESPONSE, 1.0, nonempty=False, one_line=False)
         model = build(SHAPES[name], torch.float32, self.device)
-        policy = Policy(model, self.tokenizer, sampling, compute_dtype=self.dtype)
-        policy.ends = Ends(
-            sampling, (), (), SHAPES[name].vocabulary, model.device
-        )  # all are of full length, in both ways
+        policy = Policy(CausalLM(model, self.tokenizer, compute_dtype=self.dtype), sampling)
+        policy.ends = Ends(sampling, (), (), SHAPES[name].vocabulary, model.device)  # all of full length, in both ways
         return APPOTrainer(policy, APPOConfig(learning_rate=1e-6, target_kl=None))
 
     def _plain_trainer(self, name: str) -> APPOTrainer:
         trainer = self._trainer(name)
-        as_plain(trainer.policy.model)
+        as_plain(trainer.policy.lm)
         return trainer
 
     def _query(self) -> Query:
@@ -297,24 +296,23 @@ def build(shape: Shape, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
 def as_batch(rollout: Rollout) -> Batch:
     """The rollout as a minibatch with made-up advantages."""
     advantages = torch.linspace(-1, 1, rollout.mask.numel(), device=rollout.mask.device).view(rollout.mask.shape)
-    columns = (rollout.tokens, rollout.mask, rollout.logprobs, rollout.values)
-    scored = Scored(rollout.queries, *columns, rollout.logprobs, advantages[:, 0])
-    return Batch.of(scored, advantages, advantages + rollout.values)
+    scored = Scored.of(rollout, advantages[:, 0], rollout.logprobs)
+    return Batch.finish(scored, advantages, advantages + rollout.values)
 
 
 def our_update(trainer: APPOTrainer, rollout: Rollout) -> None:
     """What `APPOTrainer.step` does after sampling and scoring."""
-    anchor = trainer.anchor.logprobs(trainer.policy, rollout)
+    anchor = trainer.anchor.logprobs(rollout)
     trainer.buffer.add(rollout, torch.linspace(0, 1, len(rollout)), anchor)
     trainer.update()
 
 
 def gradients(trainer: APPOTrainer, loss: Tensor) -> Tensor:
     """All gradients of the loss, in one row."""
-    trainer.optimizer.zero_grad()
+    trainer.updater.optimizer.zero_grad()
     loss.backward()
     found = torch.cat([p.grad.flatten() for p in trainer.policy.parameters() if p.grad is not None])
-    trainer.optimizer.zero_grad()
+    trainer.updater.optimizer.zero_grad()
     return found
 
 

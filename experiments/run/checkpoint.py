@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from experiments.files import writing
-from rewards.target import out_of_memory
+from appo.lm.model import out_of_memory
+from experiments.run.files import writing
 
 SCHEMA = 3
 KEPT = 2  # checkpoints; the newest may turn out to be damaged

@@ -1,4 +1,4 @@
-"""Test-time editing: an agent that writes an instruction for each input (TTE-StablePrompt)."""
+"""The agent as a writer of instructions for single inputs, in training and in use."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from appo.lm.model import ContextTooLongError
 from appo.policy import Policy
 from appo.rollout import Query
-from rewards.target import ContextTooLongError
+from experiments.run.run import Run
 from tasks.errors import shown
 from tasks.meta_prompt import rewrite_prompt
 from tasks.spec import Example
@@ -62,3 +63,8 @@ class Editor:
             part = queries[start : start + WRITTEN_AT_ONCE]
             written += self.policy.decode(self.policy.sample(part, generator, greedy=generator is None))
         return written
+
+
+def editor_of(run: Run) -> Editor:
+    """The agent of a run, with the run's way to ask."""
+    return Editor(run.policy, run.data.train, run.config.examples.pairs, run.instruction)

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from experiments.session import Run, meta_query, stream
-from experiments.statistics import LEVEL, Interval, interval, spread
-from rewards.reward import by_example
+from experiments.arms.fixed import meta_query
+from experiments.run.run import Run, stream
+from experiments.run.statistics import LEVEL, Interval, interval, spread
 from tasks.spec import Example
 
 
@@ -71,7 +71,7 @@ def look(run: Run, count: int) -> Headroom:
     written = run.policy.decode(run.policy.sample(queries, generator))
     prompts = list(dict.fromkeys(written))
     rows = run.data.validation
-    manual, empty, *table = by_example(run.reward, [run.data.spec.manual_prompt, "", *prompts], rows).tolist()
+    manual, empty, *table = run.reward.by_example([run.data.spec.manual_prompt, "", *prompts], rows).tolist()
     sampled = [_mean(row) for row in table]
     seen = spread(table) if len(table) > 1 else None
     return Headroom(

@@ -1,0 +1,118 @@
+"""An arm: one way to find prompts. All arms share the budget of scored prompts, the splits and the final choice."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from appo.rollout import Query
+from appo.selfcheck import self_check
+from appo.trainer import APPOTrainer, Iteration
+from experiments.arms.batches import Batches
+from experiments.arms.pool import PromptPool
+from experiments.run.run import Run, stream
+from rewards.reward import RewardResult
+from tasks.spec import Example
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the agent is asked, and what its answers are worth.
+
+    Attributes:
+        queries: distinct ones.
+        copies: prompts for each of them.
+        reward_fn: from prompts, those to one query side by side, to their rewards.
+    """
+
+    queries: list[Query]
+    copies: int
+    reward_fn: Callable[[list[str]], RewardResult]
+
+
+class Arm(ABC):
+    """Asks the agent, scores what it writes, lets it learn, and in the end chooses.
+
+    A subclass says what is asked (`ask`, `ask_for_review`), what comes out (`result`) and, if it does not learn by
+    APPO, how an iteration goes (`learn`).
+
+    Attributes:
+        pool: prompts for all inputs that were found so far; empty in an arm that writes one for each input.
+    """
+
+    def __init__(self, run: Run) -> None:
+        config = run.config
+        self.run, self.pool = run, PromptPool()
+        # A stream for each purpose, so that arms which differ in one see the same of the others.
+        self.streams = {name: stream(config.seed, name) for name in ("batches", "pairs", "review")}
+        self.batches = Batches(run.data.train, config.examples.batch_size, self.streams["batches"])
+        generator = torch.Generator(run.policy.device).manual_seed(config.seed)
+        self.trainer = APPOTrainer(run.policy, config.appo, config.anchor, generator)
+
+    @abstractmethod
+    def ask(self, batch: Sequence[Example], rng: random.Random) -> Question:
+        """The question of an iteration, to be scored on these training examples."""
+
+    @abstractmethod
+    def ask_for_review(self, rng: random.Random) -> Question:
+        """The question of a review, to be scored on the validation split; its pairs are training examples as always."""
+
+    @abstractmethod
+    def result(self) -> dict[str, Any]:
+        """What best_prompt.json holds: what came out, with its scores on validation and test. Reads the test split."""
+
+    def step(self, number: int) -> Iteration:
+        """Iteration `number`, from 1, and the review that is due after it.
+
+        Raises:
+            SelfCheckError: the first rollout does not add up.
+            DivergedError: training cannot go on.
+        """
+        question = self.ask(self.batches.next(), self.streams["pairs"])
+        if number == 1:
+            generator = torch.Generator(self.run.policy.device).manual_seed(0)
+            rollout = self.run.policy.sample(question.queries, generator, question.copies)
+            self_check(self.run.policy, self.trainer.anchor, rollout)
+        iteration = self.learn(question)
+        if number % (self.run.config.anchor.period * self.run.steps_per_epoch) == 0:
+            return self.reviewed(iteration)
+        return iteration
+
+    def learn(self, question: Question) -> Iteration:
+        """Collects and updates."""
+        return self.trainer.step(question.queries, question.reward_fn, question.copies)
+
+    def reviewed(self, iteration: Iteration) -> Iteration:
+        """The iteration with the review that follows it, where the anchor may move."""
+        if not self.trainer.updater.reference.reviewed:
+            return iteration
+        question = self.ask_for_review(self.streams["review"])
+        metric = self.run.reward.metric
+
+        def score(prompts: list[str]) -> list[float]:
+            found: list[float] = question.reward_fn(prompts).metrics[metric].tolist()
+            return found
+
+        return replace(iteration, review=self.trainer.review_anchor(question.queries, score, question.copies))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next iteration depends on, to be saved."""
+        return {
+            "trainer": self.trainer.state_dict(),
+            "pool": self.pool.state_dict(),
+            "streams": {name: rng.getstate() for name, rng in self.streams.items()},
+            "order": self.batches.order,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a saved state."""
+        self.trainer.load_state_dict(state["trainer"])
+        self.pool.load_state_dict(state["pool"])
+        for name, rng in self.streams.items():
+            rng.setstate(state["streams"][name])
+        self.batches.order = state["order"]

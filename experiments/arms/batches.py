@@ -1,0 +1,39 @@
+"""Batches of examples that are even over the labels."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from tasks.spec import Example
+
+
+class Batches:
+    """Endless epochs of shuffled batches; the last of an epoch may be smaller.
+
+    Batches are as even over the right labels (or letters) as the examples are. Small targets lean to one label: a batch
+    with 11 of 16 such examples would pay every prompt that makes the target say it.
+    """
+
+    def __init__(self, examples: Sequence[Example], size: int, rng: random.Random) -> None:
+        self.examples, self.size, self.rng = examples, size, rng
+        self.order: list[int] = []
+
+    def next(self) -> list[Example]:
+        """The next batch."""
+        if not self.order:
+            self.order = self._epoch()
+        taken, self.order = self.order[: self.size], self.order[self.size :]
+        return [self.examples[i] for i in taken]
+
+    def _epoch(self) -> list[int]:
+        """All examples, shuffled, those of each label at even distances from one another."""
+        shuffled = self.rng.sample(range(len(self.examples)), len(self.examples))
+        of_label: dict[int | None, list[int]] = {}
+        for i in shuffled:
+            of_label.setdefault(self.examples[i].label, []).append(i)
+        place: dict[int, float] = {}
+        for members in of_label.values():
+            offset = self.rng.random()
+            place |= {i: (rank + offset) / len(members) for rank, i in enumerate(members)}
+        return sorted(shuffled, key=lambda i: place[i])

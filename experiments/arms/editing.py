@@ -1,0 +1,62 @@
+"""Test-time editing: an agent that writes an instruction for each input (TTE-StablePrompt)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.arms.arm import Arm, Question
+from experiments.arms.editor import editor_of
+from experiments.arms.result import described, scores
+from experiments.run.run import Run
+from tasks.spec import SPLITS, Example
+
+EDITS_SHOWN = 5  # instructions for single inputs that the result quotes
+
+
+class TestTimeEditing(Arm):
+    """Every iteration asks for K instructions for each input of a batch and scores each on its own input."""
+
+    __test__ = False  # the name is the method's; pytest would take it for tests
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.editor = editor_of(run)
+
+    def ask(self, batch: Sequence[Example], rng: random.Random) -> Question:
+        """A meta-prompt for each input, K times."""
+        copies = self.run.config.prompts
+        asked = [example for example in batch for _ in range(copies)]
+        queries = [self.editor.query(example.input, rng) for example in batch]
+        return Question(queries, copies, lambda prompts: self.run.reward.each(prompts, asked))
+
+    def ask_for_review(self, rng: random.Random) -> Question:
+        """A meta-prompt for each validation input."""
+        rows = self.run.data.validation
+        queries = [self.editor.query(example.input, rng) for example in rows]
+        return Question(queries, 1, lambda prompts: self.run.reward.each(prompts, rows))
+
+    def result(self) -> dict[str, Any]:
+        """Lets the agent write its likeliest instruction for every input of validation and test.
+
+        Where the manual prompt does no worse on validation, it is the result: `prompt` holds it, in place of null.
+        """
+        run, manual_prompt = self.run, self.run.data.spec.manual_prompt
+        written, edits, manual = {}, {}, {}
+        for split in SPLITS[1:]:
+            examples = getattr(run.data, split)
+            written[split] = self.editor.write([example.input for example in examples])
+            edits[split] = run.reward.each(written[split], examples).metrics[run.reward.metric]
+            manual[split] = run.reward.by_example([manual_prompt], examples)[0]
+        better = bool(edits["validation"].mean() > manual["validation"].mean())
+        shown_edits = zip(run.data.test[:EDITS_SHOWN], written["test"], strict=False)
+        return {
+            "prompt": None if better else manual_prompt,
+            "chosen": "edits" if better else "manual",
+            "edits": [{"input": example.input, "prompt": prompt} for example, prompt in shown_edits],
+            "edits_validation_score": edits["validation"].mean().item(),
+            "edits_test_score": edits["test"].mean().item(),
+            **described(run),
+            **scores(edits if better else manual, manual),
+        }

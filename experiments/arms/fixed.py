@@ -1,0 +1,102 @@
+"""One prompt for the whole task: APPO as in the paper."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from appo.rollout import Query
+from appo.trainer import Iteration
+from experiments.arms.arm import Arm, Question
+from experiments.arms.result import described, scores
+from experiments.run.run import Run, stream
+from tasks.meta_prompt import as_lines, meta_prompt
+from tasks.spec import Example
+
+PAPER_POOL = 5  # prompts that the paper runs on test, to report the best of them [P, 4.1]
+
+
+def meta_query(run: Run, scored: Sequence[Example], rng: random.Random) -> Query:
+    """A meta-prompt of training pairs, by preference none that the prompts are about to be scored on."""
+    known = set(scored)
+    others = [example for example in run.data.train if example not in known]
+    count = min(run.config.examples.pairs, len(run.data.train))
+    pairs = rng.sample(others if len(others) >= count else run.data.train, count)
+    return run.policy.query(*meta_prompt(pairs))
+
+
+class FixedPrompt(Arm):
+    """Every iteration asks for K prompts and scores them on the same batch."""
+
+    def ask(self, batch: Sequence[Example], rng: random.Random) -> Question:
+        """One meta-prompt, K times."""
+        query = meta_query(self.run, batch, rng)
+        return Question([query], self.run.config.prompts, lambda prompts: self.run.reward(prompts, batch))
+
+    def ask_for_review(self, rng: random.Random) -> Question:
+        """As many meta-prompts as prompts are to be compared."""
+        queries = [meta_query(self.run, (), rng) for _ in range(self.run.config.anchor.prompts)]
+        return Question(queries, 1, lambda prompts: self.run.reward(prompts, self.run.data.validation))
+
+    def learn(self, question: Question) -> Iteration:
+        """As in any arm; the prompts go into the pool."""
+        iteration = super().learn(question)
+        self.pool.add(iteration.collected.prompts, iteration.collected.rewarded.scores.tolist())
+        return iteration
+
+    def result(self) -> dict[str, Any]:
+        """Chooses the winner on validation and runs it on test.
+
+        The manual prompt (and few-shot prompts, if wanted) stand for election too, so that nobody ends with less on
+        validation than they had; of equal ones the manual prompt wins. The winner alone is the result. The paper's own
+        number, the best of the top five *on test*, is selection on the test split; it stands beside the result under
+        its name, to compare with published tables.
+
+        Raises:
+            FloatingPointError: no prompt has a finite score.
+        """
+        run, manual = self.run, self.run.data.spec.manual_prompt
+        tuned = [entry.prompt for entry in self.pool.best(run.config.pool)]
+        candidates = [manual, *self._few_shot_prompts(), *tuned]
+        validation = run.reward.by_example(candidates, run.data.validation)
+        rewards = run.reward(candidates, run.data.validation).scores
+        if not rewards.isfinite().any():
+            raise FloatingPointError("no prompt has a finite score on the validation split; see metrics.jsonl")
+        rewards, means = rewards.nan_to_num(-math.inf), validation.mean(1).tolist()
+        best = max(range(len(candidates)), key=lambda i: (means[i], rewards[i].item(), -i))
+        best = best if means[best] > means[0] else 0
+        published = tuned[:PAPER_POOL] or [manual]
+        *others, of_manual, of_best = run.reward.by_example([*published, manual, candidates[best]], run.data.test)
+        return {
+            "prompt": candidates[best],
+            "chosen": "manual" if best == 0 else "tuned" if candidates[best] in tuned else "few-shot",
+            **described(run),
+            **scores(
+                {"validation": validation[best], "test": of_best}, {"validation": validation[0], "test": of_manual}
+            ),
+            "answers_on_test": {
+                "best": self._shares(candidates[best]), "manual": self._shares(manual), "right": self._shares(None),
+            } if run.data.words else {},
+            "paper_protocol": {
+                "name": f"best of the top {len(published)} by training reward, chosen on test",
+                "test_score": max(values.mean().item() for values in others),
+            },
+        }  # fmt: skip
+
+    def _few_shot_prompts(self) -> list[str]:
+        """The manual prompt with training pairs behind it, drawn anew for each."""
+        config, data = self.run.config, self.run.data
+        rng, count = stream(config.seed, "few-shot"), min(config.examples.pairs, len(data.train))
+        drawn = [rng.sample(data.train, count) for _ in range(config.few_shot)]
+        return [f"{data.spec.manual_prompt}\n{as_lines(pairs)}\n" for pairs in drawn]
+
+    def _shares(self, prompt: str | None) -> dict[str, float]:
+        """How the target's answers on test are spread over the labels under a prompt; of None the right answers."""
+        test = self.run.data.test
+        answers = [example.answer for example in test]
+        if prompt is not None:
+            inputs, choices = [example.input for example in test], [example.choices for example in test]
+            answers = [reply.answer for reply in self.run.reward.reply([prompt] * len(test), inputs, choices)]
+        return {word: answers.count(word) / len(answers) for word in self.run.data.words}

@@ -1,0 +1,44 @@
+"""What every arm's result says: its scores beside the manual prompt's, and what is needed to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.run.run import Run
+from experiments.run.statistics import compared, interval
+from tasks.spec import SPLITS
+
+NO_BETTER = "no prompt better than the manual one was found"
+
+
+def scores(best: Mapping[str, Tensor], manual: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What validation and test say of the result and of the manual prompt; of each split the values of its rows."""
+    same = torch.equal(best["validation"], manual["validation"]) and torch.equal(best["test"], manual["test"])
+    found: dict[str, Any] = {}
+    for split in SPLITS[1:]:
+        found[f"{split}_rows"] = len(best[split])
+        for name, values in ((split, best[split]), (f"manual_{split}", manual[split])):
+            found[f"{name}_score"] = values.mean().item()
+            found[f"{name}_interval"] = interval(values.tolist())
+    found["verdict"] = NO_BETTER if same else compared(best["test"].tolist(), manual["test"].tolist())
+    return found
+
+
+def described(run: Run) -> dict[str, Any]:
+    """What else is needed to use a result."""
+    spec = run.data.spec
+    return {
+        "task": spec.name,
+        "mode": run.config.mode,
+        "template": spec.template,
+        "verbalizer": spec.verbalizer,
+        "metric": run.reward.metric,
+        "target": run.config.target,
+        "seed": run.config.seed,
+        "manual_prompt": spec.manual_prompt,
+        "fingerprint": run.fingerprint,
+    }

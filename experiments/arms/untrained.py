@@ -1,0 +1,28 @@
+"""The controls: the same arms with an agent that never learns."""
+
+from __future__ import annotations
+
+from appo.trainer import Iteration
+from experiments.arms.arm import Arm, Question
+from experiments.arms.editing import TestTimeEditing
+from experiments.arms.fixed import FixedPrompt
+
+
+class Untrained(Arm):
+    """Samples and scores as its arm does, but never updates the agent."""
+
+    def learn(self, question: Question) -> Iteration:
+        """Collects, and forgets."""
+        return self.trainer.explore(question.queries, question.reward_fn, question.copies)
+
+    def reviewed(self, iteration: Iteration) -> Iteration:
+        """Nothing has changed that could be reviewed."""
+        return iteration
+
+
+class BestOfN(FixedPrompt, Untrained):
+    """Best-of-N sampling: all prompts come from the agent as it was loaded."""
+
+
+class UntrainedEditing(TestTimeEditing, Untrained):
+    """Test-time editing by the agent as it was loaded."""

@@ -1,0 +1,180 @@
+"""The parts of a run, loaded, checked and wired together."""
+
+from __future__ import annotations
+
+import math
+import platform
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from appo.lm.model import CausalLM, ContextTooLongError
+from appo.policy import Policy
+from experiments.config import RunConfig, data_source, read_config
+from experiments.config.strict import ConfigError
+from experiments.run.fingerprint import Fingerprint, fingerprint
+from experiments.run.models import ModelError, load_model
+from experiments.run.runlog import CONFIG, RunFolderError, RunLog, read_result
+from rewards.local import LocalTarget
+from rewards.reward import ClassificationReward, GenerationReward, Reward
+from rewards.target import Remembered, Target
+from tasks.errors import TooFewRowsError, shown
+from tasks.meta_prompt import meta_prompt, rewrite_prompt
+from tasks.sources import load_task
+from tasks.spec import SPLITS, Example
+from tasks.splits import TaskData
+
+SHORTER = "use shorter inputs, a shorter prompt, or a lower sampling.max_new_tokens"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run; what changes from iteration to iteration is an arm's."""
+
+    config: RunConfig
+    data: TaskData
+    policy: Policy
+    target: Remembered
+    reward: Reward
+    log: RunLog
+    fingerprint: Fingerprint  # of the task
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.data.train) / self.config.examples.batch_size)
+
+    @property
+    def steps(self) -> int:
+        return self.config.steps or self.config.epochs * self.steps_per_epoch
+
+    @property
+    def instruction(self) -> str:
+        """What the agent is to edit for each input in mode tte; "": it writes from nothing."""
+        return self.data.spec.manual_prompt if self.config.edit_manual else ""
+
+    def environment(self) -> dict[str, Any]:
+        """What else the results depend on: versions, device, threads, and how the models are run."""
+        return {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "transformers", "datasets", "numpy")},
+            "device": str(self.policy.device),
+            "threads": torch.get_num_threads(),
+            "agent_computes_in": str(self.policy.lm.compute_dtype).removeprefix("torch."),
+            "agent_chat": self.policy.lm.chat,
+            **{f"target_{name}": value for name, value in self.target.described().items()},
+        }
+
+
+def stream(seed: int, name: str) -> random.Random:
+    """The random numbers of a run for one purpose; those for another are independent of it."""
+    return random.Random(f"{seed} {name}")
+
+
+def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
+    """A run that is done, with the agent that it left behind, to be used.
+
+    Args:
+        folder: the run's.
+        trust_remote_code: run code that comes with a model; what the folder says about it does not count.
+
+    Raises:
+        RunFolderError: the folder holds no finished run.
+    """
+    config = stored_config(folder)
+    read_result(folder)
+    agent = folder / "agent"
+    if not agent.is_dir():
+        raise RunFolderError(f"{str(folder)!r} holds no folder 'agent'; expected that of a run that came to its end")
+    config = replace(config, agent=str(agent.absolute()), trust_remote_code=trust_remote_code)
+    return _assemble(config, RunLog(folder, new=False))
+
+
+def stored_config(folder: Path) -> RunConfig:
+    """The configuration that a run left in its folder.
+
+    Raises:
+        RunFolderError: there is none.
+        ConfigError: it is not what a run writes.
+    """
+    if not (folder / CONFIG).is_file():
+        raise RunFolderError(f"{str(folder)!r} holds no {CONFIG}; expected the folder of a run")
+    return read_config(folder / CONFIG)
+
+
+def prepare(config: RunConfig, resume: bool = False) -> Run:
+    """Loads data and models, and refuses what cannot work, before anything is written."""
+    folder = Path(config.run or f"runs/{Path(config.task).stem}-{datetime.now():%Y%m%d-%H%M%S}")
+    return _assemble(config, RunLog(folder, new=not resume))
+
+
+def _assemble(config: RunConfig, log: RunLog) -> Run:
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    data = _load_data(config)
+    agent, answering = load_model(config, "agent"), load_model(config, "target")
+    policy = Policy(agent, config.sampling)
+    try:
+        local = LocalTarget(answering, data.spec.template, data.words, [example.input for example in data.train])
+    except ValueError as error:  # a label word that its tokenizer does not know, or cannot tell from another
+        raise ModelError(f"target: {error}") from error
+    target = Remembered(local)
+    run = Run(config, data, policy, target, _reward(config, data, target), log, fingerprint(data))
+    _check_agent_fits(run)
+    _check_target_fits(run, answering)
+    return run
+
+
+def _load_data(config: RunConfig) -> TaskData:
+    source, options = data_source(config.task, config.data), config.examples
+    try:
+        return load_task(config.task, source, options.shots, config.seed, options.test_limit)
+    except TooFewRowsError as error:
+        raise ConfigError(f"{error}; ask for fewer with examples.shots") from error
+
+
+def _reward(config: RunConfig, data: TaskData, target: Target) -> Reward:
+    weights = config.reward
+    if data.spec.kind == "text":
+        return GenerationReward(
+            target, data.spec.metric, weights.metric_weight, weights.likelihood_weight, weights.answer_tokens
+        )
+    return ClassificationReward(target, weights.accuracy_weight, weights.margin_weight)
+
+
+def _check_agent_fits(run: Run) -> None:
+    """Refuses meta-prompts that do not fit the agent with the longest prompt behind them."""
+    pairs = _by_length(run.policy.lm, run.data.train)[: run.config.examples.pairs]
+    asked = meta_prompt(pairs)
+    if run.config.mode == "tte":
+        asked = rewrite_prompt(pairs, _by_length(run.policy.lm, _every(run.data))[0].input, run.instruction)
+    try:
+        run.policy.check_fits(run.policy.query(*asked))
+    except ContextTooLongError as error:
+        raise ConfigError(f"{error}; use fewer examples.pairs or a lower sampling.max_new_tokens") from error
+
+
+def _check_target_fits(run: Run, answering: CausalLM) -> None:
+    """Refuses inputs that leave the target no room for a prompt."""
+    answer = run.config.reward.answer_tokens if run.data.spec.kind == "text" else 0
+    longest = _by_length(answering, _every(run.data))[0].input
+    try:
+        run.target.check_fits(run.config.sampling.max_new_tokens + answer, longest)
+        run.target.check_fits(run.data.spec.manual_prompt, longest)
+    except ContextTooLongError as error:
+        raise ContextTooLongError(f"{error}; {SHORTER}; the longest input is {shown(longest)}") from error
+
+
+def _every(data: TaskData) -> list[Example]:
+    return [example for split in SPLITS for example in getattr(data, split)]
+
+
+def _by_length(lm: CausalLM, examples: Sequence[Example]) -> list[Example]:
+    """The examples, those of most tokens first: of two texts the longer one may well have fewer."""
+    tokens = lm.tokenizer([f"{example.input} {example.answer}" for example in examples])["input_ids"]
+    return [examples[i] for i in sorted(range(len(examples)), key=lambda i: -len(tokens[i]))]

@@ -1,0 +1,281 @@
+"""A target that runs here: a frozen causal LM, scored over a few label words or left to speak.
+
+Two things are easy to get wrong here and decide every number above. Which token is a label word? It depends on
+what precedes it (a space or none, a newline, a chat turn), so the words are tokenised *in place*, behind the
+filled template. And where does the answer begin? At the template's last token, whatever the padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from appo.lm.attention import Branches
+from appo.lm.model import CausalLM, out_of_memory
+from appo.lm.packed import Output, common_prefix
+from rewards.target import NO_NUMBERS, Asked, fill
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Verbalizer:
+    """The label words as token ids, as they continue the filled template.
+
+    Attributes:
+        words: the C label words, in class order.
+        tokens: their token ids behind the template; several ids where the tokenizer splits a word.
+        overlap: how many of the template's own last tokens the words are tokenised together with (mostly 0).
+    """
+
+    words: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    overlap: int
+
+    @classmethod
+    def build(cls, lm: CausalLM, context: str, words: Sequence[str]) -> Verbalizer:
+        """Tokenises each word behind `context`, a filled template, after a space where none stands there yet.
+
+        Raises:
+            ValueError: two words have the same tokens, or a word has none or an unknown one.
+        """
+        if not words:  # the answer is text: there is nothing to choose from
+            return cls((), (), 0)
+        base, *full = lm.tokens([context, *(lm.continued(context, word) for word in words)])
+        shared = min(common_prefix([base, ids]) for ids in full)
+        tokens = tuple(tuple(ids[shared:]) for ids in full)
+        unknown = lm.tokenizer.unk_token_id
+        for word, ids in zip(words, tokens, strict=True):
+            if not ids or (unknown is not None and unknown in ids):
+                raise ValueError(f"the target's tokenizer has no token for the label word {word!r}")
+            twins = [other for other, theirs in zip(words, tokens, strict=True) if theirs == ids]
+            if len(twins) > 1:
+                raise ValueError(f"the label words {twins} are the same tokens {list(ids)} to the target's tokenizer")
+        return cls(tuple(words), tokens, len(base) - shared)
+
+
+class _Job(NamedTuple):
+    """A filled template as tokens: what it shares with others, and the rest, which is not empty."""
+
+    prefix: tuple[int, ...]
+    rest: list[int]
+
+
+class LocalTarget:
+    """A frozen causal LM under prompts; see `rewards.target.Target`.
+
+    The tokens that a prompt's inputs share (the prompt itself, mostly) are run once, no token is run for padding,
+    and of the vocabulary only the label words are looked at.
+
+    Args:
+        lm: the model, with none of its weights trainable.
+        template: text with {prompt} and {input}, ending where the answer begins.
+        words: the label words in class order; none where the answer is text.
+        inputs: some of the task's inputs. Where the template ends in one, the label words follow its last character.
+        max_batch_tokens: upper bound on the tokens of one forward pass, halved whenever memory runs out; default: 2048
+            on the CPU, where more only leave its caches, 32768 elsewhere.
+
+    Raises:
+        ValueError: the tokenizer does not know a label word, or cannot tell two apart; a weight is trainable.
+    """
+
+    def __init__(
+        self,
+        lm: CausalLM,
+        template: str,
+        words: Sequence[str],
+        inputs: Sequence[str] = ("input",),
+        max_batch_tokens: int | None = None,
+    ) -> None:
+        if any(weight.requires_grad for weight in lm.model.parameters()):
+            raise ValueError("the target has trainable weights; freeze it, and give the agent a model of its own")
+        self.lm, self.template, self.words = lm, template, tuple(words)
+        self.max_batch_tokens = max_batch_tokens or (2048 if lm.device.type == "cpu" else 32_768)
+        # The words are tokenised as they will stand there: behind a filled template, not an empty one.
+        self.verbalizer, *others = {Verbalizer.build(lm, self.context("prompt", text), words): None for text in inputs}
+        if others:
+            raise ValueError("behind different inputs a label word is different tokens; let the template end in a text")
+        # A word of several tokens needs the log-probability of each, hence a row that holds all but its last.
+        self._stems = list(dict.fromkeys(ids[:-1] for ids in self.verbalizer.tokens)) or [()]
+
+    def context(self, prompt: str, text: str) -> str:
+        """The text that the target continues."""
+        return self.lm.text(fill(self.template, prompt, text))
+
+    def described(self) -> dict[str, Any]:
+        """The precision that it computes in, and whether its chat template is used."""
+        return {"computes_in": str(self.lm.model.dtype).removeprefix("torch."), "chat": self.lm.chat}
+
+    def check_fits(self, prompt: str | int, text: str) -> None:
+        """Refuses an input that leaves no room for the prompt, or for one of so many tokens.
+
+        Raises:
+            ContextTooLongError: the context holds less.
+        """
+        room, written = (prompt, "") if isinstance(prompt, int) else (0, prompt)
+        (ids,) = self.lm.tokens([self.context(written, text)])
+        self._check_width(len(ids) - self.verbalizer.overlap + room + max(map(len, self._stems)))
+
+    def _check_width(self, width: int) -> None:
+        self.lm.check_fits(width, "a filled template does not fit into the target's context")
+
+    # -- label words -------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def class_logits(self, asked: Sequence[Asked]) -> Tensor:
+        """Log-likelihoods of the label words behind each filled template, up to a constant of each row.
+
+        Where words are single tokens, what normalises them all is never computed.
+
+        Returns:
+            [B, C] float32, on the CPU.
+
+        Raises:
+            ContextTooLongError: a filled template is longer than the target's context.
+        """
+        return self._run(self._jobs(asked))
+
+    def _jobs(self, asked: Sequence[Asked]) -> list[_Job]:
+        """The filled templates as tokens, each cut where what it shares with the others of its prompt ends."""
+        texts = [self.context(prompt, text) for prompt, inputs in asked for text in inputs]
+        contexts = iter([ids[: len(ids) - self.verbalizer.overlap] for ids in self.lm.tokens(texts)])
+        jobs = []
+        for _, inputs in asked:
+            many = [next(contexts) for _ in inputs]
+            # What is not shared keeps at least the last token, the one that predicts the answer.
+            shared = common_prefix([ids[:-1] for ids in many]) if len(many) > 1 else 0
+            jobs += [_Job(tuple(ids[:shared]), ids[shared:]) for ids in many]
+        longest = max(len(job.prefix) + len(job.rest) for job in jobs)
+        self._check_width(longest + max(map(len, self._stems)))
+        return jobs
+
+    def _run(self, jobs: Sequence[_Job]) -> Tensor:
+        """[n, C]: in one pass if that fits, else in halves."""
+        size = sum(map(len, {job.prefix for job in jobs}))
+        size += sum(len(job.rest) + len(stem) for job in jobs for stem in self._stems)
+        if size <= self.max_batch_tokens or len(jobs) == 1:
+            try:
+                return self._pass(jobs)
+            except RuntimeError as error:
+                if len(jobs) == 1 or not out_of_memory(error):
+                    raise
+            self.max_batch_tokens = size // 2
+        half = len(jobs) // 2
+        return torch.cat([self._run(jobs[:half]), self._run(jobs[half:])])
+
+    def _pass(self, jobs: Sequence[_Job]) -> Tensor:
+        """[n, C], from one forward pass."""
+        prefixes = {prefix: m for m, prefix in enumerate(dict.fromkeys(job.prefix for job in jobs))}
+        branches = [[*job.rest, *stem] for job in jobs for stem in self._stems]
+        owner = [prefixes[job.prefix] for job in jobs for _ in self._stems]
+        keep = [1 + len(stem) for stem in self._stems]
+        batch = Branches(list(prefixes), branches, owner)
+        if self._stems == [()] and self.words:
+            only = [word[0] for word in self.verbalizer.tokens]
+            return self.lm.run(batch, keep * len(jobs), only).logits.cpu()
+        logits = self.lm.run(batch, keep * len(jobs)).logits.float().log_softmax(-1)
+        logits = logits.view(len(jobs), sum(keep), -1)
+        return torch.stack([self._word_logprob(logits, word) for word in self.verbalizer.tokens], dim=-1).cpu()
+
+    def _word_logprob(self, logprobs: Tensor, word: tuple[int, ...]) -> Tensor:
+        """[n]: the sum over the word's tokens, each at the position that predicts it, behind its own stem."""
+        first = sum(1 + len(stem) for stem in self._stems[: self._stems.index(word[:-1])])
+        return torch.stack([logprobs[:, first + i, token] for i, token in enumerate(word)]).sum(0)
+
+    # -- text --------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate(self, asked: Sequence[Asked], budget: int, stop: Sequence[str]) -> list[str]:
+        """Greedy answers: the likeliest token, until an end token, a stop string or the budget.
+
+        Nothing of the model's generation_config is used but its end tokens. A stop string is no part of the answer.
+
+        Returns:
+            B texts, stripped.
+
+        Raises:
+            ContextTooLongError: a filled template and the longest answer do not fit into the target's context.
+            FloatingPointError: the target's logits are not numbers.
+        """
+        contexts = self.lm.tokens([self.context(prompt, text) for prompt, inputs in asked for text in inputs])
+        widths = [len(ids) + budget for ids in contexts]
+        return self._batched(widths, lambda rows: self._greedy([contexts[r] for r in rows], budget, stop))
+
+    def _greedy(self, contexts: list[list[int]], budget: int, stop: Sequence[str]) -> list[str]:
+        written: list[list[int]] = [[] for _ in contexts]
+        texts = [""] * len(contexts)
+
+        def choose(output: Output, alive: Tensor) -> tuple[Tensor, Tensor]:
+            if output.logits.isnan().any():  # which argmax would prefer to any number
+                raise FloatingPointError(NO_NUMBERS)
+            tokens = output.logits.argmax(-1)
+            going = []
+            for row, token in zip(alive.tolist(), tokens.tolist(), strict=True):
+                stopped = token in self.lm.ends
+                if not stopped:
+                    written[row].append(token)
+                    texts[row], stopped = _cut(self.lm.decode_text(written[row]), stop)
+                going.append(not stopped)
+            return tokens, torch.tensor(going, device=alive.device)
+
+        self.lm.decode(contexts, choose, budget)
+        return [text.strip() for text in texts]
+
+    @torch.inference_mode()
+    def answer_logprobs(self, asked: Sequence[Asked], answers: Sequence[str]) -> Tensor:
+        """Mean log-probability per token of each answer to its own input.
+
+        Returns:
+            [B] float32 on the CPU, at most 0.
+
+        Raises:
+            ContextTooLongError: a filled template and its answer do not fit into the target's context.
+        """
+        contexts = [self.context(prompt, text) for prompt, inputs in asked for text in inputs]
+        wholes = [self.lm.continued(context, answer) for context, answer in zip(contexts, answers, strict=True)]
+        before, after = self.lm.tokens(contexts), self.lm.tokens(wholes)
+        lengths = [len(w) - common_prefix([b, w]) for b, w in zip(before, after, strict=True)]
+
+        def means(rows: list[int]) -> list[float]:
+            counts = [lengths[r] for r in rows]
+            # A token is predicted by the state before it, hence the last token is not run.
+            batch = Branches([[]], [after[r][:-1] for r in rows], [0] * len(rows))
+            logprobs = self.lm.run(batch, counts).logits.float().log_softmax(-1)
+            tokens = torch.tensor([token for r in rows for token in after[r][-lengths[r] :]], device=logprobs.device)
+            chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            return [part.mean().item() for part in chosen.split(counts)]
+
+        return torch.tensor(self._batched(list(map(len, after)), means), device="cpu")
+
+    def _batched(self, widths: Sequence[int], work: Callable[[list[int]], list[T]]) -> list[T]:
+        """Does the work on rows of similar width together, each padded batch within the budget, or one row.
+
+        The budget is halved whenever memory runs out.
+        """
+        self._check_width(max(widths, default=0))
+        done: dict[int, T] = {}
+        todo = sorted(range(len(widths)), key=lambda row: widths[row])
+        while todo:
+            size = 1
+            while size < len(todo) and widths[todo[size]] * (size + 1) <= self.max_batch_tokens:
+                size += 1
+            try:
+                done |= zip(todo[:size], work(todo[:size]), strict=True)
+            except RuntimeError as error:
+                if size == 1 or not out_of_memory(error):
+                    raise
+                self.max_batch_tokens = size // 2 * widths[todo[size - 1]]
+            else:
+                todo = todo[size:]
+        return [done[row] for row in range(len(widths))]
+
+
+def _cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """The text up to the first stop string, and whether there is one; white space it begins with stops nothing."""
+    lead = len(text) - len(text.lstrip())
+    places = [place for word in stop if (place := text.find(word, lead)) >= 0]
+    return (text[: min(places)], True) if places else (text, False)
