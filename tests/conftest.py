@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -17,6 +20,10 @@ from transformers import (
 )
 
 from appo.config import SamplingConfig
+from appo.lm.model import CausalLM
+from appo.policy import Policy
+from rewards.local import LocalTarget
+from rewards.target import Target, grid
 
 # CI draws the same examples in every call, `make fuzz` new ones (tests/fuzz.py).
 settings.register_profile("same", derandomize=True, deadline=None)
@@ -72,6 +79,37 @@ def sharpen(model: PreTrainedModel) -> PreTrainedModel:
             if parameter.dim() > 1:
                 parameter.mul_(6)
     return model
+
+
+def policy_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: SamplingConfig | None = None,
+    chat: bool | None = None,
+    gradient_checkpointing: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Policy:
+    """An agent of a model."""
+    return Policy(CausalLM(model, tokenizer, chat, compute_dtype, gradient_checkpointing), sampling)
+
+
+def target_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    words: Sequence[str],
+    chat: bool = False,
+    max_batch_tokens: int | None = None,
+    inputs: Sequence[str] = ("input",),
+) -> LocalTarget:
+    """A target of a model, which is frozen."""
+    lm = CausalLM(model.requires_grad_(False), tokenizer, chat)
+    return LocalTarget(lm, template, words, inputs, max_batch_tokens)
+
+
+def logits_of(target: Target, prompts: Sequence[str], inputs: Sequence[str]) -> Tensor:
+    """Class logits of every prompt with every input, [K, N, C]."""
+    return target.class_logits(grid(prompts, inputs)).view(len(prompts), len(inputs), -1)
 
 
 @pytest.fixture
