@@ -1,0 +1,40 @@
+"""APPO (Adaptive PPO, StablePrompt, arXiv 2410.07652) for causal language models.
+
+    from appo import APPOConfig, APPOTrainer, CausalLM, Policy
+
+    policy = Policy(CausalLM(model, tokenizer))
+    trainer = APPOTrainer(policy, APPOConfig(kl_coef=0.1))
+    for iteration in trainer.fit([policy.query("Write a question.", "")], reward_fn, steps=50):
+        print(iteration.stats["reward_mean"], iteration.collected.prompts[0])
+
+The maths is in `appo.functional`; reading begins there.
+"""
+
+from appo.anchor import Anchor, AnchorDecision, KLController, decide
+from appo.config import AnchorConfig, APPOConfig, SamplingConfig
+from appo.lm.model import CausalLM, ContextTooLongError
+from appo.policy import Policy
+from appo.rollout import Batch, Query, Rollout, Scored
+from appo.trainer import AnchorReview, APPOTrainer, DivergedError, Iteration
+
+__version__ = "0.1.0"
+__all__ = [
+    "APPOConfig",
+    "APPOTrainer",
+    "Anchor",
+    "AnchorConfig",
+    "AnchorDecision",
+    "AnchorReview",
+    "Batch",
+    "CausalLM",
+    "ContextTooLongError",
+    "DivergedError",
+    "Iteration",
+    "KLController",
+    "Policy",
+    "Query",
+    "Rollout",
+    "SamplingConfig",
+    "Scored",
+    "decide",
+]

@@ -1,0 +1,348 @@
+"""APPO in one file: the algorithm of StablePrompt (arXiv 2410.07652), on the lab's models, with torch and transformers.
+
+    python examples/minimal_appo.py          about a minute on a laptop; prints the learning curve
+
+An agent M_a reads some input-output pairs (the state s) and writes K prompts z. A frozen target M_T answers labelled
+examples under each of them; how well it does is the reward. PPO trains the agent, with a penalty on its distance from
+an *anchor*: a copy of the agent that is promoted when the agent has become clearly better, and to which the agent goes
+back when it has become clearly worse. The paper's equations, in the order in which they appear below:
+
+    (13)  R = c_a * accuracy + c_s * margin         mean over a batch of examples           reward
+    (14)  margin = p(y) - max_{i != y} p(i)         p: softmax over the label words         reward
+    (10)  P = KL(theta_t(z|s) || theta_anchor(z|s))                                         penalised
+    (4)   A = GAE(V, R)                                                                     advantages
+    (5)   ratio = theta_t(z|s) / theta_{t-1}(z|s)                                           loss
+    (6)   A_clipped = clip(ratio, 1 - eps, 1 + eps) * A                                     loss
+    (3)   L_v = (V - R)^2                                                                   loss
+    (11)  L_agent = A_clipped + P                                                           loss
+    (12)  L = L_v + L_agent                                                                 loss
+    3.2   the rule of the anchor                                                            review
+
+    (7) to (9) are the same with theta_{t-1} in place of the anchor: plain PPO, with which APPO is compared.
+
+Where this departs from the paper as it is printed, and why:
+
+    - The penalty has a coefficient, and enters as a reward of each token (Ziegler et al. 2019) rather than as a term of
+      the loss: so GAE carries it back to the tokens that caused it. The paper prints neither.
+    - The surrogate is min(unclipped, clipped) (Schulman et al. 2017). The clipped term alone, as printed, would let a
+      ratio that has left the range go on in the wrong direction.
+    - Signs: A is maximised, L_v and P are minimised; the paper adds all three.
+    - Rewards are centred by those of the other prompts. With a critic that starts at 0, a reward that is the same for
+      all would push up the end of every prompt: real agents then write less and less, and in the end nothing.
+    - Performance, which the paper does not define, is mean validation accuracy of eight sampled prompts.
+
+What is left out, and where the package has it: several queries in an iteration, minibatches, value clipping and guards
+against unsound steps (appo/update.py), speed (appo/lm/), chat templates, test-time editing, a fair final choice with
+intervals (experiments/arms/), checkpoints.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+LAB = Path(__file__).parents[1] / "experiments" / "lab"
+TEMPLATE = "{prompt} Input : {input} Output :"
+WORDS = {"entailment": "yes", "neutral": "maybe", "contradiction": "no"}  # the verbalizer: label -> what is answered
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the lab's tiny agent needs; the paper's values beside."""
+
+    iterations: int = 40
+    prompts: int = 16  # K, sampled in each iteration; paper: 4
+    examples: int = 16  # on which each prompt is scored
+    max_new_tokens: int = 64  # longest prompt; paper: 150
+    accuracy_weight: float = 10.0  # c_a of Eq. 13
+    margin_weight: float = 0.1  # c_s of Eq. 13
+    learning_rate: float = 4e-4  # paper: 1e-5, of an adapter of a large agent
+    value_learning_rate: float = 2e-3  # of the value head alone; paper: one for all
+    value_coef: float = 0.1  # of L_v in Eq. 12
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip_range: float = 0.2  # eps of Eq. 6
+    kl_coef: float = 0.1  # of P
+    ppo_epochs: int = 4
+    max_grad_norm: float = 1.0
+    period: int = 5  # iterations between two reviews of the anchor
+    promote_threshold: float = 0.05  # lead in accuracy above which the anchor follows
+    rollback_threshold: float = 0.1  # deficit above which the agent goes back
+    seed: int = 0
+
+
+# -- the agent ---------------------------------------------------------------------------------------------------------
+
+
+class Agent(nn.Module):
+    """A causal LM with a value head that starts at 0."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model.eval()  # dropout would make ratios differ from 1 before anything was learnt
+        self.value_head = nn.Linear(model.config.hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def forward(self, query: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the tokens, and values of the states before each; both [K, T], 0 on padding.
+
+        Args:
+            query: [Q] token ids of the meta-prompt.
+            tokens: [K, T] responses to it, right-padded, which nothing that comes before can see.
+            mask: [K, T], True on real tokens.
+        """
+        ids = torch.cat([query.expand(len(tokens), -1), tokens], dim=1)
+        output = self.model(ids, output_hidden_states=True)
+        before = slice(len(query) - 1, -1)  # the state in which token t is chosen ends with token t - 1
+        logprobs = output.logits[:, before].log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        values = self.value_head(output.hidden_states[-1][:, before]).squeeze(-1)
+        return logprobs.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
+
+    @torch.no_grad()
+    def sample(self, query: Tensor, count: int, length: int, end: int) -> tuple[Tensor, Tensor]:
+        """Tokens and mask, [K, T], of responses that are sampled from the softmax and nothing else.
+
+        No top-k and no top-p: the probabilities in the loss must be those of what was sampled from. The end token is
+        part of a response, and is trained like any other.
+        """
+        ids, cache, alive = query.expand(count, -1), None, torch.ones(count, dtype=torch.bool)
+        tokens, mask = [], []
+        while alive.any() and len(tokens) < length:
+            output = self.model(ids, past_key_values=cache, use_cache=True)
+            ids, cache = torch.multinomial(output.logits[:, -1].softmax(-1), 1), output.past_key_values
+            tokens.append(ids[:, 0].masked_fill(~alive, end))
+            mask.append(alive)
+            alive = alive & (ids[:, 0] != end)
+        return torch.stack(tokens, dim=1), torch.stack(mask, dim=1)
+
+
+# -- the reward: Eqs. 13 and 14 ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the target reads, and the class of the right answer."""
+
+    input: str
+    label: int
+
+
+class Target:
+    """A frozen causal LM that answers with one of the label words."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        # A label word is the token that it is *there*: behind the template, after a space.
+        self.words = [tokenizer(f"{TEMPLATE} {word}")["input_ids"][-1] for word in WORDS.values()]
+
+    @torch.no_grad()
+    def logits(self, prompt: str, examples: list[Example]) -> Tensor:
+        """[N, C]: of the label words, behind each filled template."""
+        texts = [TEMPLATE.replace("{prompt}", prompt).replace("{input}", example.input) for example in examples]
+        batch = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")  # all end in one column
+        mask = batch["attention_mask"]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        output = self.model(batch["input_ids"], attention_mask=mask, position_ids=positions, logits_to_keep=1)
+        return output.logits[:, -1, self.words]
+
+
+def reward(target: Target, prompts: list[str], examples: list[Example], config: Config) -> tuple[Tensor, Tensor]:
+    """Rewards [K] of prompts (Eq. 13), and their accuracies [K]."""
+    labels = torch.tensor([example.label for example in examples])
+    chances = torch.stack([target.logits(prompt, examples).softmax(-1) for prompt in prompts])  # [K, N, C]
+    accuracies = (chances.argmax(-1) == labels).float().mean(1)
+    index = labels.expand(len(prompts), -1).unsqueeze(-1)
+    best_wrong = chances.scatter(-1, index, -torch.inf).amax(-1)
+    margins = (chances.gather(-1, index).squeeze(-1) - best_wrong).mean(1)  # Eq. 14
+    return config.accuracy_weight * accuracies + config.margin_weight * margins, accuracies
+
+
+# -- from rewards to advantages: Eqs. 10 and 4 -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """K responses to one query, as they were sampled; tensors are [K, T] but for scores [K]."""
+
+    query: Tensor
+    tokens: Tensor
+    mask: Tensor
+    logprobs: Tensor  # under the agent that sampled: theta_{t-1} of Eq. 5
+    values: Tensor
+    anchor_logprobs: Tensor
+    scores: Tensor
+
+
+def penalised(rollout: Rollout, kl_coef: float) -> Tensor:
+    """Reward of each token, [K, T]: minus the penalty everywhere, plus the score at the end.
+
+    log p - log p_anchor of a token that the agent sampled is an unbiased estimate of KL(agent || anchor), Eq. 10.
+    """
+    mask = rollout.mask
+    scores = rollout.scores
+    scores = (scores * len(scores) - scores.sum()) / (len(scores) - 1)  # less the mean of the others
+    ends = mask & ~nn.functional.pad(mask[:, 1:], (0, 1))
+    penalty = kl_coef * (rollout.logprobs - rollout.anchor_logprobs)
+    return torch.where(ends, scores.unsqueeze(1), 0.0) - penalty.masked_fill(~mask, 0.0)
+
+
+def advantages(rollout: Rollout, config: Config) -> tuple[Tensor, Tensor]:
+    """Advantages, whitened over all tokens, and returns; both [K, T] (Eq. 4, Schulman et al. 2016)."""
+    rewards, values, mask = penalised(rollout, config.kl_coef), rollout.values, rollout.mask
+    following = nn.functional.pad(values[:, 1:], (0, 1))  # values are 0 on padding: an episode ends where its text does
+    errors = rewards + config.gamma * following - values
+    estimated, running = torch.zeros_like(errors), torch.zeros(len(errors))
+    for t in reversed(range(errors.shape[1])):
+        running = errors[:, t] + config.gamma * config.lam * running
+        estimated[:, t] = running
+    returns = estimated + values
+    white = (estimated - estimated[mask].mean()) / (estimated[mask].var() + 1e-8).sqrt()
+    return white.masked_fill(~mask, 0.0), returns
+
+
+# -- the update: Eqs. 3, 5, 6, 11 and 12 -------------------------------------------------------------------------------
+
+
+def make_optimizer(agent: Agent, config: Config) -> torch.optim.Optimizer:
+    """Adam over the agent, its value head with a learning rate of its own."""
+    head = {"params": list(agent.value_head.parameters()), "lr": config.value_learning_rate}
+    return torch.optim.AdamW([{"params": list(agent.model.parameters())}, head], config.learning_rate, weight_decay=0.0)
+
+
+def loss(agent: Agent, rollout: Rollout, estimated: Tensor, returns: Tensor, config: Config) -> Tensor:
+    """L of Eq. 12, to be minimised; the penalty is in the advantages already."""
+    mask = rollout.mask
+    logprobs, values = agent(rollout.query, rollout.tokens, mask)
+    ratio = (logprobs - rollout.logprobs).exp()  # Eq. 5; 1 in the first epoch
+    clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
+    surrogate = torch.minimum(ratio * estimated, clipped * estimated)  # Eq. 6, with the min of PPO
+    value_error = 0.5 * (values - returns) ** 2  # Eq. 3
+    return -surrogate[mask].mean() + config.value_coef * value_error[mask].mean()
+
+
+def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, config: Config) -> None:
+    """Some epochs of PPO on one rollout."""
+    estimated, returns = advantages(rollout, config)
+    for _ in range(config.ppo_epochs):
+        optimizer.zero_grad()
+        loss(agent, rollout, estimated, returns, config).backward()
+        nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
+        optimizer.step()
+
+
+# -- the anchor: section 3.2 -------------------------------------------------------------------------------------------
+
+
+class Anchor:
+    """A copy of the agent, and of the state that its optimizer was in; never an alias of either."""
+
+    def __init__(self, agent: Agent, optimizer: torch.optim.Optimizer) -> None:
+        self.agent = copy.deepcopy(agent).requires_grad_(False)
+        self.optimizer_state = copy.deepcopy(optimizer.state_dict())
+
+    def promote(self, agent: Agent, optimizer: torch.optim.Optimizer) -> None:
+        """anchor := agent."""
+        self.agent.load_state_dict(agent.state_dict())
+        self.optimizer_state = copy.deepcopy(optimizer.state_dict())
+
+    def rollback(self, agent: Agent, optimizer: torch.optim.Optimizer) -> None:
+        """agent := anchor; the moments go back too, or they would lead the way down again."""
+        agent.load_state_dict(self.agent.state_dict())
+        optimizer.load_state_dict(copy.deepcopy(self.optimizer_state))
+
+    def review(self, agent: Agent, optimizer: torch.optim.Optimizer, lead: float, config: Config) -> str:
+        """Acts on the agent's lead over the anchor, in mean validation accuracy; returns what was done."""
+        if lead > config.promote_threshold:
+            self.promote(agent, optimizer)
+            return "promote"
+        if lead < -config.rollback_threshold:
+            self.rollback(agent, optimizer)
+            return "rollback"
+        return "keep"
+
+
+# -- all of it ---------------------------------------------------------------------------------------------------------
+
+
+def read_task(name: str = "mnli", per_label: int = 16) -> tuple[list[Example], list[Example], list[Example]]:
+    """Train, validation and test of a lab task: so many examples of each label, as many, and the whole test file."""
+
+    def read(file: str) -> list[Example]:
+        lines = (LAB / "data" / name / file).read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        text = "premise : {premise}\nhypothesis : {hypothesis}"
+        return [Example(text.format(**row), list(WORDS).index(row["label"])) for row in rows]
+
+    rows = read("train.jsonl")
+    of_label = [[row for row in rows if row.label == label] for label in range(len(WORDS))]
+    parts = [[row for group in of_label for row in group[i * per_label : (i + 1) * per_label]] for i in (0, 1)]
+    return parts[0], parts[1], read("test.jsonl")
+
+
+def ask(tokenizer: PreTrainedTokenizerBase, examples: list[Example], rng: random.Random) -> Tensor:
+    """The meta-prompt (paper, Figure 6) with five pairs, as token ids [Q]."""
+    words = list(WORDS.values())
+    pairs = "\n".join(f"Input : {e.input} Output : {words[e.label]}" for e in rng.sample(examples, 5))
+    text = (
+        "I gave a friend an instruction and five inputs.\n"
+        "The friend read the instruction and wrote an output for every one of the inputs.\n"
+        f"Here are the input-output pairs:\n{pairs}\nThe instruction was :"
+    )
+    return torch.tensor(tokenizer(text)["input_ids"])
+
+
+def main(config: Config | None = None) -> list[float]:
+    """Tunes a prompt for the lab's mnli; returns the mean accuracies of the prompts of each iteration."""
+    config = config or Config()
+    torch.manual_seed(config.seed)
+    rng = random.Random(config.seed)
+    tokenizer = AutoTokenizer.from_pretrained(LAB / "agent")
+    agent = Agent(AutoModelForCausalLM.from_pretrained(LAB / "agent"))
+    target_model = AutoModelForCausalLM.from_pretrained(LAB / "target")
+    target = Target(target_model, AutoTokenizer.from_pretrained(LAB / "target"))
+    train, validation, test = read_task()
+    optimizer = make_optimizer(agent, config)
+    anchor = Anchor(agent, optimizer)
+
+    def write(writer: Agent, query: Tensor, count: int) -> tuple[Tensor, Tensor, list[str]]:
+        tokens, mask = writer.sample(query, count, config.max_new_tokens, tokenizer.eos_token_id)
+        return tokens, mask, [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    curve, found = [], {}
+    for iteration in range(1, config.iterations + 1):
+        # Collect: K prompts, their rewards, and what agent and anchor think of their tokens.
+        query = ask(tokenizer, train, rng)
+        tokens, mask, prompts = write(agent, query, config.prompts)
+        scores, accuracies = reward(target, prompts, rng.sample(train, config.examples), config)
+        with torch.no_grad():
+            logprobs, values = agent(query, tokens, mask)
+            anchor_logprobs, _ = anchor.agent(query, tokens, mask)
+        # Update: PPO on Eq. 12.
+        update(agent, optimizer, Rollout(query, tokens, mask, logprobs, values, anchor_logprobs, scores), config)
+        found |= dict(zip(prompts, scores.tolist(), strict=True))
+        # Review: promote the anchor, go back to it, or keep both.
+        decision = ""
+        if iteration % config.period == 0:
+            sides = [reward(target, write(one, query, 8)[2], validation, config)[1] for one in (agent, anchor.agent)]
+            decision = anchor.review(agent, optimizer, (sides[0].mean() - sides[1].mean()).item(), config)
+        curve.append(accuracies.mean().item())
+        kl = (logprobs - anchor_logprobs).sum(1).mean().item()
+        print(f"{iteration:3d}  accuracy {curve[-1]:.2f} {'#' * round(40 * curve[-1]):40s}  kl {kl:5.2f}  {decision}")
+
+    shortlist = sorted(found, key=lambda prompt: -found[prompt])[:20]
+    best = shortlist[int(reward(target, shortlist, validation, config)[1].argmax())]
+    final = reward(target, [best], test, config)[1].item()
+    print(f"\nbest prompt on validation: {best}\naccuracy on {len(test)} test rows: {final:.3f}")
+    return curve
+
+
+if __name__ == "__main__":
+    main()

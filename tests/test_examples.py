@@ -1,0 +1,73 @@
+"""The examples: the one-file APPO does what appo/ does, and learns."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from appo.config import APPOConfig
+from appo.rollout import Query, Rollout, Scored
+from appo.update import Updater, advantages
+from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import minimal_appo as minimal
+
+CONFIG = minimal.Config(kl_coef=0.1, value_coef=0.1, lam=0.95, ppo_epochs=3)
+QUERY = (5, 6, 7, 8)
+
+
+def ours() -> Updater:
+    """The package, with what the example leaves out switched off."""
+    policy = policy_of(llama(len(byte_tokenizer())), byte_tokenizer(), plain_sampling(8))
+    config = APPOConfig(
+        learning_rate=CONFIG.learning_rate,
+        value_learning_rate=CONFIG.value_learning_rate,
+        warmup_steps=0,
+        value_coef=CONFIG.value_coef,
+        value_clip_range=None,
+        lam=CONFIG.lam,
+        ppo_epochs=CONFIG.ppo_epochs,
+        kl_coef=CONFIG.kl_coef,
+    )
+    return Updater(policy, config)
+
+
+def rollout() -> tuple[Scored, minimal.Rollout]:
+    """The same made-up responses of different lengths, for either side."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([3, 6, 1, 5])
+    mask = torch.arange(6) < lengths.unsqueeze(1)
+    tokens = torch.randint(3, 200, mask.shape).masked_fill(~mask, 0)
+    logprobs, anchor, values = ((torch.randn(mask.shape) - 5).masked_fill(~mask, 0.0) for _ in range(3))
+    scores = torch.tensor([1.0, 4.0, 2.0, 7.0])
+    owner = torch.zeros(len(tokens), dtype=torch.long)
+    package = Rollout((Query(QUERY),), owner, tokens, mask, logprobs, values)
+    example = minimal.Rollout(torch.tensor(QUERY), tokens, mask, logprobs, values, anchor, scores)
+    return Scored.of(package, scores, anchor), example
+
+
+def test_first_update_of_the_one_file_appo_is_that_of_the_package() -> None:
+    updater, (scored, example) = ours(), rollout()
+    agent = minimal.Agent(llama(len(byte_tokenizer())))
+    for mine, theirs in zip(
+        advantages(scored, updater.config, CONFIG.kl_coef), minimal.advantages(example, CONFIG), strict=True
+    ):
+        assert_close(mine, theirs, rtol=0, atol=1e-6)
+    before = {name: p.detach().clone() for name, p in agent.named_parameters()}
+    updater.update(scored, CONFIG.kl_coef)
+    minimal.update(agent, minimal.make_optimizer(agent, CONFIG), example, CONFIG)
+    package = dict(updater.policy.named_parameters())
+    for name, parameter in agent.named_parameters():
+        assert_close(package[name].detach(), parameter.detach(), rtol=0, atol=1e-6)
+        assert not torch.equal(parameter, before[name])
+
+
+def test_one_file_appo_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    curve = minimal.main(minimal.Config(iterations=25))
+    assert sum(curve[-5:]) / 5 > sum(curve[:3]) / 3 + 0.15
+    assert "best prompt on validation" in capsys.readouterr().out
