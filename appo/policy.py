@@ -82,8 +82,9 @@ class Policy(nn.Module):
 
     def check_fits(self, query: Query) -> None:
         """Raises ContextTooLongError if the query and the longest response to it do not fit into the context."""
-        needed = len(query.tokens) + self.sampling.max_new_tokens
-        self.lm.check_fits(needed, "a meta-prompt with its response does not fit into the agent's context")
+        asked, longest = len(query.tokens), self.sampling.max_new_tokens
+        what = f"a meta-prompt of {asked} tokens and a response of {longest} do not fit into the agent's context"
+        self.lm.check_fits(asked + longest, what)
 
     def decode(self, rollout: Rollout) -> list[str]:
         """The responses as clean text: no special tokens, no control characters, no white space around.

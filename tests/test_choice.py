@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from experiments import train
+from experiments.arms.editing import TestTimeEditing
+from experiments.arms.fixed import FixedPrompt
+from experiments.arms.result import NO_BETTER
 from experiments.config import build_config
 from experiments.lab import grammar
-from experiments.run.runlog import PromptPool
-from experiments.run.session import Run, prepare
-from experiments.train import NO_BETTER, few_shot_prompts, finish, finish_editing
-from rewards.reward import by_example
+from experiments.run.run import Run, prepare
 
 SMALL = ["threads=1", "sampling.max_new_tokens=24", "examples.test_limit=60", "prompts=4"]
 JUNK = ["Sing.", "Do nothing."]
@@ -25,11 +25,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return prepare(build_config(options, assignments=SMALL))
 
 
-def pool(*prompts: str) -> PromptPool:
-    """Prompts with the highest training rewards, whatever they are worth."""
-    made = PromptPool()
-    made.add(prompts, [10.0] * len(prompts))
-    return made
+def finish(run: Run, *prompts: str) -> dict[str, Any]:
+    """The result of a run in which these prompts had the highest training rewards, whatever they are worth."""
+    arm = FixedPrompt(run)
+    arm.pool.add(prompts, [10.0] * len(prompts))
+    return arm.result()
 
 
 @pytest.fixture(scope="module")
@@ -39,25 +39,25 @@ def better(run: Run) -> str:
 
 
 def test_junk_loses_to_the_manual_prompt_whatever_training_said(run: Run) -> None:
-    result = finish(run, pool(*JUNK))
+    result = finish(run, *JUNK)
     assert (result["prompt"], result["chosen"]) == (run.data.spec.manual_prompt, "manual")
     assert result["verdict"] == NO_BETTER
     assert result["test_score"] == result["manual_test_score"]
 
 
 def test_an_empty_pool_leaves_the_manual_prompt(run: Run) -> None:
-    assert finish(run, PromptPool())["chosen"] == "manual"
+    assert finish(run)["chosen"] == "manual"
 
 
 def test_a_better_prompt_wins_and_is_called_better(run: Run, better: str) -> None:
-    result = finish(run, pool(*JUNK, better))
+    result = finish(run, *JUNK, better)
     assert (result["prompt"], result["chosen"]) == (better, "tuned")
     assert result["validation_score"] > result["manual_validation_score"]
     assert result["verdict"].startswith("better than the manual prompt (by ")
 
 
 def test_scores_carry_rows_and_intervals(run: Run) -> None:
-    result = finish(run, pool(*JUNK))
+    result = finish(run, *JUNK)
     assert (result["validation_rows"], result["test_rows"]) == (32, 60)
     for name in ("validation", "test", "manual_validation", "manual_test"):
         low, high = result[f"{name}_interval"]
@@ -65,31 +65,32 @@ def test_scores_carry_rows_and_intervals(run: Run) -> None:
 
 
 def test_answers_are_counted_over_the_labels(run: Run) -> None:
-    spread = finish(run, pool(*JUNK))["answers_on_test"]
+    spread = finish(run, *JUNK)["answers_on_test"]
     assert set(spread) == {"best", "manual", "right"}
     assert all(set(shares) == set(run.data.words) for shares in spread.values())
     assert all(sum(shares.values()) == pytest.approx(1) for shares in spread.values())
-    said = run.reward.answers(run.data.spec.manual_prompt, run.data.test)  # type: ignore[union-attr]
-    right = [answer == example.answer for answer, example in zip(said, run.data.test, strict=True)]
-    accuracy = by_example(run.reward, [run.data.spec.manual_prompt], run.data.test).mean().item()
+    manual, test = run.data.spec.manual_prompt, run.data.test
+    said = run.reward.reply([manual] * len(test), [e.input for e in test], [e.choices for e in test])
+    right = [reply.answer == example.answer for reply, example in zip(said, test, strict=True)]
+    accuracy = run.reward.by_example([manual], test).mean().item()
     assert sum(right) / len(right) == pytest.approx(accuracy)
 
 
 def test_few_shot_prompts_hold_the_manual_one_and_training_pairs(run: Run) -> None:
     run = replace(run, config=replace(run.config, few_shot=2))
-    prompts = few_shot_prompts(run)
+    prompts = FixedPrompt(run)._few_shot_prompts()
     assert len(set(prompts)) == 2
     known = {f"Input : {e.input} Output : {e.answer}" for e in run.data.train}
     for prompt in prompts:
         first, *pairs = prompt.splitlines()
         assert first == run.data.spec.manual_prompt
         assert len(pairs) == run.config.examples.pairs and set(pairs) <= known
-    assert few_shot_prompts(run) == prompts
+    assert FixedPrompt(run)._few_shot_prompts() == prompts
 
 
 def test_few_shot_prompts_stand_for_election(run: Run, better: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "few_shot_prompts", lambda _run: [better])
-    result = finish(run, pool(*JUNK))
+    monkeypatch.setattr(FixedPrompt, "_few_shot_prompts", lambda _arm: [better])
+    result = finish(run, *JUNK)
     assert (result["prompt"], result["chosen"]) == (better, "few-shot")
 
 
@@ -101,7 +102,7 @@ def editing(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_an_agent_that_edits_worse_than_the_manual_prompt_is_not_the_result(editing: Run) -> None:
     # Eight tokens are too few for an instruction of the lab.
-    result = finish_editing(editing)
+    result = TestTimeEditing(editing).result()
     assert result["edits_validation_score"] < result["manual_validation_score"]
     assert (result["prompt"], result["chosen"]) == (editing.data.spec.manual_prompt, "manual")
     assert result["validation_score"] == result["manual_validation_score"]

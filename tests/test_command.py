@@ -10,19 +10,20 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 
+from appo.lm.model import ContextTooLongError
 from appo.selfcheck import SelfCheckError
-from appo.trainer import DivergedError
+from appo.trainer import DivergedError, Iteration
 from experiments import cli
 from experiments.cli import COMMANDS
 from experiments.config.strict import ConfigError
 from experiments.terminal import command
 from experiments.terminal.command import FAULT, UsageError, in_order
 from experiments.terminal.signals import StoppedError
-from rewards.target import ContextTooLongError
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,6 +40,7 @@ def ending(error: BaseException | None) -> int:
     return main([])
 
 
+UNUSED = cast(Iteration, None)  # how a command ends does not depend on it
 ENDS = [  # what is raised, the exit code, what is said
     (None, 0, ""),
     (UsageError("no such thing"), 2, "error: no such thing\n"),
@@ -46,7 +48,7 @@ ENDS = [  # what is raised, the exit code, what is said
     (ContextTooLongError("too long"), 2, "error: too long\n"),
     (ConfigError("two\nlines \x1b[2J \u202e"), 2, "error: two lines \\x1b[2J \\u202e\n"),
     (SelfCheckError("wrong temperature"), 3, "error: wrong temperature\n"),
-    (DivergedError("no sound step", {}), 3, "error: no sound step\n"),
+    (DivergedError("no sound step", UNUSED), 3, "error: no sound step\n"),
     (FloatingPointError("no numbers"), 3, "error: no numbers\n"),
     (OSError(28, "No space left on device", "run/a"), 74, "error: run/a: No space left on device\n"),
     (StoppedError(signal.SIGTERM), 143, "stopped\n"),

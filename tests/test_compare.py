@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from appo.trainer import APPOTrainer, DivergedError
+from appo.trainer import APPOTrainer, DivergedError, Iteration
 from experiments.compare import COLUMNS, main, parse_args
 
 SMALL = ["prompts=2", "threads=1", "sampling.max_new_tokens=8", "examples.test_limit=10", "pool=2", "steps=2"]
@@ -77,7 +77,7 @@ def test_an_arm_that_diverges_is_a_row_and_the_others_go_on(
 ) -> None:
     def diverging(self: APPOTrainer, *given: Any) -> Any:
         collected = self.collect(*given)  # what is logged of it
-        raise DivergedError("no sound step", collected.stats())
+        raise DivergedError("no sound step", Iteration(collected, collected.stats()))
 
     monkeypatch.setattr(APPOTrainer, "step", diverging)  # best-of-n makes none
     assert main(arguments(tmp_path, "--seeds", "0", "--arms", "anchor", "best-of-n", *SMALL)) == 3

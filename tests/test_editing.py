@@ -13,20 +13,19 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from appo.policy import Policy
 from experiments import evaluate as evaluate_module
 from experiments import prompt as prompt_module
-from experiments import train as train_module
-from experiments.arms.editing import Editor
+from experiments.arms.editing import TestTimeEditing
+from experiments.arms.editor import Editor, editor_of
 from experiments.config import build_config
-from experiments.evaluate import count_votes, evaluate
-from experiments.run.session import Run, open_run, prepare
+from experiments.evaluate import Vote, evaluate, vote
+from experiments.run.run import Run, open_run, prepare
 from experiments.train import train
-from rewards.reward import ClassificationReward, GenerationReward
-from rewards.target import TargetModel
+from rewards.reward import ClassificationReward, GenerationReward, Reply
+from rewards.target import pairs
 from tasks.meta_prompt import rewrite_prompt
 from tasks.spec import Example
-from tests.conftest import plain_sampling, sharpen
+from tests.conftest import logits_of, plain_sampling, policy_of, sharpen, target_of
 
 TEMPLATE = "{prompt} Input : {input} Output :"
 WORDS = ("yes", "no")
@@ -58,13 +57,13 @@ def test_a_manual_prompt_to_edit_stands_before_the_pairs() -> None:
 
 @pytest.fixture
 def editor(tiny_gpt2: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Editor:
-    return Editor(Policy(sharpen(tiny_gpt2), tokenizer, plain_sampling(8)), EXAMPLES, pairs=2)
+    return Editor(policy_of(sharpen(tiny_gpt2), tokenizer, plain_sampling(8)), EXAMPLES, pairs=2)
 
 
 def test_an_input_is_never_shown_with_its_own_answer(editor: Editor) -> None:
     for seed in range(30):
         query = editor.query(EXAMPLES[0].input, random.Random(seed))
-        text = editor.policy.tokenizer.decode(query.tokens)
+        text = editor.policy.lm.tokenizer.decode(query.tokens)
         assert f"Input : {EXAMPLES[0].input} Output" not in text
         assert text.count(" Output : ") == 2
 
@@ -98,24 +97,23 @@ def test_greedy_takes_the_likeliest_token_at_every_step(editor: Editor) -> None:
 PROMPTS = ["Judge .", "", "Say it in one word , please .", "Judge .", "x"]
 
 
-def test_pair_logits_are_the_diagonal_of_all_pairs(
+def test_logits_of_pairs_are_the_diagonal_of_all_pairs(
     tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     inputs = [example.input for example in EXAMPLES]
-    target = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS)
-    grid = target.class_logits(PROMPTS, inputs)
+    target = target_of(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS)
+    grid = logits_of(target, PROMPTS, inputs)
     diagonal = torch.stack([grid[i, i] for i in range(len(inputs))])
     for max_batch_tokens in (16_384, 150, 1):
         target.max_batch_tokens = max_batch_tokens
-        target.scored.clear()
-        assert_close(target.pair_logits(PROMPTS, inputs), diagonal, rtol=1e-4, atol=1e-4)
+        assert_close(target.class_logits(pairs(PROMPTS, inputs)), diagonal, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["labels", "text"])
 def test_each_prompt_is_scored_on_its_own_input(
     kind: str, tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    target = TargetModel(sharpen(tiny_llama), tokenizer, TEMPLATE, WORDS if kind == "labels" else ())
+    target = target_of(sharpen(tiny_llama), tokenizer, TEMPLATE, WORDS if kind == "labels" else ())
     reward = ClassificationReward(target) if kind == "labels" else GenerationReward(target, "f1", likelihood_weight=0.5)
     examples = [Example(e.input, e.label, e.answer, answers=(e.answer,)) for e in EXAMPLES]
     single = reward.each(PROMPTS, examples)
@@ -129,22 +127,34 @@ def test_each_prompt_is_scored_on_its_own_input(
 # -- votes -------------------------------------------------------------------------------------------------------
 
 
+def voted(answers: list[list[tuple[float, ...]]], how: Vote) -> list[str]:
+    """What K answers to each of N inputs come to, of the probabilities [K][N] of the words a, b and c."""
+
+    def reply(probabilities: tuple[float, ...]) -> Reply:
+        offered = dict(zip("abc", probabilities, strict=False))
+        return Reply(max(offered, key=lambda word: offered[word]), offered)
+
+    return [vote([reply(p) for p in given], how) for given in zip(*answers, strict=True)]
+
+
 def test_votes_by_majority_and_by_margin() -> None:
-    # Input 1: two of three say class 0, the surest (.9 - .1) says 1. Input 2: one vote each; class 2 has most in all.
-    answers = torch.tensor(
-        [
-            [[0.6, 0.4, 0.0], [0.5, 0.3, 0.2]],
-            [[0.5, 0.4, 0.1], [0.2, 0.5, 0.3]],
-            [[0.1, 0.9, 0.0], [0.0, 0.1, 0.9]],
-        ]
-    )
-    assert count_votes(answers, "majority").tolist() == [0, 2]
-    assert count_votes(answers, "margin").tolist() == [1, 2]
+    # Input 1: two of three say a, the surest (.9 - .1) says b. Input 2: one vote each; c has most in all.
+    answers = [
+        [(0.6, 0.4, 0.0), (0.5, 0.3, 0.2)],
+        [(0.5, 0.4, 0.1), (0.2, 0.5, 0.3)],
+        [(0.1, 0.9, 0.0), (0.0, 0.1, 0.9)],
+    ]
+    assert voted(answers, "majority") == ["a", "c"]
+    assert voted(answers, "margin") == ["b", "c"]
 
 
 def test_a_majority_goes_before_any_probability() -> None:
-    answers = torch.tensor([[[0.51, 0.49]], [[0.51, 0.49]], [[0.0, 1.0]]])
-    assert count_votes(answers, "majority").tolist() == [0]
+    assert voted([[(0.51, 0.49)], [(0.51, 0.49)], [(0.0, 1.0)]], "majority") == ["a"]
+
+
+def test_texts_that_differ_in_case_or_punctuation_only_are_one_answer_and_the_first_of_equals_counts() -> None:
+    assert vote([Reply("cat", {}), Reply("Dogs.", {}), Reply("dogs", {})], "majority") == "Dogs."
+    assert vote([Reply("cat", {}), Reply("dogs", {})], "majority") == "cat"
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------
@@ -171,7 +181,7 @@ def test_a_run_leaves_an_agent_that_loads_without_us(finished: Path) -> None:
 
 def test_the_agent_that_was_left_is_the_one_that_was_scored(finished: Path, run: Run) -> None:
     result = json.loads((finished / "best_prompt.json").read_text())
-    written = run.editor.write([example.input for example in run.data.test])
+    written = editor_of(run).write([example.input for example in run.data.test])
     assert [edit["prompt"] for edit in result["edits"]] == written[: len(result["edits"])]
     assert evaluate(run)["test_score"] == pytest.approx(result["test_score"])
 
@@ -191,14 +201,14 @@ def test_reviews_see_validation_and_the_test_split_is_read_once_at_the_end(
 ) -> None:
     run = prepare(build_config({"task": "mnli", "steps": 5, "run": str(tmp_path / "r")}, assignments=SMALL))
     seen: list[str] = []
-    each = run.reward.each
+    judge = run.reward.judge
 
-    def noting(prompts: list[str], examples: Any) -> Any:
+    def noting(asked: Any, examples: Any) -> Any:
         splits = [s for s in ("train", "validation", "test") if set(examples) <= set(getattr(run.data, s))]
         seen.append(splits[0])
-        return each(prompts, examples)
+        return judge(asked, examples)
 
-    monkeypatch.setattr(run.reward, "each", noting)
+    monkeypatch.setattr(run.reward, "judge", noting)
     train(run, quiet=True)
     # Nine training examples in batches of two are five iterations an epoch: one review, of both sides. At the end the
     # agent's prompts and the manual one answer each split once.
@@ -207,9 +217,10 @@ def test_reviews_see_validation_and_the_test_split_is_read_once_at_the_end(
 
 def test_training_and_use_ask_in_the_same_form(run: Run) -> None:
     batch = run.data.train[:2]
-    queries, _ = train_module._ask(run, batch, random.Random(5))
+    question = TestTimeEditing(run).ask(batch, random.Random(5))
     rng = random.Random(5)
-    assert queries == [query for example in batch for query in [run.editor.query(example.input, rng)] * 2]
+    assert question.queries == [editor_of(run).query(example.input, rng) for example in batch]
+    assert question.copies == 2
 
 
 @pytest.mark.parametrize("arguments", [[], ["--sampled"], ["--votes", "3"], ["--votes", "2", "--vote", "margin"]])

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rewards.generation import answer_logprobs, generate
 from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from appo.lm.model import ContextTooLongError
 from rewards.functional import best, contains, exact_match, exact_set, exact_string, f1, normalise
 from rewards.reward import TEXT_METRICS, ClassificationReward, GenerationReward
-from rewards.target import ContextTooLongError, TargetModel
+from rewards.target import Asked, Target, pairs
 from tasks.spec import Example
-from tests.conftest import sharpen
+from tests.conftest import sharpen, target_of
 
 TEMPLATE = "{prompt} Input : {input} Output :"
 PROMPTS = ("Say it .", "", "Write the plural of the word , and nothing else .")  # ragged
@@ -40,9 +44,9 @@ def plain_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, con
 def test_generation_equals_the_plain_loop(
     tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_batch_tokens: int
 ) -> None:
-    target = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, (), max_batch_tokens=max_batch_tokens)
+    target = target_of(sharpen(tiny_lm), tokenizer, TEMPLATE, (), max_batch_tokens=max_batch_tokens)
     plain = [plain_greedy(tiny_lm, tokenizer, target.context(p, x), BUDGET).strip() for p, x in PAIRS]
-    assert generate(target, *zip(*PAIRS, strict=True), BUDGET, stop=()) == plain
+    assert target.generate(pairs(*zip(*PAIRS, strict=True)), BUDGET, stop=()) == plain
     assert len(set(plain)) > 1  # the comparison compares something
 
 
@@ -59,44 +63,44 @@ def always(model: PreTrainedModel, token: int) -> PreTrainedModel:
 def test_the_budget_and_stop_strings_end_an_answer(
     tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], expected: str
 ) -> None:
-    target = TargetModel(always(tiny_llama, tokenizer.convert_tokens_to_ids("a")), tokenizer, TEMPLATE, ())
-    assert generate(target, ["p"], ["x"], BUDGET, stop) == [expected]
+    target = target_of(always(tiny_llama, tokenizer.convert_tokens_to_ids("a")), tokenizer, TEMPLATE, ())
+    assert target.generate(pairs(["p"], ["x"]), BUDGET, stop) == [expected]
 
 
 def test_an_end_of_sequence_ends_an_answer(tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    target = TargetModel(always(tiny_llama, tokenizer.eos_token_id), tokenizer, TEMPLATE, ())
-    assert generate(target, ["p", "p"], ["x", "y"], BUDGET, ()) == ["", ""]
+    target = target_of(always(tiny_llama, tokenizer.eos_token_id), tokenizer, TEMPLATE, ())
+    assert target.generate(pairs(["p", "p"], ["x", "y"]), BUDGET, ()) == ["", ""]
 
 
 def test_logits_that_are_no_numbers_end_in_an_error_that_says_so(
     tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    target = TargetModel(always(tiny_llama, 9), tokenizer, TEMPLATE, ())
+    target = target_of(always(tiny_llama, 9), tokenizer, TEMPLATE, ())
     with torch.no_grad():
-        target.model.lm_head.bias[7] = torch.nan
+        target.lm.model.lm_head.bias[7] = torch.nan
     with pytest.raises(FloatingPointError, match="the target's logits are not numbers"):
-        generate(target, ["p"], ["x"], BUDGET, ())
+        target.generate(pairs(["p"], ["x"]), BUDGET, ())
 
 
 def test_the_models_generation_config_changes_nothing(
     tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    target = TargetModel(sharpen(tiny_llama), tokenizer, TEMPLATE, ())
-    before = generate(target, PROMPTS, INPUTS, BUDGET, ())
+    target = target_of(sharpen(tiny_llama), tokenizer, TEMPLATE, ())
+    before = target.generate(pairs(PROMPTS, INPUTS), BUDGET, ())
     tiny_llama.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=50.0, min_new_tokens=3)
-    assert generate(target, PROMPTS, INPUTS, BUDGET, ()) == before
+    assert target.generate(pairs(PROMPTS, INPUTS), BUDGET, ()) == before
 
 
 def test_what_does_not_fit_into_the_context_is_refused_before_it_is_run(
     tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     # ' Input : x Output :' has 19 bytes; the context holds 512.
-    target = TargetModel(tiny_lm, tokenizer, TEMPLATE, ())
-    assert len(generate(target, ["p" * (512 - 19 - BUDGET)], ["x"], BUDGET, ())) == 1
+    target = target_of(tiny_lm, tokenizer, TEMPLATE, ())
+    assert len(target.generate(pairs(["p" * (512 - 19 - BUDGET)], ["x"]), BUDGET, ())) == 1
     with pytest.raises(ContextTooLongError, match="up to 513 tokens"):
-        generate(target, ["p", "p" * (512 - 19 - BUDGET + 1)], ["x", "x"], BUDGET, ())
+        target.generate(pairs(["p", "p" * (512 - 19 - BUDGET + 1)], ["x", "x"]), BUDGET, ())
     with pytest.raises(ContextTooLongError, match="up to 514 tokens"):
-        answer_logprobs(target, ["p" * (512 - 19)], ["x"], ["a"])  # and a space before the answer
+        target.answer_logprobs(pairs(["p" * (512 - 19)], ["x"]), ["a"])  # and a space before the answer
 
 
 @pytest.mark.parametrize("max_batch_tokens", [16_384, 1])
@@ -104,7 +108,7 @@ def test_answer_logprobs_equal_the_plain_loop(
     tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_batch_tokens: int
 ) -> None:
     answers = ("cups", "no", "a long answer")
-    target = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, (), max_batch_tokens=max_batch_tokens)
+    target = target_of(sharpen(tiny_lm), tokenizer, TEMPLATE, (), max_batch_tokens=max_batch_tokens)
     plain = []
     for prompt, text, answer in zip(PROMPTS, INPUTS, answers, strict=True):
         context = tokenizer(target.context(prompt, text))["input_ids"]
@@ -113,7 +117,7 @@ def test_answer_logprobs_equal_the_plain_loop(
             logits = tiny_lm(input_ids=torch.tensor([context + ids]), use_cache=False).logits[0]
         steps = logits.log_softmax(-1)[len(context) - 1 : -1].gather(-1, torch.tensor(ids).unsqueeze(-1))
         plain.append(steps.mean())
-    assert_close(answer_logprobs(target, PROMPTS, INPUTS, answers), torch.stack(plain), rtol=1e-4, atol=1e-4)
+    assert_close(target.answer_logprobs(pairs(PROMPTS, INPUTS), answers), torch.stack(plain), rtol=1e-4, atol=1e-4)
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------
@@ -179,7 +183,7 @@ def test_generation_reward_is_the_weighted_mean_metric(
     tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     # The model says "a" always: right for the first example, wrong for the second.
-    target = TargetModel(always(tiny_llama, tokenizer.convert_tokens_to_ids("a")), tokenizer, TEMPLATE, ())
+    target = target_of(always(tiny_llama, tokenizer.convert_tokens_to_ids("a")), tokenizer, TEMPLATE, ())
     result = GenerationReward(target, "exact_match", metric_weight=4.0, answer_tokens=1)(["p", "q", "p"], TEXTS)
     assert result.metrics["exact_match"].tolist() == [0.5, 0.5, 0.5]
     assert result.scores.tolist() == [2.0, 2.0, 2.0]
@@ -189,17 +193,19 @@ def test_likelihood_is_added_on_every_example(tiny_llama: PreTrainedModel, token
     # q = 1 / (e + V - 1) is the probability of every token but "a", which has e q. " a" is two tokens, the mean log
     # is that of sqrt(q * e q); " b" is two tokens of q each.
     vocabulary = len(tokenizer)
-    target = TargetModel(always(tiny_llama, tokenizer.convert_tokens_to_ids("a")), tokenizer, TEMPLATE, ())
+    target = target_of(always(tiny_llama, tokenizer.convert_tokens_to_ids("a")), tokenizer, TEMPLATE, ())
     reward = GenerationReward(target, "exact_match", likelihood_weight=0.1, answer_tokens=1)
     q = 1 / (torch.e + vocabulary - 1)
     assert reward(["p"], TEXTS).scores.item() == pytest.approx(0.5 + 0.1 * (torch.e**0.5 * q + q) / 2, rel=1e-5)
 
 
-def table_target(table: list[list[float]]) -> TargetModel:
-    """A target whose class logits are given; only what the reward calls."""
-    target = TargetModel.__new__(TargetModel)
-    target.class_logits = lambda prompts, inputs: torch.tensor(table).log().expand(len(prompts), -1, -1)  # type: ignore[method-assign]
-    return target
+def table_target(table: list[list[float]]) -> Target:
+    """A target whose class logits are given, for each prompt the same rows; only what the reward calls."""
+
+    def class_logits(asked: Sequence[Asked]) -> torch.Tensor:
+        return torch.tensor(table * len(asked)).log()
+
+    return cast(Target, SimpleNamespace(class_logits=class_logits))
 
 
 def test_classes_that_an_example_does_not_offer_are_out_of_question() -> None:
@@ -224,10 +230,10 @@ def test_a_wrong_class_before_all_right_ones_is_wrong() -> None:
 def test_out_of_memory_halves_the_batches(
     tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, (), max_batch_tokens=10_000)
+    target = target_of(sharpen(tiny_lm), tokenizer, TEMPLATE, (), max_batch_tokens=10_000)
     prompts, inputs = ["Go on."] * 6, ["a", "bc", "def", "g", "hi", "jkl"]
-    expected = generate(target, prompts, inputs, 5, ())
-    forward, sizes = type(target.model).forward, []
+    expected = target.generate(pairs(prompts, inputs), 5, ())
+    forward, sizes = type(target.lm.model).forward, []
 
     def starving(self: PreTrainedModel, input_ids: torch.Tensor, **rest: object) -> object:
         if len(input_ids) > 3:
@@ -235,6 +241,6 @@ def test_out_of_memory_halves_the_batches(
         sizes.append(len(input_ids))
         return forward(self, input_ids=input_ids, **rest)
 
-    monkeypatch.setattr(type(target.model), "forward", starving)
-    assert generate(target, prompts, inputs, 5, ()) == expected
+    monkeypatch.setattr(type(target.lm.model), "forward", starving)
+    assert target.generate(pairs(prompts, inputs), 5, ()) == expected
     assert max(sizes) == 3 and target.max_batch_tokens < 10_000

@@ -11,10 +11,11 @@ import torch
 
 from experiments.config import build_config
 from experiments.diagnostics.headroom import look
-from experiments.run.session import Run, prepare
+from experiments.run.run import Run, prepare
 from experiments.train import train
+from rewards.local import LocalTarget
 from rewards.reward import ClassificationReward
-from rewards.target import TargetModel
+from rewards.target import Remembered
 
 SMALL = ["threads=1", "sampling.max_new_tokens=24", "examples.test_limit=30", "prompts=4"]
 
@@ -27,11 +28,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def deaf(run: Run) -> Run:
     """The same run with a target whose answers depend on the input alone: it is shown no prompt."""
-    heard = run.reward.target
-    target = TargetModel(heard.model, heard.tokenizer, heard.template, run.data.words)
+    heard = run.target.target
+    assert isinstance(heard, LocalTarget)
+    target = LocalTarget(heard.lm, heard.template, heard.words)
     context = target.context
     target.context = lambda prompt, text: context("Do the task.", text)  # type: ignore[method-assign]
-    return replace(run, reward=ClassificationReward(target))
+    return replace(run, target=Remembered(target), reward=ClassificationReward(target))
 
 
 def test_on_the_lab_prompts_matter(run: Run) -> None:

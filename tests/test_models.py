@@ -70,6 +70,19 @@ def test_a_target_is_loaded_as_asked_for_and_an_agent_in_float32(name: str, fold
     assert {p.dtype for p in load_model(run, "agent").model.parameters()} == {torch.float32}  # it is trained
 
 
+def test_a_target_is_frozen_and_an_agent_is_not(folder: Path) -> None:
+    assert not any(p.requires_grad for p in load_model(config(folder), "target").model.parameters())
+    assert all(p.requires_grad for p in load_model(config(folder), "agent").model.parameters())
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_onednn_computes_only_where_it_may(onednn: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[PreTrainedModel] = []
+    monkeypatch.setattr("appo.lm.linear.install", given.append)
+    loaded = [load_model(config(folder, onednn=onednn), role).model for role in ("agent", "target")]
+    assert given == (loaded if onednn else [])
+
+
 def test_each_role_has_its_own_model(folder: Path, tmp_path: Path) -> None:
     run = RunConfig(agent=str(tmp_path / "none"), target=str(folder), device="cpu")
     assert load_model(run, "target").model.name_or_path == str(folder)

@@ -21,10 +21,11 @@ import torch
 from appo.trainer import APPOTrainer
 from experiments.config import build_config
 from experiments.run.checkpoint import MANIFEST
+from experiments.run.run import prepare
 from experiments.run.runlog import LOCK, RunLog, read_jsonl
 from experiments.terminal.console import Progress
 from experiments.terminal.signals import Signals, StoppedError
-from experiments.train import main, prepare, train
+from experiments.train import main, train
 from rewards.reward import ClassificationReward, RewardResult
 from tests.test_checkpoint import signed, stored
 from tests.test_sources import sst2_folder

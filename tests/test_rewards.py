@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rewards.functional import accuracy, softmax_margin
 from rewards.reward import ClassificationReward
-from rewards.target import TargetModel
+from rewards.target import Asked, Target
 from tasks.spec import Example
-from tests.conftest import sharpen
+from tests.conftest import sharpen, target_of
 
 EXAMPLES = (
     Example("a fine film", 1, "yes"),
@@ -37,15 +37,15 @@ def logs(*probabilities: float) -> Tensor:
     return torch.tensor([probabilities], dtype=torch.float64).log()
 
 
-def stub(tables: dict[str, Sequence[Sequence[float]]]) -> tuple[TargetModel, list[list[str]]]:
+def stub(tables: dict[str, Sequence[Sequence[float]]]) -> tuple[Target, list[list[str]]]:
     """A target that says given probabilities, prompt -> [N, C], and the list of what it has been asked."""
     asked: list[list[str]] = []
 
-    def class_logits(prompts: Sequence[str], _inputs: Sequence[str]) -> Tensor:
-        asked.append(list(prompts))
-        return torch.tensor([tables[prompt] for prompt in prompts], dtype=torch.float64).log()
+    def class_logits(wanted: Sequence[Asked]) -> Tensor:
+        asked.append([prompt for prompt, _ in wanted])
+        return torch.tensor([row for prompt, _ in wanted for row in tables[prompt]], dtype=torch.float64).log()
 
-    return cast(TargetModel, SimpleNamespace(class_logits=class_logits)), asked
+    return cast(Target, SimpleNamespace(class_logits=class_logits)), asked
 
 
 # -- margin ------------------------------------------------------------------------------------------------------
@@ -227,14 +227,14 @@ def test_reward_equals_a_plain_loop_over_the_model(
 ) -> None:
     sharpen(tiny_lm)
     expected = [loop_score(tiny_lm, tokenizer, prompt) for prompt in PROMPTS]
-    scores = ClassificationReward(TargetModel(tiny_lm, tokenizer, TEMPLATE, WORDS))(PROMPTS, EXAMPLES).scores
+    scores = ClassificationReward(target_of(tiny_lm, tokenizer, TEMPLATE, WORDS))(PROMPTS, EXAMPLES).scores
     assert_close(scores.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
 
 
 def test_reward_of_permuted_prompts_is_the_permuted_reward(
     tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    reward = ClassificationReward(TargetModel(sharpen(tiny_llama), tokenizer, TEMPLATE, WORDS))
+    reward = ClassificationReward(target_of(sharpen(tiny_llama), tokenizer, TEMPLATE, WORDS))
     order = [2, 0, 1]
     permuted = reward([PROMPTS[i] for i in order], EXAMPLES).scores
     assert_close(permuted, reward(PROMPTS, EXAMPLES).scores[order], rtol=0, atol=1e-5)
@@ -243,7 +243,7 @@ def test_reward_of_permuted_prompts_is_the_permuted_reward(
 def test_duplicate_prompts_cost_no_further_pass_of_the_model(
     tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    reward = ClassificationReward(TargetModel(tiny_llama, tokenizer, TEMPLATE, WORDS))
+    reward = ClassificationReward(target_of(tiny_llama, tokenizer, TEMPLATE, WORDS))
     sizes: list[int] = []
 
     def count(_module: object, _args: object, kwargs: dict[str, Tensor]) -> None:
@@ -253,6 +253,5 @@ def test_duplicate_prompts_cost_no_further_pass_of_the_model(
     reward([PROMPTS[0]], EXAMPLES)
     once = list(sizes)
     sizes.clear()
-    reward.target.scored.clear()
     reward([PROMPTS[0]] * 4, EXAMPLES)
     assert once and sizes == once

@@ -13,7 +13,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments.run.runlog import PoolEntry, PromptPool, RunExistsError, RunLog, read_jsonl
+from experiments.arms.pool import PoolEntry, PromptPool
+from experiments.run.runlog import RunExistsError, RunLog, read_jsonl
 
 NAN, INFINITY = float("nan"), float("inf")
 

@@ -21,9 +21,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from appo.lm.model import CausalLM, ContextTooLongError
 from appo.lm.packed import common_prefix
-from rewards.target import ContextTooLongError, TargetModel, Verbalizer, encode
-from tests.conftest import SPECIAL, byte_tokenizer, gpt2, llama, sharpen
+from rewards.local import LocalTarget, Verbalizer
+from rewards.target import Asked, Remembered, grid, pairs
+from tests.conftest import SPECIAL, byte_tokenizer, gpt2, llama, logits_of, sharpen, target_of
 
 TEMPLATE = "{prompt} Input : {input} Output :"
 WORDS = ("yes", "maybe", "no")
@@ -95,6 +97,11 @@ def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def lm_of(tokenizer: PreTrainedTokenizerBase) -> CausalLM:
+    """A model that knows the tokenizer's tokens, for what needs the tokenizer only."""
+    return CausalLM(llama(max(10, len(tokenizer))), tokenizer)  # what a new model is tried on are ten tokens
+
+
 def passes(model: PreTrainedModel) -> list[int]:
     """A list that fills up with the tokens of each forward pass of the model."""
     seen: list[int] = []
@@ -115,18 +122,18 @@ def among_classes(logits: Tensor) -> Tensor:
 
 
 def test_class_logits_equal_the_plain_loop(tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    target = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS)  # in bytes every word is several tokens
+    target = target_of(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS)  # in bytes every word is several tokens
     expected = loop(tiny_lm, tokenizer, PROMPTS, INPUTS)
-    assert_close(target.class_logits(PROMPTS, INPUTS), expected, rtol=0, atol=1e-5)
+    assert_close(logits_of(target, PROMPTS, INPUTS), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_class_logits_of_one_token_words_equal_the_plain_loop(build: type) -> None:
     tokenizer = bpe_tokenizer("Ġyes", "Ġmaybe", "Ġno")
     model = sharpen(build(len(tokenizer)))
-    target = TargetModel(model, tokenizer, TEMPLATE, WORDS)
+    target = target_of(model, tokenizer, TEMPLATE, WORDS)
     expected = among_classes(loop(model, tokenizer, PROMPTS, INPUTS))
-    assert_close(among_classes(target.class_logits(PROMPTS, INPUTS)), expected, rtol=0, atol=1e-5)
+    assert_close(among_classes(logits_of(target, PROMPTS, INPUTS)), expected, rtol=0, atol=1e-5)
 
 
 def gemma2(vocabulary: int) -> PreTrainedModel:
@@ -157,18 +164,18 @@ def test_class_logits_equal_the_plain_loop_for_other_architectures(
     build: type, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model = sharpen(build(len(tokenizer)))
-    target = TargetModel(model, tokenizer, TEMPLATE, WORDS)
-    assert_close(target.class_logits(PROMPTS, INPUTS), loop(model, tokenizer, PROMPTS, INPUTS), rtol=0, atol=1e-5)
+    target = target_of(model, tokenizer, TEMPLATE, WORDS)
+    assert_close(logits_of(target, PROMPTS, INPUTS), loop(model, tokenizer, PROMPTS, INPUTS), rtol=0, atol=1e-5)
 
 
 def test_class_logits_are_float32_by_prompt_input_and_class(tiny_llama: PreTrainedModel) -> None:
-    logits = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS).class_logits(PROMPTS, INPUTS[:2])
+    logits = logits_of(target_of(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS), PROMPTS, INPUTS[:2])
     assert (logits.shape, logits.dtype) == ((3, 2, 3), torch.float32)
 
 
 def test_class_logits_depend_on_prompt_and_input(tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     # Without this the comparisons above could hold for a model that is deaf.
-    logits = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS).class_logits(PROMPTS, INPUTS)
+    logits = logits_of(target_of(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS), PROMPTS, INPUTS)
     between = [(logits[:, i] - logits[:, j]).abs().max() for i, j in ((0, 1), (1, 2))]
     between += [(logits[i] - logits[j]).abs().max() for i, j in ((0, 1), (1, 2))]
     assert min(between) > 0.01
@@ -182,10 +189,9 @@ def test_batch_mates_do_not_change_a_logit(
     side: str, tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     tokenizer.padding_side = side
-    target = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS)
-    together = target.class_logits(PROMPTS, INPUTS)
-    target.scored.clear()
-    alone = torch.stack([torch.cat([target.class_logits([p], [x])[0] for x in INPUTS]) for p in PROMPTS])
+    target = target_of(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS)
+    together = logits_of(target, PROMPTS, INPUTS)
+    alone = torch.stack([torch.cat([logits_of(target, [p], [x])[0] for x in INPUTS]) for p in PROMPTS])
     assert_close(together, alone, rtol=0, atol=1e-5)
 
 
@@ -194,94 +200,71 @@ def test_a_small_batch_gives_the_same_logits(
     max_batch_tokens: int, tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     sharpen(tiny_lm)
-    whole = TargetModel(tiny_lm, tokenizer, TEMPLATE, WORDS).class_logits(PROMPTS, INPUTS)
-    cut = TargetModel(tiny_lm, tokenizer, TEMPLATE, WORDS, max_batch_tokens=max_batch_tokens)
-    assert_close(cut.class_logits(PROMPTS, INPUTS), whole, rtol=0, atol=1e-5)
+    whole = logits_of(target_of(tiny_lm, tokenizer, TEMPLATE, WORDS), PROMPTS, INPUTS)
+    cut = target_of(tiny_lm, tokenizer, TEMPLATE, WORDS, max_batch_tokens=max_batch_tokens)
+    assert_close(logits_of(cut, PROMPTS, INPUTS), whole, rtol=0, atol=1e-5)
 
 
 def test_no_pass_is_larger_than_max_batch_tokens(tiny_llama: PreTrainedModel) -> None:
     # The longest row has 76 + 8 + 63 + 9 = 156 bytes, and stems of 3, 5 and 2: alone it takes at most 3 * 161 tokens.
-    target = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS, max_batch_tokens=483)
+    target = target_of(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS, max_batch_tokens=483)
     seen = passes(tiny_llama)
-    target.class_logits(PROMPTS, INPUTS)
+    logits_of(target, PROMPTS, INPUTS)
     assert len(seen) > 1 and max(seen) <= 483
 
 
 def test_a_prompt_is_run_once_for_all_its_inputs_and_no_padding_at_all() -> None:
     tokenizer = bpe_tokenizer("Ġyes", "Ġno")
-    target = TargetModel(llama(len(tokenizer)), tokenizer, TEMPLATE, ("yes", "no"))
-    seen = passes(target.model)
-    target.class_logits(["p" * 100], ["a", "bcd"])
+    target = target_of(llama(len(tokenizer)), tokenizer, TEMPLATE, ("yes", "no"))
+    seen = passes(target.lm.model)
+    logits_of(target, ["p" * 100], ["a", "bcd"])
     # Shared: 100 bytes of prompt and the 9 of ' Input : '; own, of two inputs: 1 and 3 bytes and the 9 of ' Output :'.
     assert seen == [109 + 1 + 3 + 2 * 9]
-
-
-def test_no_pair_is_scored_twice(tiny_llama: PreTrainedModel) -> None:
-    target = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS)
-    first = target.class_logits(PROMPTS[:2], INPUTS[:2])
-    seen = passes(tiny_llama)
-    assert torch.equal(target.class_logits(PROMPTS[1::-1], INPUTS[:2]), first.flip(0))
-    assert torch.equal(target.pair_logits(PROMPTS[:2], INPUTS[:2]), first.diagonal().T)
-    assert not seen
-    grown = target.class_logits(PROMPTS, INPUTS[:2])  # only the third prompt is new
-    assert torch.equal(grown[:2], first)
-    alone = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS)
-    counted = list(seen)
-    alone.class_logits(PROMPTS[2:], INPUTS[:2])
-    assert seen == counted * 2
-
-
-def test_only_so_many_pairs_are_remembered(tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rewards.target.REMEMBERED", 2)
-    target = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS)
-    whole = target.class_logits(["p"], ["a", "b", "c"])
-    assert list(target.scored) == [("p", "b"), ("p", "c")]
-    assert_close(target.class_logits(["p"], ["a", "b", "c"]), whole, rtol=0, atol=1e-5)
 
 
 def test_out_of_memory_halves_the_passes(
     tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS).class_logits(PROMPTS, INPUTS)
-    target = TargetModel(tiny_lm, tokenizer, TEMPLATE, WORDS)
-    forward = target.model.forward
+    whole = logits_of(target_of(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS), PROMPTS, INPUTS)
+    target = target_of(tiny_lm, tokenizer, TEMPLATE, WORDS)
+    forward = target.lm.model.forward
 
     def small(**kwargs: Tensor) -> object:
         if kwargs["input_ids"].numel() > 600:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return forward(**kwargs)
 
-    monkeypatch.setattr(target.model, "forward", small)
-    assert_close(target.class_logits(PROMPTS, INPUTS), whole, rtol=0, atol=1e-5)
+    monkeypatch.setattr(target.lm.model, "forward", small)
+    assert_close(logits_of(target, PROMPTS, INPUTS), whole, rtol=0, atol=1e-5)
     assert 300 <= target.max_batch_tokens <= 1200
 
 
 def test_memory_that_does_not_suffice_for_one_pair_is_an_error(
     tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS)
+    target = target_of(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS)
 
     def full(**_kwargs: Tensor) -> object:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(target.model, "forward", full)
+    monkeypatch.setattr(target.lm.model, "forward", full)
     with pytest.raises(RuntimeError, match="can't allocate"):
-        target.class_logits(PROMPTS, INPUTS)
+        logits_of(target, PROMPTS, INPUTS)
 
 
 def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(
     tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS)
+    target = target_of(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS)
     calls: list[int] = []
 
     def broken(**_kwargs: Tensor) -> object:
         calls.append(1)
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(target.model, "forward", broken)
+    monkeypatch.setattr(target.lm.model, "forward", broken)
     with pytest.raises(RuntimeError, match="shapes"):
-        target.class_logits(PROMPTS, INPUTS)
+        logits_of(target, PROMPTS, INPUTS)
     assert len(calls) == 1
 
 
@@ -290,10 +273,9 @@ def test_prompts_that_share_nothing_with_their_inputs_go_with_those_that_do(
 ) -> None:
     # Under '{prompt}{input} ...' the contexts of the empty prompt differ from the first token on, those of the other
     # prompt from the third: a prefix of nothing is padded beside a prefix of two.
-    target = TargetModel(sharpen(tiny_lm), tokenizer, "{prompt}{input} Output :", WORDS)
-    apart = torch.cat([target.class_logits([prompt], ["xa", "yb"]) for prompt in ("", "pq")])
-    target.scored.clear()
-    assert_close(target.class_logits(["", "pq"], ["xa", "yb"]), apart, rtol=0, atol=1e-5)
+    target = target_of(sharpen(tiny_lm), tokenizer, "{prompt}{input} Output :", WORDS)
+    apart = torch.cat([logits_of(target, [prompt], ["xa", "yb"]) for prompt in ("", "pq")])
+    assert_close(logits_of(target, ["", "pq"], ["xa", "yb"]), apart, rtol=0, atol=1e-5)
 
 
 # -- label words of several tokens -------------------------------------------------------------------------------
@@ -301,11 +283,11 @@ def test_prompts_that_share_nothing_with_their_inputs_go_with_those_that_do(
 
 def test_words_of_several_tokens_are_scored_as_wholes(tiny_lm: PreTrainedModel) -> None:
     tokenizer = byte_tokenizer()
-    target = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, ("good", "bad"))
+    target = target_of(sharpen(tiny_lm), tokenizer, TEMPLATE, ("good", "bad"))
     context = tokenizer("p Input : x Output :")["input_ids"]
     words = [tokenizer(" good")["input_ids"], tokenizer(" bad")["input_ids"]]
     expected = torch.tensor([[[loglik(tiny_lm, context, word) for word in words]]])
-    assert_close(target.class_logits(["p"], ["x"]), expected, rtol=0, atol=1e-5)
+    assert_close(logits_of(target, ["p"], ["x"]), expected, rtol=0, atol=1e-5)
 
 
 # One token against several; a shared first token; a prefix of another; all at once. Tokens: ' n', ' no' and bytes.
@@ -315,17 +297,15 @@ def test_words_of_several_tokens_are_scored_as_wholes(tiny_lm: PreTrainedModel) 
 def test_words_that_share_tokens_are_told_apart(words: tuple[str, ...]) -> None:
     tokenizer = bpe_tokenizer("Ġno")
     model = sharpen(llama(len(tokenizer)))
-    target = TargetModel(model, tokenizer, TEMPLATE, words)
-    assert_close(
-        target.class_logits(PROMPTS, INPUTS), loop(model, tokenizer, PROMPTS, INPUTS, words), rtol=0, atol=1e-5
-    )
+    target = target_of(model, tokenizer, TEMPLATE, words)
+    assert_close(logits_of(target, PROMPTS, INPUTS), loop(model, tokenizer, PROMPTS, INPUTS, words), rtol=0, atol=1e-5)
 
 
 def test_a_word_is_never_likelier_than_the_word_it_begins_with(
     tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     # In bytes ' not' is ' no' and one more token, whose log-probability is below 0.
-    logits = TargetModel(sharpen(tiny_llama), tokenizer, TEMPLATE, ("no", "not")).class_logits(PROMPTS, INPUTS)
+    logits = logits_of(target_of(sharpen(tiny_llama), tokenizer, TEMPLATE, ("no", "not")), PROMPTS, INPUTS)
     assert (logits[..., 1] < logits[..., 0]).all()
 
 
@@ -353,7 +333,7 @@ PLACES = [
 def test_label_words_are_the_tokens_that_follow_the_template(
     tokenizer: PreTrainedTokenizerBase, context: str, tokens: list[str], overlap: int
 ) -> None:
-    verbalizer = Verbalizer.build(tokenizer, context, ["yes", "no"])
+    verbalizer = Verbalizer.build(lm_of(tokenizer), context, ["yes", "no"])
     expected = tuple((tokenizer.convert_tokens_to_ids(token),) for token in tokens)
     assert verbalizer == Verbalizer(("yes", "no"), expected, overlap)
 
@@ -362,15 +342,15 @@ def test_a_template_that_ends_in_a_space_scores_the_text_as_it_reads() -> None:
     # 'Output : ' and 'yes' read ': yes', tokens ':' and 'Ġyes': the template's own last 'Ġ' must not be left behind.
     tokenizer = bpe_tokenizer("Ġyes", "Ġno", "yes", "no")
     model = sharpen(llama(len(tokenizer)))
-    target = TargetModel(model, tokenizer, TEMPLATE + " ", ("yes", "no"))
+    target = target_of(model, tokenizer, TEMPLATE + " ", ("yes", "no"))
     expected = among_classes(loop(model, tokenizer, PROMPTS, INPUTS, ("yes", "no")))
-    assert_close(among_classes(target.class_logits(PROMPTS, INPUTS)), expected, rtol=0, atol=1e-5)
+    assert_close(among_classes(logits_of(target, PROMPTS, INPUTS)), expected, rtol=0, atol=1e-5)
 
 
 def test_words_of_several_pieces_keep_all_of_them() -> None:
     # No piece 'maybe': its letters follow '▁', and ▁yes is one piece.
     tokenizer = unigram_tokenizer("▁Output", "▁:", "▁yes", *"maybe")
-    tokens = Verbalizer.build(tokenizer, "Output :", ["yes", "maybe"]).tokens
+    tokens = Verbalizer.build(lm_of(tokenizer), "Output :", ["yes", "maybe"]).tokens
     expected = (("▁yes",), ("▁", "m", "a", "y", "b", "e"))
     assert tokens == tuple(tuple(tokenizer.convert_tokens_to_ids(list(pieces))) for pieces in expected)
 
@@ -378,82 +358,82 @@ def test_words_of_several_pieces_keep_all_of_them() -> None:
 # A template may end in the input: what a label word follows is the input's last character.
 @pytest.mark.parametrize(("inputs", "token"), [(["a film", "b."], "Ġyes"), (["a film\n"], "yes")])
 def test_label_words_follow_a_filled_template(inputs: list[str], token: str) -> None:
-    target = TargetModel(llama(len(BPE)), BPE, "{prompt}\n{input}", ("yes", "no"), inputs=inputs)
+    target = target_of(llama(len(BPE)), BPE, "{prompt}\n{input}", ("yes", "no"), inputs=inputs)
     assert target.verbalizer.tokens[0] == (BPE.convert_tokens_to_ids(token),)
     assert target.verbalizer.overlap == 0
 
 
 def test_a_template_that_ends_in_the_input_scores_the_text_as_it_reads() -> None:
     model = sharpen(llama(len(BPE)))
-    target = TargetModel(model, BPE, "{prompt}\n{input}", ("yes", "no"))
+    target = target_of(model, BPE, "{prompt}\n{input}", ("yes", "no"))
     context, words = BPE("p\nx")["input_ids"], [BPE(" yes")["input_ids"], BPE(" no")["input_ids"]]
     expected = torch.tensor([[[loglik(model, context, word) for word in words]]])
-    assert_close(among_classes(target.class_logits(["p"], ["x"])), among_classes(expected), rtol=0, atol=1e-5)
+    assert_close(among_classes(logits_of(target, ["p"], ["x"])), among_classes(expected), rtol=0, atol=1e-5)
 
 
 def test_label_words_that_change_with_the_input_are_refused() -> None:
     with pytest.raises(ValueError, match="let the template end in a text"):
-        TargetModel(llama(len(BPE)), BPE, "{prompt}\n{input}", ("yes", "no"), inputs=["a", "b\n"])
+        target_of(llama(len(BPE)), BPE, "{prompt}\n{input}", ("yes", "no"), inputs=["a", "b\n"])
 
 
 @pytest.mark.parametrize("tokenizer", [WORD_LEVEL, UNIGRAM])
 def test_a_word_unknown_to_the_tokenizer_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ValueError, match="no token for the label word 'Ω'"):
-        Verbalizer.build(tokenizer, "Output :", ["yes", "Ω"])
+        Verbalizer.build(lm_of(tokenizer), "Output :", ["yes", "Ω"])
 
 
 def test_an_empty_word_is_refused() -> None:
     with pytest.raises(ValueError, match="no token for the label word ''"):
-        Verbalizer.build(WORD_LEVEL, "Output :", ["yes", ""])
+        Verbalizer.build(lm_of(WORD_LEVEL), "Output :", ["yes", ""])
 
 
 def test_two_words_of_the_same_tokens_are_refused() -> None:
     tokenizer = word_tokenizer("output", ":", "yes", "no")
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(ValueError, match=r"\['Yes', 'yes'\] are the same tokens"):
-        Verbalizer.build(tokenizer, "Output :", ["Yes", "yes", "no"])
+        Verbalizer.build(lm_of(tokenizer), "Output :", ["Yes", "yes", "no"])
 
 
 # -- the text ----------------------------------------------------------------------------------------------------
 
 
 def test_the_template_is_filled_with_prompt_and_input(tiny_llama: PreTrainedModel) -> None:
-    target = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS)
+    target = target_of(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS)
     assert target.context("Judge .", "a b") == "Judge . Input : a b Output :"
 
 
 def test_a_template_may_name_the_input_first(tiny_llama: PreTrainedModel) -> None:
-    target = TargetModel(tiny_llama, byte_tokenizer(), "Text : {input}\n{prompt}\nAnswer :", WORDS)
+    target = target_of(tiny_llama, byte_tokenizer(), "Text : {input}\n{prompt}\nAnswer :", WORDS)
     assert target.context("Judge .", "a b") == "Text : a b\nJudge .\nAnswer :"
 
 
 def test_braces_in_prompts_and_inputs_are_just_braces(tiny_llama: PreTrainedModel) -> None:
-    target = TargetModel(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS)
+    target = target_of(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS)
     filled = target.context("{input} {0} {prompt}", r"{prompt} \1 {{")
     assert filled == r"{input} {0} {prompt} Input : {prompt} \1 {{ Output :"
 
 
 def test_an_empty_prompt_is_a_prompt(tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    target = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS)
-    assert_close(target.class_logits([""], INPUTS), loop(tiny_lm, tokenizer, [""], INPUTS), rtol=0, atol=1e-5)
+    target = target_of(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS)
+    assert_close(logits_of(target, [""], INPUTS), loop(tiny_lm, tokenizer, [""], INPUTS), rtol=0, atol=1e-5)
 
 
 def test_a_bos_of_the_tokenizer_is_kept_exactly_once(tiny_llama: PreTrainedModel) -> None:
     tokenizer = with_bos(byte_tokenizer())
-    target = TargetModel(sharpen(tiny_llama), tokenizer, TEMPLATE, WORDS)
+    target = target_of(sharpen(tiny_llama), tokenizer, TEMPLATE, WORDS)
 
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     context = [tokenizer.bos_token_id, *ids("p Input : x Output :")]
     expected = torch.tensor([[[loglik(tiny_llama, context, ids(f" {word}")) for word in WORDS]]])
-    assert_close(target.class_logits(["p"], ["x"]), expected, rtol=0, atol=1e-5)
+    assert_close(logits_of(target, ["p"], ["x"]), expected, rtol=0, atol=1e-5)
 
 
 def test_a_bos_is_no_part_of_the_label_words() -> None:
     tokenizer = with_bos(bpe_tokenizer("Ġyes", "Ġno"))
     expected = tuple((tokenizer.convert_tokens_to_ids(token),) for token in ("Ġyes", "Ġno"))
-    assert Verbalizer.build(tokenizer, "Output :", ["yes", "no"]).tokens == expected
+    assert Verbalizer.build(lm_of(tokenizer), "Output :", ["yes", "no"]).tokens == expected
 
 
 # -- chat --------------------------------------------------------------------------------------------------------
@@ -471,32 +451,104 @@ def chat_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def test_a_chat_target_answers_in_an_open_assistant_turn(tiny_llama: PreTrainedModel) -> None:
-    target = TargetModel(tiny_llama, chat_tokenizer(), TEMPLATE, WORDS, chat=True)
+    target = target_of(tiny_llama, chat_tokenizer(), TEMPLATE, WORDS, chat=True)
     assert target.context("p", "x") == "<s><|user|>\np Input : x Output :<|end|>\n<|assistant|>\n"
 
 
 def test_a_chat_target_reads_the_template_as_it_stands(tiny_lm: PreTrainedModel) -> None:
     # One <s>, the template's and no second one of the tokenizer's; the words follow the newline without a space.
     tokenizer = chat_tokenizer()
-    target = TargetModel(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS, chat=True)
+    target = target_of(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS, chat=True)
 
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     context = [tokenizer.bos_token_id, *ids("<|user|>\np Input : x Output :<|end|>\n<|assistant|>\n")]
     expected = torch.tensor([[[loglik(tiny_lm, context, ids(word)) for word in WORDS]]])
-    assert_close(target.class_logits(["p"], ["x"]), expected, rtol=0, atol=1e-5)
+    assert_close(logits_of(target, ["p"], ["x"]), expected, rtol=0, atol=1e-5)
 
 
 def test_words_follow_a_chat_turn_without_a_space_even_where_it_ends_in_none() -> None:
     tokenizer = bpe_tokenizer("Ġyes", "Ġno", "yes", "no")
     tokenizer.chat_template = "[INST] {{ messages[0]['content'] }} [/INST]"
-    target = TargetModel(llama(len(tokenizer)), tokenizer, TEMPLATE, ("yes", "no"), chat=True)
+    target = target_of(llama(len(tokenizer)), tokenizer, TEMPLATE, ("yes", "no"), chat=True)
     assert target.verbalizer.tokens == tuple((tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no"))
 
 
 def test_a_target_with_a_chat_template_gets_plain_text_unless_asked(tiny_llama: PreTrainedModel) -> None:
-    assert TargetModel(tiny_llama, chat_tokenizer(), TEMPLATE, WORDS).context("p", "x") == "p Input : x Output :"
+    assert target_of(tiny_llama, chat_tokenizer(), TEMPLATE, WORDS).context("p", "x") == "p Input : x Output :"
+
+
+# -- what is remembered ------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A target that keeps what it is asked."""
+
+    def __init__(self, target: LocalTarget) -> None:
+        self.target, self.words, self.asked = target, target.words, list[list[Asked]]()
+        self.generate, self.answer_logprobs = target.generate, target.answer_logprobs
+        self.check_fits, self.described = target.check_fits, target.described
+
+    def class_logits(self, asked: Sequence[Asked]) -> Tensor:
+        self.asked.append(list(asked))
+        return self.target.class_logits(asked)
+
+
+@pytest.fixture
+def counting(tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Counting:
+    return Counting(target_of(tiny_llama, tokenizer, TEMPLATE, WORDS))
+
+
+def test_no_pair_is_scored_twice(counting: Counting) -> None:
+    target = Remembered(counting)
+    first = logits_of(target, PROMPTS[:2], INPUTS[:2])
+    seen = passes(counting.target.lm.model)
+    assert torch.equal(logits_of(target, PROMPTS[1::-1], INPUTS[:2]), first.flip(0))
+    assert torch.equal(target.class_logits(pairs(PROMPTS[:2], INPUTS[:2])), first.diagonal().T)
+    assert not seen
+    grown = logits_of(target, PROMPTS, INPUTS[:2])  # only the third prompt is new
+    assert torch.equal(grown[:2], first)
+    counted = list(seen)
+    logits_of(counting, PROMPTS[2:], INPUTS[:2])
+    assert seen == counted * 2
+
+
+def test_only_what_is_not_known_is_asked(counting: Counting) -> None:
+    target = Remembered(counting)
+    known = target.class_logits([Asked("q", ("a", "b"))])
+    # Of each prompt its inputs side by side, each once, whatever the order that they are asked in.
+    wanted = [Asked("q", ("c", "a")), *pairs(["p", "q", "p"], ["a", "b", "a"])]
+    found = target.class_logits(wanted)
+    assert counting.asked[1:] == [[Asked("p", ("a",)), Asked("q", ("c",))]]
+    assert torch.equal(found[[1, 3]], known) and torch.equal(found[2], found[4])
+    assert_close(found, counting.target.class_logits(wanted), rtol=0, atol=1e-5)
+    assert torch.equal(target.class_logits(wanted), found) and len(counting.asked) == 2
+
+
+def test_what_was_known_goes_on_being_known(counting: Counting) -> None:
+    target, again = Remembered(counting), Remembered(counting)
+    again.load_state_dict(target.state_dict())  # nothing
+    found = target.class_logits(grid(PROMPTS, INPUTS))
+    again.load_state_dict(target.state_dict())
+    assert torch.equal(again.class_logits(grid(PROMPTS, INPUTS)), found)
+    assert len(counting.asked) == 1
+
+
+def test_only_so_many_pairs_are_remembered(counting: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rewards.target.REMEMBERED", 2)
+    target = Remembered(counting)
+    whole = target.class_logits([Asked("p", ("a", "b", "c"))])
+    assert target.state_dict()["pairs"] == [("p", "b"), ("p", "c")]
+    assert_close(target.class_logits([Asked("p", ("a", "b", "c"))]), whole, rtol=0, atol=1e-5)
+
+
+def test_what_it_does_not_remember_it_passes_on(counting: Counting) -> None:
+    target = Remembered(counting)
+    assert target.words == WORDS and target.described() == {"computes_in": "float32", "chat": False}
+    assert target.generate(pairs(["p"], ["x"]), 3, ()) == counting.target.generate(pairs(["p"], ["x"]), 3, ())
+    with pytest.raises(ContextTooLongError):
+        target.check_fits(512, "x")
 
 
 # -- limits and state --------------------------------------------------------------------------------------------
@@ -506,24 +558,24 @@ FIXED, CONTEXT = 19, 512
 
 
 @pytest.fixture
-def snug() -> TargetModel:
+def snug() -> LocalTarget:
     tokenizer = bpe_tokenizer("Ġyes", "Ġno")
-    return TargetModel(llama(len(tokenizer)), tokenizer, TEMPLATE, ("yes", "no"))
+    return target_of(llama(len(tokenizer)), tokenizer, TEMPLATE, ("yes", "no"))
 
 
-def test_a_filled_template_may_fill_the_context_to_the_last_token(snug: TargetModel) -> None:
-    assert snug.class_logits(["p" * (CONTEXT - FIXED)], ["x"]).isfinite().all()
+def test_a_filled_template_may_fill_the_context_to_the_last_token(snug: LocalTarget) -> None:
+    assert logits_of(snug, ["p" * (CONTEXT - FIXED)], ["x"]).isfinite().all()
 
 
-def test_a_filled_template_longer_than_the_context_is_refused(snug: TargetModel) -> None:
-    with pytest.raises(ContextTooLongError, match="up to 513 tokens of the target, whose context holds 512"):
-        snug.class_logits(["p" * (CONTEXT - FIXED + 1)], ["x"])
+def test_a_filled_template_longer_than_the_context_is_refused(snug: LocalTarget) -> None:
+    with pytest.raises(ContextTooLongError, match="the target's context: up to 513 tokens, and the context holds 512"):
+        logits_of(snug, ["p" * (CONTEXT - FIXED + 1)], ["x"])
 
 
 def test_a_learned_position_table_is_never_overrun(tokenizer: PreTrainedTokenizerBase) -> None:
     # GPT-2 names its limit n_positions; beyond it the embedding would fail with an index error.
-    with pytest.raises(ContextTooLongError, match="whose context holds 512"):
-        TargetModel(gpt2(len(tokenizer)), tokenizer, TEMPLATE, WORDS).class_logits(["p" * 600], ["x"])
+    with pytest.raises(ContextTooLongError, match="the context holds 512"):
+        logits_of(target_of(gpt2(len(tokenizer)), tokenizer, TEMPLATE, WORDS), ["p" * 600], ["x"])
 
 
 def test_a_prompt_may_be_longer_than_a_sliding_window(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -532,18 +584,16 @@ def test_a_prompt_may_be_longer_than_a_sliding_window(tokenizer: PreTrainedToken
     )
     model = sharpen(MistralForCausalLM(config).eval())
     expected = loop(model, tokenizer, PROMPTS, INPUTS)
-    assert_close(
-        TargetModel(model, tokenizer, TEMPLATE, WORDS).class_logits(PROMPTS, INPUTS), expected, rtol=0, atol=1e-5
-    )
+    assert_close(logits_of(target_of(model, tokenizer, TEMPLATE, WORDS), PROMPTS, INPUTS), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("prompt", [CONTEXT - FIXED, "p" * (CONTEXT - FIXED)])
-def test_check_fits_lets_a_full_context_pass(prompt: int | str, snug: TargetModel) -> None:
+def test_check_fits_lets_a_full_context_pass(prompt: int | str, snug: LocalTarget) -> None:
     snug.check_fits(prompt, "x")
 
 
 @pytest.mark.parametrize("prompt", [CONTEXT - FIXED + 1, "p" * (CONTEXT - FIXED + 1)])
-def test_check_fits_refuses_one_token_more(prompt: int | str, snug: TargetModel) -> None:
+def test_check_fits_refuses_one_token_more(prompt: int | str, snug: LocalTarget) -> None:
     with pytest.raises(ContextTooLongError, match="513"):
         snug.check_fits(prompt, "x")
 
@@ -552,7 +602,7 @@ def test_what_check_fits_lets_pass_can_be_scored(
     tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     # In bytes ' maybe' has 6 tokens, the first 5 of which take room behind the template.
-    target = TargetModel(tiny_llama, tokenizer, TEMPLATE, WORDS)
+    target = target_of(tiny_llama, tokenizer, TEMPLATE, WORDS)
     prompts = ["p" * n for n in range(CONTEXT - FIXED - 8, CONTEXT - FIXED + 1)]
 
     def passes_check(prompt: str) -> bool:
@@ -563,21 +613,24 @@ def test_what_check_fits_lets_pass_can_be_scored(
         return True
 
     longest = max(filter(passes_check, prompts), key=len)
-    assert target.class_logits([longest], ["x"]).isfinite().all()
+    assert logits_of(target, [longest], ["x"]).isfinite().all()
 
 
-def test_the_target_is_frozen(tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    target = TargetModel(tiny_llama, tokenizer, TEMPLATE, WORDS)
-    assert not any(parameter.requires_grad for parameter in target.model.parameters())
+def test_a_target_with_trainable_weights_is_refused(
+    tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tiny_llama.requires_grad_(False).get_input_embeddings().requires_grad_(True)
+    with pytest.raises(ValueError, match="the target has trainable weights; freeze it, and give the agent"):
+        LocalTarget(CausalLM(tiny_llama, tokenizer), TEMPLATE, WORDS)
 
 
 def test_the_target_is_in_eval_mode(tiny_gpt2: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    target = TargetModel(tiny_gpt2.train(), tokenizer, TEMPLATE, WORDS)  # GPT-2 has dropout of 0.1 by default
-    assert torch.equal(target.class_logits(PROMPTS, INPUTS), target.class_logits(PROMPTS, INPUTS))
+    target = target_of(tiny_gpt2.train(), tokenizer, TEMPLATE, WORDS)  # GPT-2 has dropout of 0.1 by default
+    assert torch.equal(logits_of(target, PROMPTS, INPUTS), logits_of(target, PROMPTS, INPUTS))
 
 
 def test_class_logits_carry_no_gradient(tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    assert not TargetModel(tiny_llama, tokenizer, TEMPLATE, WORDS).class_logits(["p"], ["x"]).requires_grad
+    assert not logits_of(target_of(tiny_llama, tokenizer, TEMPLATE, WORDS), ["p"], ["x"]).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -595,8 +648,8 @@ SPECIALS = ("</s>", "<s>", "a </s> b <pad>")
 def test_a_special_token_that_is_spelt_out_is_none(
     place: str, text: str, tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    target = TargetModel(tiny_llama, tokenizer, TEMPLATE, WORDS)
-    (ids,) = encode(tokenizer, [target.context(*((text, "x") if place == "prompt" else ("p", text)))])
+    target = target_of(tiny_llama, tokenizer, TEMPLATE, WORDS)
+    (ids,) = target.lm.tokens([target.context(*((text, "x") if place == "prompt" else ("p", text)))])
     assert not set(ids) & set(tokenizer.all_special_ids)
     assert text in tokenizer.decode(ids)
 
@@ -606,9 +659,9 @@ def test_in_a_chat_only_the_templates_own_special_tokens_count(
     text: str, tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}<s>"
-    target = TargetModel(tiny_llama, tokenizer, TEMPLATE, WORDS, chat=True)
+    target = target_of(tiny_llama, tokenizer, TEMPLATE, WORDS, chat=True)
     counts = []
     for prompt in ("plain", text):
-        (ids,) = encode(tokenizer, [target.context(prompt, "x")], chat=True)
+        (ids,) = target.lm.tokens([target.context(prompt, "x")])
         counts.append(sum(token in tokenizer.all_special_ids for token in ids))
     assert counts == [3, 3]

@@ -14,9 +14,11 @@ import pytest
 
 from appo.policy import Policy
 from experiments import train as train_module
+from experiments.arms.fixed import FixedPrompt
 from experiments.config import build_config
+from experiments.run.run import prepare
 from experiments.run.runlog import read_jsonl
-from experiments.train import main, parse_args, prepare, train
+from experiments.train import main, parse_args, train
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["prompts=4", "threads=1", "sampling.max_new_tokens=24", "examples.test_limit=30", "anchor.prompts=2", "pool=5"]
@@ -113,7 +115,7 @@ def test_other_seed_other_run(tmp_path: Path) -> None:
 
 
 def test_test_split_is_not_touched_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop runs, reviews included, on data that has no test split at all; only `finish` asks for it."""
+    """The loop runs, reviews included, on data that has no test split at all; only the result asks for it."""
     options = {"task": "sst2", "steps": 10, "run": str(tmp_path / "run")}
     run = prepare(build_config(options, assignments=SMALL))
     untested = SimpleNamespace(spec=run.data.spec, train=run.data.train, validation=run.data.validation)
@@ -121,10 +123,10 @@ def test_test_split_is_not_touched_before_the_end(tmp_path: Path, monkeypatch: p
     class ReachedError(Exception):
         pass
 
-    def finish(run: object, pool: object) -> None:
+    def result(_arm: FixedPrompt) -> None:
         raise ReachedError
 
-    monkeypatch.setattr(train_module, "finish", finish)
+    monkeypatch.setattr(FixedPrompt, "result", result)
     with pytest.raises(ReachedError):
         train(replace(run, data=untested), quiet=True)
     assert len(read_jsonl(tmp_path / "run/metrics.jsonl")) == 10
@@ -144,6 +146,10 @@ def test_assignments_may_stand_between_options() -> None:
     assert not resume
 
 
+def test_onednn_can_be_switched_off() -> None:
+    assert [parse_args(given)[0].onednn for given in ([], ["onednn=false"])] == [True, False]
+
+
 def test_frozen_agent_is_best_of_n(tmp_path: Path) -> None:
     run_small(tmp_path / "run", "frozen=true", steps=4)
     rows = read_jsonl(tmp_path / "run/metrics.jsonl")
@@ -156,9 +162,9 @@ def test_self_check_stops_a_run_that_does_not_add_up(
     """A sampler at another temperature than the loss: exit code 3, the cause named, no metrics written."""
     original = Policy.sample
 
-    def hot(policy, queries, generator=None, greedy=False):
+    def hot(policy, queries, generator=None, copies=1, greedy=False):
         policy.sampling, kept = replace(policy.sampling, temperature=2.0), policy.sampling
-        rollout = original(policy, queries, generator)
+        rollout = original(policy, queries, generator, copies)
         policy.sampling = kept
         return rollout
 
@@ -188,7 +194,7 @@ def test_interrupted_run_keeps_its_rows_and_shows_no_traceback(
         (["--agent", "./no-such-model"], ["agent", "no-such-model"]),
         (["--target", "experiments/configs"], ["target", "config.json"]),
         (["examples.shots=5000"], ["5000 shots", "label"]),
-        (["sampling.max_new_tokens=1000"], ["agent's context of 1024", "sampling.max_new_tokens"]),
+        (["sampling.max_new_tokens=1000"], ["agent's context: ", "the context holds 1024", "sampling.max_new_tokens"]),
         (["sampling.max_new_tokens=5000"], ["5000", "context"]),
         (["--steps", "0"], ["steps is 0"]),
         (["device=nonsense"], ["nonsense"]),
