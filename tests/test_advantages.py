@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from appo.config import APPOConfig
-from appo.policy import Policy
 from appo.rollout import Query, Response, Rollout, Scored
-from appo.trainer import APPOTrainer, advantages
-from tests.conftest import byte_tokenizer, llama, plain_sampling
-from tests.test_trainer import Rewarded
+from appo.trainer import APPOTrainer
+from appo.update import advantages
+from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of
 
 OLD_WAY = {"leave_one_out": False, "lam": 0.95, "value_coef": 0.1, "ppo_epochs": 4}  # as published code has it
 
@@ -34,9 +33,8 @@ def scored(
         )
         for n in lengths
     ]
-    rollout = Rollout.stack([Query((1, number)) for number in queries], responses)
-    tensors = (rollout.tokens, rollout.mask, rollout.logprobs, rollout.values)
-    return Scored(rollout.queries, *tensors, rollout.logprobs.clone(), torch.tensor(scores))
+    rollout = Rollout.stack([Query((1, number)) for number in range(max(queries) + 1)], queries, responses)
+    return Scored.of(rollout, torch.tensor(scores), rollout.logprobs)
 
 
 def test_the_chain_equals_a_slow_twin() -> None:
@@ -96,13 +94,13 @@ def drift(steps: int = 20, **config: object) -> tuple[list[float], list[float]]:
     model = llama(len(tokenizer))
     with torch.no_grad():  # ends are likely enough for lengths to vary
         model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 4
-    policy = Policy(model, tokenizer, plain_sampling(24))
+    policy = policy_of(model, tokenizer, plain_sampling(24))
     settings = APPOConfig(learning_rate=1e-3, kl_coef=0.0, **config)  # type: ignore[arg-type]
     trainer = APPOTrainer(policy, settings, generator=torch.Generator().manual_seed(0))
     query, lengths, ends = policy.query("", "one"), [], []
     for _ in range(steps):
-        stats = trainer.step([query] * 16, lambda prompts: Rewarded(torch.full((len(prompts),), 7.0)))
-        lengths.append(stats["length_mean"])
+        iteration = trainer.step([query], lambda prompts: [7.0] * len(prompts), copies=16)
+        lengths.append(iteration.stats["length_mean"])
         logits = model(torch.tensor([query.tokens])).logits[0, -1]
         ends.append(logits.log_softmax(-1)[tokenizer.eos_token_id].item())
     return lengths, ends
@@ -113,6 +111,16 @@ def test_a_constant_reward_moves_neither_length_nor_the_end_token() -> None:
     assert ends == pytest.approx([ends[0]] * len(ends), abs=1e-6)
     noise = 3 * torch.tensor(lengths).std().item() / math.sqrt(5)
     assert abs(sum(lengths[-5:]) - sum(lengths[:5])) / 5 < noise
+
+
+def test_a_constant_reward_moves_no_weight_where_each_response_is_the_only_one_to_its_query() -> None:
+    tokenizer = byte_tokenizer()
+    policy = policy_of(llama(len(tokenizer)), tokenizer, plain_sampling(6))
+    trainer = APPOTrainer(policy, APPOConfig(kl_coef=0.0), generator=torch.Generator().manual_seed(0))
+    before = [p.detach().clone() for p in policy.parameters()]
+    for _ in range(3):
+        trainer.step([policy.query("", text) for text in "abcdefg"], lambda prompts: [0.1] * len(prompts))
+    assert all(map(torch.equal, policy.parameters(), before))
 
 
 def test_the_old_way_shortens_responses_under_a_constant_reward() -> None:

@@ -14,12 +14,12 @@ from torch.testing import assert_close
 from appo.anchor import Anchor, AnchorDecision, KLController, decide
 from appo.policy import Policy
 from appo.rollout import Rollout
-from tests.conftest import plain_sampling
+from tests.conftest import plain_sampling, policy_of
 
 
 @pytest.fixture
 def policy(tiny_llama, tokenizer) -> Policy:
-    return Policy(tiny_llama, tokenizer, plain_sampling(6))
+    return policy_of(tiny_llama, tokenizer, plain_sampling(6))
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def optimizer(policy: Policy) -> torch.optim.Optimizer:
 
 
 def rollout_of(policy: Policy) -> Rollout:
-    return policy.sample([policy.query("", "q")] * 4, torch.Generator().manual_seed(0))
+    return policy.sample([policy.query("", "q")], torch.Generator().manual_seed(0), copies=4)
 
 
 def weights(policy: Policy) -> list[torch.Tensor]:
@@ -47,7 +47,7 @@ def train_a_little(policy: Policy, optimizer: torch.optim.Optimizer, steps: int 
 def kl(policy: Policy, anchor: Anchor) -> torch.Tensor:
     rollout = rollout_of(policy)
     with torch.no_grad():
-        return (policy.evaluate(rollout).logprobs - anchor.logprobs(policy, rollout)).abs().max()
+        return (policy.evaluate(rollout).logprobs - anchor.logprobs(rollout)).abs().max()
 
 
 @pytest.mark.parametrize(
@@ -71,17 +71,17 @@ def test_anchor_shares_no_storage_with_the_policy(policy: Policy, optimizer: tor
     anchor = Anchor(policy, optimizer)
     live = {p.data_ptr() for p in policy.parameters()}
     assert live.isdisjoint(p.data_ptr() for p in anchor._parameters.values())
-    anchor.promote(policy, optimizer)
+    anchor.promote()
     assert live.isdisjoint(p.data_ptr() for p in anchor._parameters.values())
-    anchor.rollback(policy, optimizer)
+    anchor.rollback()
     assert {p.data_ptr() for p in policy.parameters()} == live
 
 
 def test_anchor_logprobs_stay_when_the_policy_moves(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     anchor, rollout = Anchor(policy, optimizer), rollout_of(policy)
-    before = anchor.logprobs(policy, rollout)
+    before = anchor.logprobs(rollout)
     train_a_little(policy, optimizer)
-    assert_close(anchor.logprobs(policy, rollout), before, rtol=0, atol=0)
+    assert_close(anchor.logprobs(rollout), before, rtol=0, atol=0)
     assert kl(policy, anchor) > 1e-3
 
 
@@ -91,7 +91,7 @@ def test_kl_is_against_the_promoted_anchor_not_the_initial_model(
     anchor, initial = Anchor(policy, optimizer), Anchor(policy, optimizer)
     train_a_little(policy, optimizer)
     before = weights(policy)
-    anchor.promote(policy, optimizer)
+    anchor.promote()
     assert all(torch.equal(a, b) for a, b in zip(weights(policy), before, strict=True))
     assert kl(policy, anchor) == 0
     assert kl(policy, initial) > 1e-3
@@ -104,7 +104,7 @@ def test_rollback_restores_weights_and_optimizer_exactly(policy: Policy, optimiz
     anchor = Anchor(policy, optimizer)
     weights_then, state_then = weights(policy), copy.deepcopy(optimizer.state_dict())
     train_a_little(policy, optimizer, 3)
-    anchor.rollback(policy, optimizer)
+    anchor.rollback()
     assert all(torch.equal(a, b) for a, b in zip(weights(policy), weights_then, strict=True))
     state = optimizer.state_dict()["state"]
     assert state.keys() == state_then["state"].keys()
@@ -119,7 +119,7 @@ def test_training_after_a_rollback_repeats_training_before_it(policy: Policy, op
     train_a_little(policy, optimizer)
     once = weights(policy)
     for _ in range(2):
-        anchor.rollback(policy, optimizer)
+        anchor.rollback()
         train_a_little(policy, optimizer)
         assert all(torch.equal(a, b) for a, b in zip(weights(policy), once, strict=True))
 
@@ -127,7 +127,7 @@ def test_training_after_a_rollback_repeats_training_before_it(policy: Policy, op
 def test_rollback_before_any_promotion_does_not_end_learning(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     anchor, initial = Anchor(policy, optimizer), weights(policy)
     train_a_little(policy, optimizer)
-    anchor.rollback(policy, optimizer)
+    anchor.rollback()
     assert all(torch.equal(a, b) for a, b in zip(weights(policy), initial, strict=True))
     train_a_little(policy, optimizer)
     assert all(not torch.equal(a, b) for a, b in zip(weights(policy), initial, strict=True))
@@ -136,10 +136,10 @@ def test_rollback_before_any_promotion_does_not_end_learning(policy: Policy, opt
 def test_promoted_optimizer_state_is_a_copy(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     anchor = Anchor(policy, optimizer)
     train_a_little(policy, optimizer)
-    anchor.promote(policy, optimizer)
+    anchor.promote()
     then = copy.deepcopy(optimizer.state_dict()["state"])
     train_a_little(policy, optimizer)
-    anchor.rollback(policy, optimizer)
+    anchor.rollback()
     now = optimizer.state_dict()["state"]
     assert all(torch.equal(now[k]["exp_avg"], then[k]["exp_avg"]) for k in then)
 
@@ -147,7 +147,7 @@ def test_promoted_optimizer_state_is_a_copy(policy: Policy, optimizer: torch.opt
 def test_anchor_prompts_come_from_the_anchor(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     anchor, before = Anchor(policy, optimizer), rollout_of(policy)
     train_a_little(policy, optimizer, 4)
-    with anchor.in_place_of(policy):
+    with anchor.in_place():
         sampled = rollout_of(policy)
     assert torch.equal(sampled.tokens, before.tokens)
     assert not torch.equal(rollout_of(policy).logprobs, before.logprobs)
@@ -157,7 +157,7 @@ def test_policy_is_back_even_after_an_exception(policy: Policy, optimizer: torch
     anchor = Anchor(policy, optimizer)
     train_a_little(policy, optimizer)
     before = weights(policy)
-    with pytest.raises(KeyError), anchor.in_place_of(policy):
+    with pytest.raises(KeyError), anchor.in_place():
         raise KeyError
     assert all(torch.equal(a, b) for a, b in zip(weights(policy), before, strict=True))
     assert kl(policy, anchor) > 1e-3

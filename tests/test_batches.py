@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.run.session import Batches, stream
+from experiments.arms.batches import Batches
+from experiments.run.run import stream
 from tasks.spec import Example
 
 

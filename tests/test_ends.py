@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from appo.ends import clean, whole_sentences
 from appo.policy import Policy
 from appo.rollout import Query, Response, Rollout
-from tests.conftest import byte_tokenizer, llama, plain_sampling
+from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of
 
 END, NEWLINE, SPACE, A = (byte_tokenizer().convert_tokens_to_ids(token) for token in ("</s>", "Ċ", "Ġ", "a"))
-QUERIES = [Query((5, 6, 7))] * 64
+QUERY = Query((5, 6, 7))
 
 
 def make(likely: int, by: float = 6.0, length: int = 12, **sampling: bool) -> Policy:
@@ -29,15 +29,15 @@ def make(likely: int, by: float = 6.0, length: int = 12, **sampling: bool) -> Po
             layer.mlp.down_proj.weight.zero_()
         model.lm_head.weight.zero_()
         model.lm_head.weight[likely] = by / 32
-    return Policy(model, tokenizer, replace(plain_sampling(length), **sampling))
+    return policy_of(model, tokenizer, replace(plain_sampling(length), **sampling))
 
 
 def sampled(policy: Policy) -> Rollout:
-    return policy.sample(QUERIES, torch.Generator().manual_seed(0))
+    return policy.sample([QUERY], torch.Generator().manual_seed(0), copies=64)
 
 
 def texts(policy: Policy, rollouts: Rollout) -> list[str]:
-    return [policy.tokenizer.decode(response.tokens, skip_special_tokens=True) for response in rollouts.responses()]
+    return [policy.lm.decode_text(response.tokens) for response in rollouts.responses()]
 
 
 def rollout(*texts: str) -> Rollout:
@@ -46,7 +46,7 @@ def rollout(*texts: str) -> Rollout:
     for text in texts:
         ids = torch.tensor(tokenizer(text)["input_ids"])
         responses.append(Response(ids, torch.zeros(len(ids)), torch.zeros(len(ids))))
-    return Rollout.stack(QUERIES[: len(texts)], responses)
+    return Rollout.stack([QUERY], [0] * len(texts), responses)
 
 
 def test_no_prompt_is_empty_though_the_end_is_by_far_the_likeliest() -> None:
@@ -61,7 +61,7 @@ def test_white_space_alone_is_nothing_written() -> None:
     with torch.no_grad():
         policy.model.lm_head.weight[END] = policy.model.lm_head.weight[SPACE]
     for response in sampled(policy).responses():
-        text = policy.tokenizer.decode(response.tokens, skip_special_tokens=True)
+        text = policy.lm.decode_text(response.tokens)
         assert text.strip() or END not in response.tokens
 
 
@@ -78,7 +78,7 @@ def test_recomputed_logprobs_are_the_sampled_ones(nonempty: bool, likely: int) -
 def test_the_end_is_taken_out_of_the_distribution_by_hand() -> None:
     # V tokens, one of them e^3 times as likely as the others: without it each of the V - 1 others has 1 / (V - 1).
     policy = make(END, by=3.0, nonempty=True)
-    vocabulary = len(policy.tokenizer)
+    vocabulary = len(policy.lm.tokenizer)
     with torch.no_grad():
         now = policy.evaluate(rollout("a</s>", " a</s>"))
     without = -torch.tensor(vocabulary - 1.0).log()
@@ -126,7 +126,7 @@ def test_every_end_that_the_model_names_ends_a_response(
     tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     tiny_llama.generation_config.eos_token_id = [END, A]
-    policy = Policy(tiny_llama, tokenizer, plain_sampling(40))
+    policy = policy_of(tiny_llama, tokenizer, plain_sampling(40))
     with torch.no_grad():
         tiny_llama.lm_head.weight[A] *= 30
     rollouts = sampled(policy)

@@ -1,4 +1,4 @@
-"""KL estimates, the rewards they turn into, log-probabilities and entropies."""
+"""KL estimates, the rewards they turn into, log-probabilities and entropies, plain and some rows at a time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from appo.functional import (
     entropy_from_logits,
     kl_estimate,
     leave_one_out,
-    logprobs_and_entropy,
     logprobs_from_logits,
     token_rewards,
 )
+from appo.lm.logits import logprobs_and_entropy
 
 F64 = torch.float64
 
@@ -99,35 +99,7 @@ def test_logprobs_of_half_precision_logits_are_float32() -> None:
     assert_close(found, logits.float().log_softmax(-1)[0, [0, 1], [0, 4]].unsqueeze(0))
 
 
-@pytest.mark.parametrize("budget", [1, 3, 10**6])
-def test_gradient_of_logprobs_is_that_of_log_softmax(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("appo.functional.LOGITS_AT_ONCE", 5 * budget)  # rows of five
-    logits = torch.randn(2, 4, 5, dtype=F64, generator=torch.Generator().manual_seed(0))
-    logits[0, 1, 3] = -math.inf  # a token that is ruled out
-    tokens = torch.tensor([[0, 4, 2, 2], [1, 1, 3, 0]])
-    weight = torch.linspace(-1, 2, 8, dtype=F64).view(2, 4)
-    ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    found = logprobs_from_logits(ours, tokens)
-    expected = plain.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    assert_close(found, expected)
-    (found * weight).sum().backward()
-    (expected * weight).sum().backward()
-    assert_close(ours.grad, plain.grad)
-
-
-def test_gradient_of_logprobs_keeps_the_precision_of_the_logits() -> None:
-    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
-    tokens = torch.tensor([0, 7, 49])
-    ours, plain = logits.clone().requires_grad_(), logits.float().requires_grad_()
-    logprobs_from_logits(ours, tokens).sum().backward()
-    plain.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).sum().backward()
-    assert ours.grad is not None and ours.grad.dtype == torch.bfloat16
-    assert_close(ours.grad.float(), plain.grad, rtol=1e-2, atol=1e-4)
-
-
-@pytest.mark.parametrize("budget", [1, 3, 10**6])
-def test_entropy_of_many_rows_is_that_of_each(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("appo.functional.LOGITS_AT_ONCE", 5 * budget)
+def test_entropy_of_many_rows_is_that_of_each() -> None:
     logits = torch.randn(2, 4, 5, dtype=F64, generator=torch.Generator().manual_seed(0))
     assert_close(entropy_from_logits(logits), torch.distributions.Categorical(logits=logits).entropy())
 
@@ -137,19 +109,64 @@ def test_entropy_of_the_uniform_and_of_the_certain() -> None:
     assert_close(entropy_from_logits(logits), torch.tensor([[math.log(4), 0.0]], dtype=F64))
 
 
-def test_logprobs_and_entropy_are_those_of_the_functions_for_each() -> None:
-    logits = torch.randn(2, 4, 5, dtype=F64, generator=torch.Generator().manual_seed(0))
-    tokens = torch.tensor([[0, 4, 2, 2], [1, 1, 3, 0]])
-    ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    logprobs, entropy = logprobs_and_entropy(ours, tokens)
-    assert_close(logprobs, logprobs_from_logits(plain, tokens))
-    assert_close(entropy, entropy_from_logits(logits))
-    assert not entropy.requires_grad
-    (logprobs.sum() + entropy.sum()).backward()
-    logprobs_from_logits(plain, tokens).sum().backward()
-    assert_close(ours.grad, plain.grad)
-
-
 def test_gradient_of_the_entropy_for_who_wants_it_in_the_loss() -> None:
     logits = torch.randn(3, 5, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert torch.autograd.gradcheck(entropy_from_logits, logits)
+
+
+# -- some rows at a time -----------------------------------------------------------------------------------------
+
+TOKENS = torch.tensor([0, 4, 2, 2, 1, 1, 3, 0])
+
+
+@pytest.fixture(params=[1, 3, 10**6])
+def rows_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr("appo.lm.logits.AT_ONCE", 5 * request.param)  # rows of five
+    return int(request.param)
+
+
+def random_logits() -> torch.Tensor:
+    return torch.randn(8, 5, dtype=F64, generator=torch.Generator().manual_seed(0))
+
+
+def test_gradient_of_logprobs_is_that_of_log_softmax(rows_at_once: int) -> None:
+    logits = random_logits()
+    logits[1, 3] = -math.inf  # a token that is ruled out
+    weight = torch.linspace(-1, 2, 8, dtype=F64)
+    ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    found, _ = logprobs_and_entropy(ours, TOKENS)
+    expected = plain.log_softmax(-1).gather(-1, TOKENS.unsqueeze(-1)).squeeze(-1)
+    assert_close(found, expected)
+    (found * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert_close(ours.grad, plain.grad)
+
+
+def test_logprobs_and_entropy_are_those_of_the_functions_for_each(rows_at_once: int) -> None:
+    logits = random_logits()
+    ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    logprobs, entropy = logprobs_and_entropy(ours, TOKENS)
+    assert_close(logprobs, logprobs_from_logits(plain, TOKENS))
+    assert_close(entropy, entropy_from_logits(logits))
+    assert not entropy.requires_grad
+    (logprobs.sum() + entropy.sum()).backward()
+    logprobs_from_logits(plain, TOKENS).sum().backward()
+    assert_close(ours.grad, plain.grad)
+
+
+def test_entropy_of_the_certain_has_no_row_that_is_no_number(rows_at_once: int) -> None:
+    logits = torch.full((8, 5), -math.inf, dtype=F64).scatter(1, TOKENS.unsqueeze(1), 0.0)
+    logprobs, entropy = logprobs_and_entropy(logits, TOKENS)
+    assert (logprobs.tolist(), entropy.tolist()) == ([0.0] * 8, [0.0] * 8)
+
+
+def test_gradient_of_logprobs_keeps_the_precision_of_the_logits() -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tokens = torch.tensor([0, 7, 49])
+    ours, plain = logits.clone().requires_grad_(), logits.float().requires_grad_()
+    logprobs, entropy = logprobs_and_entropy(ours, tokens)
+    assert (logprobs.dtype, entropy.dtype) == (torch.float32, torch.float32)
+    logprobs.sum().backward()
+    plain.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).sum().backward()
+    assert ours.grad is not None and ours.grad.dtype == torch.bfloat16
+    assert_close(ours.grad.float(), plain.grad, rtol=1e-2, atol=1e-4)

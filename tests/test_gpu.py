@@ -12,8 +12,8 @@ from appo.policy import Policy
 from appo.trainer import APPOTrainer
 from experiments import evaluate, prompt
 from experiments.config import build_config
+from experiments.run.run import prepare
 from experiments.run.runlog import read_jsonl
-from experiments.run.session import prepare
 from experiments.train import main, train
 
 DEVICE = "cuda"
@@ -40,12 +40,19 @@ def mean(values: list[float]) -> float:
 def test_everything_of_a_run_is_on_the_gpu(tmp_path: Path) -> None:
     made = prepare(build_config({"task": "sst2", "run": str(tmp_path / "run")}, assignments=SMALL))
     trainer = APPOTrainer(made.policy, generator=torch.Generator(DEVICE).manual_seed(0))
-    rollout = made.policy.sample([made.policy.query("a", "b")] * 4, trainer.generator)
-    tensors = [rollout.tokens, rollout.logprobs, rollout.values, *made.policy.parameters(), *made.policy.buffers()]
+    rollout = made.policy.sample([made.policy.query("a", "b")], trainer.generator, copies=4)
+    tensors = [
+        rollout.owner,
+        rollout.tokens,
+        rollout.logprobs,
+        rollout.values,
+        *made.policy.parameters(),
+        *made.policy.buffers(),
+    ]
     assert {tensor.device.type for tensor in tensors} == {DEVICE}
-    assert next(made.reward.target.model.parameters()).device.type == DEVICE
+    assert made.target.target.lm.device.type == DEVICE
     assert trainer.review_generator is not None and trainer.review_generator.device.type == DEVICE
-    assert trainer.order_generator is not None and trainer.order_generator.device.type == "cpu"
+    assert trainer.updater.generator is not None and trainer.updater.generator.device.type == "cpu"
 
 
 @pytest.mark.parametrize("task", ["sst2", "mnli", "movie_recommendation", "antonyms", "sum"])
@@ -99,7 +106,7 @@ def test_resuming_gives_the_same_rows_bit_for_bit(tmp_path: Path) -> None:
 def test_what_is_sampled_is_what_is_evaluated(tmp_path: Path) -> None:
     made = prepare(build_config({"task": "sst2", "run": str(tmp_path / "run")}, assignments=SMALL))
     policy: Policy = made.policy
-    rollout = policy.sample([policy.query("a", "b")] * 8, torch.Generator(DEVICE).manual_seed(0))
+    rollout = policy.sample([policy.query("a", "b")], torch.Generator(DEVICE).manual_seed(0), copies=8)
     with torch.no_grad():
         difference = (policy.evaluate(rollout).logprobs - rollout.logprobs).abs().max().item()
     assert difference < 1e-3

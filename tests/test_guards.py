@@ -12,23 +12,27 @@ import torch
 from torch import Tensor
 
 from appo.config import APPOConfig
-from appo.policy import Policy
 from appo.rollout import Batch, Query
-from appo.trainer import FAULTS, APPOTrainer, DivergedError, _distinct, advantages
-from tests.conftest import byte_tokenizer, llama, plain_sampling
+from appo.trainer import APPOTrainer, DivergedError, _distinct
+from appo.update import FAULTS, advantages
+from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of
 
-QUERIES = [Query((5, 6, 7))] * 4
+QUERIES, COPIES = [Query((5, 6, 7))], 4
 
 
 def trainer(**changes: object) -> APPOTrainer:
     tokenizer = byte_tokenizer()
-    policy = Policy(llama(len(tokenizer)), tokenizer, plain_sampling(6))
+    policy = policy_of(llama(len(tokenizer)), tokenizer, plain_sampling(6))
     config = APPOConfig(**{"learning_rate": 1e-3, "ppo_epochs": 4, **changes})  # type: ignore[arg-type]
     return APPOTrainer(policy, config, generator=torch.Generator().manual_seed(0))
 
 
 def rewards(*values: float) -> Callable[[list[str]], SimpleNamespace]:
     return lambda prompts: SimpleNamespace(scores=torch.tensor(values), metrics={})
+
+
+def step(appo: APPOTrainer, reward_fn: Callable[[list[str]], SimpleNamespace]) -> dict[str, float]:
+    return appo.step(QUERIES, reward_fn, COPIES).stats
 
 
 def parameters(appo: APPOTrainer) -> list[Tensor]:
@@ -43,7 +47,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 def test_a_reward_that_is_not_finite_changes_nothing_and_is_counted(bad: float) -> None:
     appo = trainer()
     before = parameters(appo)
-    stats = appo.step(QUERIES, rewards(1.0, bad, 0.0, 2.0))
+    stats = step(appo, rewards(1.0, bad, 0.0, 2.0))
     assert (stats["nonfinite_reward"], stats["skipped_steps"], appo.bad_steps) == (1.0, 1.0, 1)
     assert same(parameters(appo), before)
 
@@ -51,7 +55,7 @@ def test_a_reward_that_is_not_finite_changes_nothing_and_is_counted(bad: float) 
 def test_sound_rewards_change_the_weights_and_count_no_fault() -> None:
     appo = trainer()
     before = parameters(appo)
-    stats = appo.step(QUERIES, rewards(1.0, 5.0, 0.0, 2.0))
+    stats = step(appo, rewards(1.0, 5.0, 0.0, 2.0))
     assert not same(parameters(appo), before)
     assert stats["skipped_steps"] == 0.0 and not any(stats[fault] for fault in FAULTS)
 
@@ -60,14 +64,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     appo = trainer()
     before = parameters(appo)
     appo.policy.value_head.weight.register_hook(lambda gradient: gradient * math.nan)
-    stats = appo.step(QUERIES, rewards(1.0, 5.0, 0.0, 2.0))
+    stats = step(appo, rewards(1.0, 5.0, 0.0, 2.0))
     assert (stats["nonfinite_gradient"], stats["skipped_steps"]) == (4.0, 1.0)  # four epochs of one minibatch
     assert same(parameters(appo), before)
 
 
 def test_a_loss_that_is_not_finite_changes_nothing() -> None:
     appo = trainer()
-    appo.collect(QUERIES, rewards(1.0, 5.0, 0.0, 2.0))
+    appo.collect(QUERIES, rewards(1.0, 5.0, 0.0, 2.0), COPIES)
     appo.policy.value_head.bias.data.fill_(math.nan)
     before = [p.detach().clone() for p in appo.policy.model.parameters()]
     assert appo.update()["nonfinite_loss"] == 4.0
@@ -76,16 +80,17 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
 
 def test_an_exploded_ratio_changes_nothing() -> None:
     appo = trainer(max_ratio=10.0)
-    appo.collect(QUERIES, rewards(1.0, 5.0, 0.0, 2.0))
+    appo.collect(QUERIES, rewards(1.0, 5.0, 0.0, 2.0), COPIES)
     scored = appo.buffer.stacked()
-    batch = Batch.of(scored, *advantages(scored, appo.config, kl_coef=0.0))
+    batch = Batch.finish(scored, *advantages(scored, appo.config, kl_coef=0.0))
     before = parameters(appo)
-    assert appo.optimizer_step(replace(batch, logprobs=batch.logprobs - 3)) == {
+    assert appo.updater.optimizer_step(replace(batch, logprobs=batch.logprobs - 3)) == {
         "skipped_steps": 1.0,
         "exploded_ratio": 1.0,
     }
     assert same(parameters(appo), before)
-    assert appo.optimizer_step(replace(batch, logprobs=batch.logprobs - 2))["skipped_steps"] == 0.0  # e^2 < 10 < e^3
+    stats = appo.updater.optimizer_step(replace(batch, logprobs=batch.logprobs - 2))  # e^2 < 10 < e^3
+    assert stats["skipped_steps"] == 0.0
 
 
 def test_no_further_epoch_once_the_policy_has_moved_far() -> None:
@@ -93,9 +98,9 @@ def test_no_further_epoch_once_the_policy_has_moved_far() -> None:
     for target_kl in (None, 1e-9):
         appo = trainer(target_kl=target_kl, ppo_epochs=5)
         steps = []
-        step = appo.optimizer_step
-        appo.optimizer_step = lambda part, step=step, steps=steps: steps.append(1) or step(part)  # type: ignore
-        appo.step(QUERIES, rewards(1.0, 5.0, 0.0, 2.0))
+        make = appo.updater.optimizer_step
+        appo.updater.optimizer_step = lambda *given, make=make, steps=steps: steps.append(1) or make(*given)  # type: ignore
+        step(appo, rewards(1.0, 5.0, 0.0, 2.0))
         counts.append(len(steps))
     assert counts[0] == 5 and counts[1] < 5
 
@@ -103,15 +108,16 @@ def test_no_further_epoch_once_the_policy_has_moved_far() -> None:
 def test_bad_iterations_in_a_row_lead_back_to_the_anchor_and_then_to_the_end() -> None:
     appo = trainer(max_bad_steps=2)
     anchor = parameters(appo)
-    appo.step(QUERIES, rewards(1.0, 5.0, 0.0, 2.0))
+    step(appo, rewards(1.0, 5.0, 0.0, 2.0))
     bad = rewards(math.nan, 0.0, 0.0, 0.0)
-    appo.step(QUERIES, bad)
+    step(appo, bad)
     assert not same(parameters(appo), anchor)
-    appo.step(QUERIES, bad)
+    step(appo, bad)
     assert same(parameters(appo), anchor)
-    appo.step(QUERIES, bad)
-    with pytest.raises(DivergedError, match=r"4 iterations in a row without a sound step.*nonfinite_reward"):
-        appo.step(QUERIES, bad)
+    step(appo, bad)
+    with pytest.raises(DivergedError, match=r"4 iterations in a row without a sound step.*nonfinite_reward") as found:
+        step(appo, bad)
+    assert found.value.iteration.stats["nonfinite_reward"] == 1.0  # what a run writes down at its end
 
 
 def test_logits_that_are_no_numbers_are_named_before_anything_is_sampled() -> None:
@@ -131,14 +137,14 @@ def test_distinct_pairs_of_words(prompts: list[str], expected: float) -> None:
 
 
 def all_end_at_once(appo: APPOTrainer) -> None:
-    eos = appo.policy.tokenizer.eos_token_id
+    eos = appo.policy.lm.tokenizer.eos_token_id
     appo.policy.model.get_output_embeddings().register_forward_hook(
         lambda _module, _inputs, logits: logits + 40 * torch.eye(logits.shape[-1])[eos]
     )
 
 
 def none_ends(appo: APPOTrainer) -> None:
-    eos = appo.policy.tokenizer.eos_token_id
+    eos = appo.policy.lm.tokenizer.eos_token_id
     appo.policy.model.get_output_embeddings().register_forward_hook(
         lambda _module, _inputs, logits: logits.index_fill(-1, torch.tensor([eos]), -torch.inf)
     )
@@ -164,7 +170,7 @@ def test_degenerate_rollouts_are_counted_and_training_goes_on(kind: str, score: 
     degrade, expected = DEGENERATE[kind]
     degrade(appo)
     for _ in range(3):
-        stats = appo.step(QUERIES, rewards(*score))
+        stats = step(appo, rewards(*score))
         assert {name: stats[name] for name in expected} == expected
         assert all(map(math.isfinite, stats.values())) and stats["skipped_steps"] == 0
     assert all(p.isfinite().all() for p in appo.policy.parameters())
@@ -173,28 +179,28 @@ def test_degenerate_rollouts_are_counted_and_training_goes_on(kind: str, score: 
 def test_a_sound_iteration_in_between_starts_the_count_anew() -> None:
     appo = trainer(max_bad_steps=2)
     for _ in range(4):
-        appo.step(QUERIES, rewards(math.nan, 0.0, 0.0, 0.0))
-        appo.step(QUERIES, rewards(1.0, 5.0, 0.0, 2.0))
+        step(appo, rewards(math.nan, 0.0, 0.0, 0.0))
+        step(appo, rewards(1.0, 5.0, 0.0, 2.0))
     assert appo.bad_steps == 0
 
 
 @pytest.mark.parametrize("score", [0.0, 3.0, -7.5])
 def test_equal_rewards_give_finite_numbers_and_hardly_move_the_policy(score: float) -> None:
-    stats = trainer(kl_coef=0.0).step(QUERIES, rewards(*[score] * 4))
+    stats = step(trainer(kl_coef=0.0), rewards(*[score] * 4))
     assert all(math.isfinite(value) for value in stats.values())
 
 
 def test_a_trainers_state_goes_on_bit_for_bit() -> None:
     one, other = trainer(), trainer()
     for _ in range(2):
-        one.step(QUERIES, rewards(1.0, 5.0, 0.0, 2.0))
-    one.anchor.promote(one.policy, one.optimizer)
-    one.step(QUERIES, rewards(1.0, 5.0, 0.0, 2.0))
+        step(one, rewards(1.0, 5.0, 0.0, 2.0))
+    one.anchor.promote()
+    step(one, rewards(1.0, 5.0, 0.0, 2.0))
     other.load_state_dict(one.state_dict())
-    assert one.step(QUERIES, rewards(2.0, 0.0, 1.0, 4.0)) == other.step(QUERIES, rewards(2.0, 0.0, 1.0, 4.0))
+    assert step(one, rewards(2.0, 0.0, 1.0, 4.0)) == step(other, rewards(2.0, 0.0, 1.0, 4.0))
     assert same(parameters(one), parameters(other))
     for appo in (one, other):
-        appo.anchor.rollback(appo.policy, appo.optimizer)
+        appo.anchor.rollback()
     assert same(parameters(one), parameters(other))
 
 
@@ -202,6 +208,6 @@ def test_a_loaded_state_shares_nothing_with_the_one_it_came_from() -> None:
     one, other = trainer(), trainer()
     state = one.state_dict()
     other.load_state_dict(state)
-    other.step(QUERIES, rewards(1.0, 5.0, 0.0, 2.0))
+    step(other, rewards(1.0, 5.0, 0.0, 2.0))
     assert same(parameters(one), parameters(trainer()))
     assert not same(parameters(one), parameters(other))

@@ -10,9 +10,9 @@ import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from experiments.config import LAB_DIR
 from experiments.lab import grammar, landscape, packing, recipe, wordplay
 from experiments.lab.grammar import Item, Judge, Treat
-from experiments.run.models import LAB_DIR
 
 TASKS = list(grammar.LABS)
 MEGABYTE = 2**20

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from appo.lm import linear
+from appo.lm.attention import Branches
 from appo.lm.linear import FEW, OneDNNLinear
+from appo.lm.model import CausalLM
+from tests.conftest import byte_tokenizer, llama
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -97,6 +100,22 @@ def test_layers_that_compute_something_of_their_own_are_left_alone() -> None:
     assert [name for name, _ in model.named_parameters()] == names
     linear.uninstall(model)
     assert [type(layer) for layer in model.values()] == [nn.Linear, Doubled]
+
+
+def linear_layers(lm: CausalLM) -> list[nn.Linear]:
+    return [module for module in lm.model.modules() if isinstance(module, nn.Linear)]
+
+
+def test_a_model_without_onednn_is_torchs_own_to_the_bit() -> None:
+    tokenizer, batch = byte_tokenizer(), Branches([[]], [list(range(3, 3 + 2 * FEW))], [0])
+    with_it, without = (CausalLM(llama(len(tokenizer)), tokenizer, onednn=onednn) for onednn in (True, False))
+    assert {type(layer) for layer in linear_layers(with_it)} == {OneDNNLinear}
+    assert {type(layer) for layer in linear_layers(without)} == {nn.Linear}
+    for layer in linear_layers(without):
+        x = torch.randn(2 * FEW, layer.in_features)
+        assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    linear.uninstall(with_it.model)
+    assert torch.equal(without.run(batch).logits, with_it.run(batch).logits)
 
 
 @pytest.mark.parametrize(

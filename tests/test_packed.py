@@ -23,12 +23,11 @@ from transformers import (
 from appo.lm import attention, packed
 from appo.lm.attention import NAME, Branches
 from appo.lm.cache import RoomyLayer, closed_up, new_cache
-from appo.policy import Policy
 from appo.rollout import Batch, Query, Scored
 from appo.trainer import APPOTrainer
 from experiments.bench.plain import as_plain, plain_loss, plain_sample, plain_scores
-from rewards.target import TargetModel
-from tests.conftest import byte_tokenizer, plain_sampling, sharpen
+from rewards.local import LocalTarget
+from tests.conftest import byte_tokenizer, logits_of, plain_sampling, policy_of, sharpen, target_of
 
 VOCABULARY = 259  # of the byte tokenizer
 SIZES = {
@@ -204,10 +203,10 @@ def test_closing_up_keeps_those_who_go_on_and_moves_few(going: list[bool]) -> No
 
 @pytest.mark.parametrize("name", [*PACKING, *PLAIN])
 def test_sampled_logprobs_equal_the_evaluated_ones(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    policy = Policy(build(name), tokenizer, plain_sampling(12))
+    policy = policy_of(build(name), tokenizer, plain_sampling(12))
     beginning = tuple(range(3, 30))  # which all queries share, and which is longer than the windows
-    queries = [Query((*beginning, *ending)) for ending in ((40, 41), (50,), (60, 61, 62, 63, 64), (40, 41))]
-    rollout = policy.sample(queries, torch.Generator().manual_seed(0))
+    queries = [Query((*beginning, *ending)) for ending in ((40, 41), (50,), (60, 61, 62, 63, 64))]
+    rollout = policy.sample(queries, torch.Generator().manual_seed(0), copies=2)
     with torch.no_grad():
         found = policy.evaluate(rollout)
     assert_close(found.logprobs, rollout.logprobs, rtol=0, atol=1e-4)
@@ -220,14 +219,14 @@ def test_sampled_logprobs_equal_the_evaluated_ones(name: str, tokenizer: PreTrai
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", PACKING)
 def test_scores_equal_the_plain_ones(name: str, dtype: torch.dtype) -> None:
-    def target() -> TargetModel:
-        return TargetModel(build(name, dtype=dtype).to(dtype), byte_tokenizer(), TEMPLATE, WORDS)
+    def target() -> LocalTarget:
+        return target_of(build(name, dtype=dtype).to(dtype), byte_tokenizer(), TEMPLATE, WORDS)
 
     plain = target()
-    as_plain(plain.model)
+    as_plain(plain.lm)
     prompts = ["Say y.", "", "A longer prompt , of some words."]
     expected = plain_scores(plain, prompts, SCORED, 4).log_softmax(-1)
-    found = target().class_logits(prompts, SCORED).log_softmax(-1)
+    found = logits_of(target(), prompts, SCORED).log_softmax(-1)
     if dtype == torch.float32:
         assert_close(found, expected, rtol=1e-4, atol=1e-4)
     else:  # the decision is the same, but where two classes are as good as equal
@@ -239,20 +238,23 @@ def test_scores_equal_the_plain_ones(name: str, dtype: torch.dtype) -> None:
 
 
 def trainer(name: str, tokenizer: PreTrainedTokenizerBase, **options: bool) -> APPOTrainer:
-    return APPOTrainer(Policy(build(name), tokenizer, plain_sampling(12), **options))
+    return APPOTrainer(policy_of(build(name), tokenizer, plain_sampling(12), **options))
 
 
 def minibatch(trainer: APPOTrainer, responses: int) -> Batch:
     query = Query(tuple(range(3, 40)))
     rollout = plain_sample(trainer.policy, query, responses, 12)
-    columns = (rollout.tokens, rollout.mask, rollout.logprobs, rollout.values)
     advantages = torch.linspace(-1, 1, rollout.mask.numel()).view(rollout.mask.shape)
-    scored = Scored(rollout.queries, *columns, rollout.logprobs, advantages[:, 0])
-    return Batch.of(scored, advantages, advantages + 1)
+    scored = Scored.of(rollout, advantages[:, 0], rollout.logprobs)
+    return Batch.finish(scored, advantages, advantages + 1)
+
+
+def our_loss(trainer: APPOTrainer, batch: Batch) -> tuple[Tensor, Any]:
+    return trainer.updater.loss(batch)
 
 
 def gradients(trainer: APPOTrainer, loss: Callable[[APPOTrainer, Batch], tuple[Tensor, Any]], batch: Batch) -> Tensor:
-    trainer.optimizer.zero_grad()
+    trainer.updater.optimizer.zero_grad()
     loss(trainer, batch)[0].backward()
     return torch.cat([p.grad.flatten() for p in trainer.policy.parameters() if p.grad is not None])
 
@@ -260,11 +262,11 @@ def gradients(trainer: APPOTrainer, loss: Callable[[APPOTrainer, Batch], tuple[T
 @pytest.mark.parametrize("name", PACKING)
 def test_gradients_of_an_update_equal_the_plain_ones(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     plain, ours = trainer(name, tokenizer), trainer(name, tokenizer)
-    as_plain(plain.policy.model)
+    as_plain(plain.policy.lm)
     batch = minibatch(plain, 3)
     expected = gradients(plain, plain_loss, batch)
     assert expected.abs().max() > 0
-    assert_close(gradients(ours, APPOTrainer.loss, batch), expected, rtol=1e-4, atol=1e-5)
+    assert_close(gradients(ours, our_loss, batch), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -274,7 +276,7 @@ def test_checkpointing_changes_no_gradient(name: str, tokenizer: PreTrainedToken
     layer = next(m for m in recomputed.policy.model.modules() if type(m).__name__ in ("LlamaMLP", "GPT2MLP"))
     layer.register_forward_pre_hook(lambda *_: passes.append(1))
     batch = minibatch(kept, 2)
-    expected, found = (gradients(t, APPOTrainer.loss, batch) for t in (kept, recomputed))
+    expected, found = (gradients(t, our_loss, batch) for t in (kept, recomputed))
     assert_close(found, expected)
     assert len(passes) == 2  # forward, and again on the way back
     assert not any(module.training for module in recomputed.policy.model.modules())

@@ -9,10 +9,12 @@ import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from appo.ends import clean
 from appo.lm import packed
-from appo.policy import Policy, clean
+from appo.lm.model import ContextTooLongError
+from appo.policy import Policy
 from appo.rollout import Query, Rollout
-from tests.conftest import plain_sampling
+from tests.conftest import plain_sampling, policy_of
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
@@ -29,21 +31,24 @@ def make(
 ) -> Policy:
     with torch.no_grad():  # make endings likely, so that responses are ragged
         model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 4
-    return Policy(model, tokenizer, plain_sampling(length, temperature), compute_dtype=compute_dtype)
+    return policy_of(model, tokenizer, plain_sampling(length, temperature), compute_dtype=compute_dtype)
 
 
 def ragged_queries(policy: Policy) -> list[Query]:
-    texts = ["a", "a rather longer query", "middling"]
-    return [policy.query("", text) for text in texts for _ in range(3)]
+    return [policy.query("", text) for text in ("a", "a rather longer query", "middling")]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def ragged(policy: Policy, seed: int = 0, copies: int = 3) -> Rollout:
+    return policy.sample(ragged_queries(policy), seeded(seed), copies)
+
+
 def plain_logprobs(policy: Policy, rollout: Rollout, row: int) -> torch.Tensor:
     """One row alone, by one plain forward pass: no padding, no cache."""
-    query, response = rollout.queries[row].tokens, rollout.responses()[row].tokens
+    query, response = rollout.queries[int(rollout.owner[row])].tokens, rollout.responses()[row].tokens
     ids = torch.tensor([[*query, *response.tolist()]])
     logits = policy.model(ids).logits[0] / policy.sampling.temperature
     return logits.log_softmax(-1)[len(query) - 1 : -1].gather(1, response.unsqueeze(1)).squeeze(1)
@@ -52,7 +57,7 @@ def plain_logprobs(policy: Policy, rollout: Rollout, row: int) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_recomputed_logprobs_equal_the_sampled_ones(tiny_lm, tokenizer, temperature: float) -> None:
     policy = make(tiny_lm, tokenizer, temperature)
-    rollout = policy.sample(ragged_queries(policy), seeded())
+    rollout = ragged(policy)
     with torch.no_grad():
         assert_close(policy.evaluate(rollout).logprobs, rollout.logprobs, rtol=0, atol=1e-5)
 
@@ -60,7 +65,7 @@ def test_recomputed_logprobs_equal_the_sampled_ones(tiny_lm, tokenizer, temperat
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_equal_a_plain_forward_of_each_row_alone(tiny_lm, tokenizer, temperature: float) -> None:
     policy = make(tiny_lm, tokenizer, temperature)
-    rollout = policy.sample(ragged_queries(policy), seeded())
+    rollout = ragged(policy)
     with torch.no_grad():
         logprobs = policy.evaluate(rollout).logprobs
         for row in range(len(rollout)):
@@ -69,9 +74,27 @@ def test_logprobs_equal_a_plain_forward_of_each_row_alone(tiny_lm, tokenizer, te
     assert (logprobs[~rollout.mask] == 0).all()
 
 
+def test_copies_stand_side_by_side_and_queries_once(tiny_llama, tokenizer) -> None:
+    policy = make(tiny_llama, tokenizer)
+    rollout = ragged(policy, copies=2)
+    assert rollout.queries == tuple(ragged_queries(policy))
+    assert rollout.owner.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_greedy_takes_the_likeliest_token(tiny_llama, tokenizer) -> None:
+    policy = make(tiny_llama, tokenizer)
+    (query, *_) = ragged_queries(policy)
+    found = policy.sample([query], greedy=True)
+    for response in found.responses():
+        ids = torch.tensor([[*query.tokens, *response.tokens.tolist()]])
+        logits = tiny_llama(ids).logits[0, len(query.tokens) - 1 : -1]
+        assert torch.equal(logits.argmax(-1), response.tokens)
+    assert torch.equal(policy.sample([query], seeded(), greedy=True).tokens, found.tokens)
+
+
 def test_what_all_queries_begin_with_is_run_once(tiny_lm, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make(tiny_lm, tokenizer)
-    queries = [policy.query("A beginning that all have.", text) for text in ("a", "of different length", "a") * 2]
+    queries = [policy.query("A beginning that all have.", text) for text in ("a", "of different length")]
     passes, call = [], packed.call
 
     def counted(model: PreTrainedModel, **inputs: Any) -> packed.Output:
@@ -79,7 +102,7 @@ def test_what_all_queries_begin_with_is_run_once(tiny_lm, tokenizer, monkeypatch
         return call(model, **inputs)
 
     monkeypatch.setattr(packed, "call", counted)
-    rollout = policy.sample(queries, seeded())
+    rollout = policy.sample(queries, seeded(), copies=3)
     assert passes[:3] == [(1, 27), (2, 18), (6, 1)]  # the beginning, two endings but for their last token, a step
     monkeypatch.undo()
     with torch.no_grad():
@@ -89,7 +112,7 @@ def test_what_all_queries_begin_with_is_run_once(tiny_lm, tokenizer, monkeypatch
 
 def test_gradient_through_the_shared_query_is_that_of_plain_forwards(tiny_lm, tokenizer) -> None:
     policy = make(tiny_lm, tokenizer)
-    rollout = policy.sample(ragged_queries(policy), seeded())
+    rollout = ragged(policy)
     parameters = list(policy.model.parameters())
     fast = torch.autograd.grad(policy.evaluate(rollout).logprobs.sum(), parameters)
     slow = torch.autograd.grad(sum(plain_logprobs(policy, rollout, i).sum() for i in range(len(rollout))), parameters)
@@ -99,7 +122,7 @@ def test_gradient_through_the_shared_query_is_that_of_plain_forwards(tiny_lm, to
 
 def test_responses_end_with_the_end_of_sequence_or_at_the_limit(tiny_llama, tokenizer) -> None:
     policy = make(tiny_llama, tokenizer)
-    responses = policy.sample([policy.query("", "x")] * 64, seeded()).responses()
+    responses = policy.sample([policy.query("", "x")], seeded(), copies=64).responses()
     ended = [r for r in responses if r.tokens[-1] == tokenizer.eos_token_id]
     assert 0 < len(ended) < 64
     assert all((r.tokens[:-1] != tokenizer.eos_token_id).all() for r in responses)
@@ -108,9 +131,9 @@ def test_responses_end_with_the_end_of_sequence_or_at_the_limit(tiny_llama, toke
 
 def test_a_pad_token_that_is_the_end_of_sequence_token_changes_nothing(tiny_llama, tokenizer) -> None:
     policy = make(tiny_llama, tokenizer)
-    expected = policy.sample(ragged_queries(policy) * 8, seeded())
+    expected = ragged(policy, copies=24)
     tokenizer.pad_token = tokenizer.eos_token
-    found = policy.sample(ragged_queries(policy) * 8, seeded())
+    found = ragged(policy, copies=24)
     assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.mask, expected.mask)
     last = [r.tokens[-1] for r in found.responses()]
     assert tokenizer.eos_token_id in last  # it counts as a token of the response
@@ -118,24 +141,23 @@ def test_a_pad_token_that_is_the_end_of_sequence_token_changes_nothing(tiny_llam
 
 def test_generation_config_does_not_leak_in(tiny_llama, tokenizer) -> None:
     policy = make(tiny_llama, tokenizer)
-    queries = ragged_queries(policy)
-    before = policy.sample(queries, seeded())
+    before = ragged(policy)
     tiny_llama.generation_config.update(do_sample=True, temperature=0.1, top_k=1, max_new_tokens=2)
-    assert_close(policy.sample(queries, seeded()).tokens, before.tokens, rtol=0, atol=0)
+    assert_close(ragged(policy).tokens, before.tokens, rtol=0, atol=0)
 
 
 def test_sampling_follows_the_generator(tiny_llama, tokenizer) -> None:
     policy = make(tiny_llama, tokenizer)
-    queries = ragged_queries(policy)
-    one, same, other = (policy.sample(queries, seeded(seed)) for seed in (0, 0, 1))
+    one, same, other = (ragged(policy, seed) for seed in (0, 0, 1))
     assert torch.equal(one.tokens, same.tokens)
     assert not torch.equal(one.tokens, other.tokens)
 
 
 def test_tokens_are_drawn_with_their_probabilities(tiny_llama, tokenizer) -> None:
-    policy = Policy(tiny_llama, tokenizer, plain_sampling(1, 0.02))
+    policy = policy_of(tiny_llama, tokenizer, plain_sampling(1, 0.02))
     query, draws = policy.query("One", "two"), 20_000
-    drawn = torch.bincount(policy.sample([query] * draws, seeded()).tokens[:, 0], minlength=tiny_llama.vocab_size)
+    tokens = policy.sample([query], seeded(), copies=draws).tokens[:, 0]
+    drawn = torch.bincount(tokens, minlength=tiny_llama.vocab_size)
     logits = tiny_llama(torch.tensor([query.tokens])).logits[0, -1]
     expected = draws * (logits / 0.02).softmax(-1)
     assert 0.4 < expected.max() / draws < 0.6  # a race of equals would hide what is wrong
@@ -147,7 +169,7 @@ def test_tokens_are_drawn_with_their_probabilities(tiny_llama, tokenizer) -> Non
 
 def test_value_head_starts_at_zero_and_learns(tiny_llama, tokenizer) -> None:
     policy = make(tiny_llama, tokenizer)
-    rollout = policy.sample(ragged_queries(policy), seeded())
+    rollout = ragged(policy)
     assert (rollout.values == 0).all()
     policy.evaluate(rollout).values.sum().backward()
     assert policy.value_head.weight.grad.abs().sum() > 0
@@ -155,7 +177,7 @@ def test_value_head_starts_at_zero_and_learns(tiny_llama, tokenizer) -> None:
 
 def test_gradients_reach_the_language_model(tiny_llama, tokenizer) -> None:
     policy = make(tiny_llama, tokenizer)
-    policy.evaluate(policy.sample(ragged_queries(policy), seeded())).logprobs.sum().backward()
+    policy.evaluate(ragged(policy)).logprobs.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.model.parameters())
 
 
@@ -164,7 +186,7 @@ def test_gradients_reach_the_language_model(tiny_llama, tokenizer) -> None:
 def test_tied_weights_get_an_ordinary_gradient_of_any_loss(column, dtype, tiny_gpt2, tokenizer) -> None:
     policy = make(tiny_gpt2, tokenizer, compute_dtype=dtype)
     torch.nn.init.normal_(policy.value_head.weight)
-    rollout = policy.sample(ragged_queries(policy), seeded())
+    rollout = ragged(policy)
     getattr(policy.evaluate(rollout), column).sum().backward()
     found = tiny_gpt2.get_input_embeddings().weight.grad
     assert found.layout is torch.strided and found.abs().sum() > 0
@@ -172,7 +194,7 @@ def test_tied_weights_get_an_ordinary_gradient_of_any_loss(column, dtype, tiny_g
 
 def test_entropy_has_no_gradient_and_stays_below_uniform(tiny_llama, tokenizer) -> None:
     policy = make(tiny_llama, tokenizer)
-    rollout = policy.sample(ragged_queries(policy), seeded())
+    rollout = ragged(policy)
     entropy = policy.evaluate(rollout).entropy
     assert not entropy.requires_grad
     assert (entropy[rollout.mask] > 0).all()
@@ -187,35 +209,43 @@ def test_policy_stays_in_eval_mode(tiny_gpt2, tokenizer) -> None:
 
 def test_tokenizer_without_end_of_sequence_is_refused(tiny_llama, tokenizer) -> None:
     tokenizer.eos_token = None
+    for config in (tiny_llama.config, tiny_llama.generation_config):
+        config.eos_token_id = None
     with pytest.raises(ValueError, match="end-of-sequence"):
-        Policy(tiny_llama, tokenizer)
+        policy_of(tiny_llama, tokenizer)
+
+
+def test_an_end_that_only_the_model_names_is_enough(tiny_llama, tokenizer) -> None:
+    end = tokenizer.eos_token_id
+    tokenizer.eos_token = None
+    assert policy_of(tiny_llama, tokenizer).lm.ends == {end}
 
 
 def test_chat_leaves_the_assistant_turn_open(tiny_llama, tokenizer) -> None:
     tokenizer.chat_template = CHATML
-    policy = Policy(tiny_llama, tokenizer)
-    assert policy.chat
+    policy = policy_of(tiny_llama, tokenizer)
+    assert policy.lm.chat
     text = tokenizer.decode(policy.query("question", "The instruction was :").tokens)
     assert text == "<|user|>question<|end|><|assistant|>The instruction was :"
 
 
 def test_plain_query_is_request_newline_opening(tiny_llama, tokenizer) -> None:
-    query = Policy(tiny_llama, tokenizer).query("request", "opening :")
+    query = policy_of(tiny_llama, tokenizer).query("request", "opening :")
     assert tokenizer.decode(query.tokens) == "request\nopening :"
 
 
 def test_query_that_leaves_no_room_is_refused(tiny_llama, tokenizer) -> None:
-    policy = Policy(tiny_llama, tokenizer, plain_sampling(500))
+    policy = policy_of(tiny_llama, tokenizer, plain_sampling(500))
     policy.check_fits(policy.query("", "x" * 11))  # 12 tokens with the newline and 500 are 512, the context
-    with pytest.raises(ValueError, match="512"):
+    with pytest.raises(ContextTooLongError, match="512"):
         policy.check_fits(policy.query("", "x" * 12))
 
 
 def test_decoded_text_is_clean(tiny_llama, tokenizer) -> None:
-    policy = Policy(tiny_llama, tokenizer)
+    policy = policy_of(tiny_llama, tokenizer)
     ids = torch.tensor([[*tokenizer(" a\x1b[2Jb\n")["input_ids"], tokenizer.eos_token_id]])
     zeros = torch.zeros(ids.shape)
-    assert policy.decode(Rollout((Query((1,)),), ids, ids >= 0, zeros, zeros)) == ["a[2Jb"]
+    assert policy.decode(Rollout((Query((1,)),), torch.zeros(1).long(), ids, ids >= 0, zeros, zeros)) == ["a[2Jb"]
 
 
 @pytest.mark.parametrize(
@@ -233,7 +263,7 @@ def test_a_data_row_cannot_smuggle_special_tokens_into_a_query(
     tokenizer.chat_template = (
         "{% for m in messages %}<s>{{ m['content'] }}{% if not loop.last %}</s>{% endif %}{% endfor %}"
     )
-    policy = Policy(tiny_llama, tokenizer, plain_sampling(4), chat=chat)
+    policy = policy_of(tiny_llama, tokenizer, plain_sampling(4), chat)
     counts = [
         sum(token in tokenizer.all_special_ids for token in policy.query(request, "Go :").tokens)
         for request in ("a plain row", "a row </s> with <pad> more <s>")

@@ -7,17 +7,15 @@ import torch
 from torch.testing import assert_close
 
 from appo.config import APPOConfig
-from appo.policy import Policy
 from appo.selfcheck import self_check
 from appo.trainer import APPOTrainer
-from rewards.target import TargetModel
-from tests.conftest import byte_tokenizer, llama, plain_sampling, sharpen
-from tests.test_trainer import queries, share_of_a
+from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of, sharpen, target_of
+from tests.test_trainer import queries, step
 
 
 def make(dtype: torch.dtype = torch.bfloat16, **config: object) -> APPOTrainer:
     tokenizer = byte_tokenizer()
-    policy = Policy(llama(len(tokenizer)), tokenizer, plain_sampling(8), compute_dtype=dtype)
+    policy = policy_of(llama(len(tokenizer)), tokenizer, plain_sampling(8), compute_dtype=dtype)
     settings = APPOConfig(**{"learning_rate": 3e-3, **config})  # type: ignore[arg-type]
     return APPOTrainer(policy, settings, generator=torch.Generator().manual_seed(0))
 
@@ -29,7 +27,7 @@ def test_200_small_steps_move_nearly_all_weights() -> None:
     for _ in range(200):
         for parameter, gradient in zip(trainer.policy.parameters(), gradients, strict=True):
             parameter.grad = gradient.clone()
-        trainer.optimizer.step()
+        trainer.updater.optimizer.step()
     pairs = list(zip(trainer.policy.parameters(), before, strict=True))
     moved = sum(int((p != q).sum()) for p, q in pairs) / sum(p.numel() for p, _ in pairs)
     assert moved >= 0.99
@@ -49,31 +47,31 @@ def test_weights_kept_in_bfloat16_would_not_move() -> None:
 def test_trainable_weights_below_float32_are_refused() -> None:
     tokenizer = byte_tokenizer()
     with pytest.raises(ValueError, match="load the model in float32"):
-        Policy(llama(len(tokenizer)).bfloat16(), tokenizer)
+        policy_of(llama(len(tokenizer)).bfloat16(), tokenizer)
 
 
 def test_frozen_weights_may_be_bfloat16() -> None:
     tokenizer = byte_tokenizer()
-    policy = Policy(llama(len(tokenizer)).bfloat16().requires_grad_(False), tokenizer)
+    policy = policy_of(llama(len(tokenizer)).bfloat16().requires_grad_(False), tokenizer)
     assert policy.value_head.weight.dtype == torch.float32
 
 
 def test_an_agent_with_nothing_to_train_is_refused() -> None:
     tokenizer = byte_tokenizer()
     model = llama(len(tokenizer))
-    policy = Policy(model, tokenizer)
-    TargetModel(model, tokenizer, "{prompt} {input}", ())  # the same object, and a target's weights are frozen
+    policy = policy_of(model, tokenizer)
+    target_of(model, tokenizer, "{prompt} {input}", ())  # the same object, and a target's weights are frozen
     with pytest.raises(ValueError, match=r"no parameter to train.*same object"):
         APPOTrainer(policy)
 
 
 def test_all_but_the_layers_is_float32() -> None:
     trainer = make()
-    trainer.step(queries(trainer), share_of_a)
-    rollout = trainer.policy.sample(queries(trainer), torch.Generator().manual_seed(0))
+    step(trainer)
+    rollout = trainer.policy.sample(queries(trainer), torch.Generator().manual_seed(0), copies=4)
     now = trainer.policy.evaluate(rollout)
     columns = [rollout.logprobs, rollout.values, *now]
-    state = [s for entry in trainer.optimizer.state.values() for s in entry.values()]
+    state = [s for entry in trainer.updater.optimizer.state.values() for s in entry.values()]
     found = {t.dtype for t in [*columns, *trainer.policy.parameters(), *state]}
     assert found == {torch.float32}
 
@@ -82,28 +80,30 @@ def test_the_layers_do_compute_in_bfloat16() -> None:
     trainer, seen = make(), set()
     layer = trainer.policy.model.model.layers[0].mlp.down_proj
     layer.register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
-    trainer.policy.sample(queries(trainer), torch.Generator().manual_seed(0))
+    trainer.policy.sample(queries(trainer), torch.Generator().manual_seed(0), copies=4)
     assert seen == {torch.bfloat16}
 
 
 def test_log_probabilities_are_those_of_float32_but_for_rounding() -> None:
     tokenizer = byte_tokenizer()
     model = sharpen(llama(len(tokenizer)))
-    full, half = (Policy(model, tokenizer, plain_sampling(8), compute_dtype=d) for d in (torch.float32, torch.bfloat16))
-    rollout = full.sample([full.query("", "one")] * 4, torch.Generator().manual_seed(0))
+    full, half = (
+        policy_of(model, tokenizer, plain_sampling(8), compute_dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    rollout = full.sample([full.query("", "one")], torch.Generator().manual_seed(0), copies=4)
     with torch.no_grad():
         assert_close(half.evaluate(rollout).logprobs, full.evaluate(rollout).logprobs, rtol=0, atol=0.1)
 
 
 def test_the_first_rollout_adds_up_in_bfloat16() -> None:
     trainer = make()
-    self_check(trainer.policy, trainer.anchor, trainer.policy.sample(queries(trainer), trainer.generator))
+    self_check(trainer.policy, trainer.anchor, trainer.policy.sample(queries(trainer), trainer.generator, 4))
 
 
 def test_it_learns_in_bfloat16_as_in_float32() -> None:
     shares = {}
     for dtype in (torch.float32, torch.bfloat16):
         trainer = make(dtype, kl_coef=0.0)
-        shares[dtype] = [trainer.step(queries(trainer, 32), share_of_a)["accuracy_mean"] for _ in range(60)]
+        shares[dtype] = [step(trainer, count=32)["accuracy_mean"] for _ in range(60)]
     ends = [sum(row[-3:]) / 3 for row in shares.values()]
     assert min(ends) > 0.8

@@ -10,9 +10,9 @@ import torch
 from appo.anchor import AnchorDecision, Health, collapse
 from appo.config import AnchorConfig, APPOConfig
 from appo.policy import Policy
-from appo.rollout import Query
+from appo.rollout import Query, Rollout
 from appo.trainer import APPOTrainer
-from tests.conftest import byte_tokenizer, llama, plain_sampling
+from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of
 
 SOUND = Health(length=30.0, empty_rate=0.0, distinct_2=0.9, entropy=2.0)
 
@@ -42,12 +42,16 @@ def test_an_agent_is_as_short_or_repetitive_as_its_anchor_may_be() -> None:
 
 def make(anchor: AnchorConfig | None = None, **config: object) -> APPOTrainer:
     tokenizer = byte_tokenizer()
-    policy = Policy(llama(len(tokenizer)), tokenizer, plain_sampling(24))
+    policy = policy_of(llama(len(tokenizer)), tokenizer, plain_sampling(24))
     settings = APPOConfig(**config)  # type: ignore[arg-type]
     return APPOTrainer(policy, settings, anchor, torch.Generator().manual_seed(0))
 
 
-QUERIES = [Query((5, 6, 7))] * 8
+QUERIES, COPIES = [Query((5, 6, 7))], 8
+
+
+def written(policy: Policy, generator: torch.Generator | None) -> Rollout:
+    return policy.sample(QUERIES, generator, COPIES)
 
 
 def weights(trainer: APPOTrainer) -> torch.Tensor:
@@ -55,7 +59,7 @@ def weights(trainer: APPOTrainer) -> torch.Tensor:
 
 
 def silent(trainer: APPOTrainer) -> bool:
-    return trainer.policy.sample(QUERIES, torch.Generator().manual_seed(0)).mask.sum(1).float().mean() < 3
+    return written(trainer.policy, torch.Generator().manual_seed(0)).mask.sum(1).float().mean() < 3
 
 
 @pytest.fixture
@@ -65,7 +69,7 @@ def collapsed() -> tuple[APPOTrainer, torch.Tensor]:
     with torch.no_grad():  # the norm of a state of ones is ones: the end gets a logit of 320, all else 0
         trainer.policy.model.model.embed_tokens.weight.fill_(1.0)
         trainer.policy.model.lm_head.weight.zero_()
-        trainer.policy.model.lm_head.weight[trainer.policy.tokenizer.eos_token_id] = 10.0
+        trainer.policy.model.lm_head.weight[trainer.policy.lm.tokenizer.eos_token_id] = 10.0
     assert silent(trainer)
     return trainer, before
 
@@ -76,7 +80,7 @@ def test_a_collapsed_agent_goes_back_though_its_score_is_its_anchors(
 ) -> None:
     trainer, before = collapsed
     scores = iter([[0.5 + lead] * 8, [0.5] * 8])
-    review = trainer.review_anchor(QUERIES, lambda prompts: next(scores))
+    review = trainer.review_anchor(QUERIES, lambda prompts: next(scores), COPIES)
     assert review.decision is AnchorDecision.ROLLBACK
     assert "the agent has collapsed" in review.reason
     assert review.policy_health.length < review.anchor_health.length / 3
@@ -86,14 +90,14 @@ def test_a_collapsed_agent_goes_back_though_its_score_is_its_anchors(
 def test_short_prompts_that_win_are_no_collapse(collapsed: tuple[APPOTrainer, torch.Tensor]) -> None:
     trainer, _ = collapsed
     scores = iter([[0.9] * 8, [0.5] * 8])
-    assert trainer.review_anchor(QUERIES, lambda prompts: next(scores)).decision is AnchorDecision.PROMOTE
+    assert trainer.review_anchor(QUERIES, lambda prompts: next(scores), COPIES).decision is AnchorDecision.PROMOTE
 
 
 @pytest.mark.parametrize("switch", ["collapse", "rollback"])
 def test_going_back_can_be_switched_off(collapsed: tuple[APPOTrainer, torch.Tensor], switch: str) -> None:
     trainer, before = collapsed
     trainer.anchor_config = replace(trainer.anchor_config, **{switch: False})
-    review = trainer.review_anchor(QUERIES, lambda prompts: [0.5] * len(prompts))
+    review = trainer.review_anchor(QUERIES, lambda prompts: [0.5] * len(prompts), COPIES)
     assert review.decision is AnchorDecision.KEEP
     assert not torch.equal(weights(trainer), before)
 
@@ -103,21 +107,21 @@ def test_the_reference_initial_is_never_promoted() -> None:
     with torch.no_grad():
         trainer.policy.value_head.bias.add_(1.0)
     scores = iter([[1.0] * 8, [0.0] * 8])
-    review = trainer.review_anchor(QUERIES, lambda prompts: next(scores))
+    review = trainer.review_anchor(QUERIES, lambda prompts: next(scores), COPIES)
     assert review.decision is AnchorDecision.KEEP and "switched off" in review.reason
     assert trainer.anchor._parameters["value_head.bias"].item() == 0.0
 
 
 def test_reviews_leave_the_stream_of_rollouts_alone() -> None:
     reviewed, other = make(), make()
-    reviewed.review_anchor(QUERIES, lambda prompts: [0.5] * len(prompts))
-    rollouts = [trainer.policy.sample(QUERIES, trainer.generator) for trainer in (reviewed, other)]
+    reviewed.review_anchor(QUERIES, lambda prompts: [0.5] * len(prompts), COPIES)
+    rollouts = [written(trainer.policy, trainer.generator) for trainer in (reviewed, other)]
     assert torch.equal(rollouts[0].tokens, rollouts[1].tokens)
 
 
 def test_sampling_reviews_and_minibatch_order_never_share_a_generator() -> None:
     trainer = make()
-    streams = [trainer.generator, trainer.review_generator, trainer.order_generator]
+    streams = [trainer.generator, trainer.review_generator, trainer.updater.generator]
     assert len({id(stream) for stream in streams}) == 3
     assert len({stream.initial_seed() for stream in streams if stream is not None}) == 3
-    assert trainer.order_generator is not None and trainer.order_generator.device.type == "cpu"
+    assert trainer.updater.generator is not None and trainer.updater.generator.device.type == "cpu"

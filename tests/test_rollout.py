@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -27,14 +26,14 @@ def responses(*lengths: int, seed: int = 0) -> list[Response]:
 
 
 def rollout(*lengths: int, seed: int = 0) -> Rollout:
-    return Rollout.stack([QUERY] * len(lengths), responses(*lengths, seed=seed))
+    return Rollout.stack([QUERY], [0] * len(lengths), responses(*lengths, seed=seed))
 
 
 def finished(*lengths: int) -> Batch:
     buffer = RolloutBuffer()
     given = rollout(*lengths)
     buffer.add(given, torch.arange(len(lengths)).float(), torch.zeros_like(given.logprobs))
-    return Batch.of(buffer.stacked(), given.logprobs + given.values, given.values)
+    return Batch.finish(buffer.stacked(), given.logprobs + given.values, given.values)
 
 
 def test_empty_query_is_refused() -> None:
@@ -45,17 +44,17 @@ def test_empty_query_is_refused() -> None:
 def test_wrong_shape_is_refused_by_name() -> None:
     good = rollout(2, 3)
     with pytest.raises(ValueError, match="logprobs has shape"):
-        Rollout(good.queries, good.tokens, good.mask, good.logprobs[:, :2], good.values)
+        Rollout(good.queries, good.owner, good.tokens, good.mask, good.logprobs[:, :2], good.values)
 
 
-def test_unequal_numbers_of_queries_and_responses_are_refused() -> None:
-    with pytest.raises(ValueError, match="1 queries and 2 responses"):
-        Rollout.stack([QUERY], responses(1, 2))
+def test_unequal_numbers_of_owners_and_responses_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 owners and 2 responses"):
+        Rollout.stack([QUERY], [0], responses(1, 2))
 
 
 def test_stacking_pads_on_the_right_and_comes_apart_again() -> None:
     ragged = responses(3, 1, 2)
-    stacked = Rollout.stack([QUERY] * 3, ragged)
+    stacked = Rollout.stack([QUERY], [0, 0, 0], ragged)
     assert stacked.mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
     assert [r.tokens.tolist() for r in stacked.responses()] == [r.tokens.tolist() for r in ragged]
 
@@ -93,20 +92,37 @@ def test_several_collects_are_as_one() -> None:
     whole, parts = RolloutBuffer(), RolloutBuffer()
     first, second = responses(3, 1), responses(6, seed=1)
     scores = torch.tensor([1.0, 2.0, 3.0])
-    everything = Rollout.stack([QUERY] * 3, [*first, *second])
+    everything = Rollout.stack([QUERY], [0, 0, 0], [*first, *second])
     whole.add(everything, scores, torch.zeros_like(everything.logprobs))
     for ragged, part in ((first, scores[:2]), (second, scores[2:])):
-        piece = Rollout.stack([QUERY] * len(ragged), ragged)
+        piece = Rollout.stack([QUERY], [0] * len(ragged), ragged)
         parts.add(piece, part, torch.zeros_like(piece.logprobs))
     for name in ("tokens", "mask", "logprobs", "values", "ref_logprobs", "scores"):
         assert_close(getattr(parts.stacked(), name), getattr(whole.stacked(), name), rtol=0, atol=0)
 
 
-def test_responses_to_the_same_query_are_a_group() -> None:
-    given = replace(rollout(1, 1, 1), queries=(Query((1, 2)), Query((3,)), Query((1, 2))))
+def asked(rollout: Rollout) -> list[Query]:
+    """The query that each response is to."""
+    return [rollout.queries[m] for m in rollout.owner.tolist()]
+
+
+def test_responses_to_the_same_query_of_a_collect_are_a_group() -> None:
+    first = Rollout.stack([QUERY, Query((3,))], [0, 1, 0], responses(1, 1, 1))
+    second = Rollout.stack([Query((4,)), QUERY], [0, 1], responses(2, 2))
     buffer = RolloutBuffer()
-    buffer.add(given, torch.zeros(3), given.logprobs)
-    assert buffer.stacked().groups.tolist() == [0, 1, 0]
+    for given in (first, second):
+        buffer.add(given, torch.zeros(len(given)), given.logprobs)
+    stacked = buffer.stacked()
+    assert stacked.owner.tolist() == [0, 1, 0, 2, 3]
+    assert asked(stacked) == [*asked(first), *asked(second)]
+
+
+def test_a_selection_holds_the_queries_of_its_rows_and_no_others() -> None:
+    given = Rollout.stack([Query((n,)) for n in range(4)], [0, 3, 1, 3], responses(1, 2, 3, 4))
+    picked = given.select(torch.tensor([3, 0, 1]))
+    assert picked.queries == (Query((0,)), Query((3,)))
+    assert asked(picked) == [Query((3,)), Query((0,)), Query((3,))]
+    assert [r.tokens.tolist() for r in picked.responses()] == [given.responses()[i].tokens.tolist() for i in (3, 0, 1)]
 
 
 def test_the_buffer_keeps_copies() -> None:

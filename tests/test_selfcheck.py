@@ -12,13 +12,13 @@ from appo.anchor import Anchor
 from appo.policy import Policy
 from appo.rollout import Rollout
 from appo.selfcheck import SelfCheckError, self_check
-from tests.conftest import plain_sampling
+from tests.conftest import plain_sampling, policy_of
 
 
 def ready(model, tokenizer) -> tuple[Policy, Anchor, Rollout]:
-    policy = Policy(model, tokenizer, plain_sampling(8))
-    queries = [policy.query("", text) for text in ("a", "a much longer query", "a much longer query")]
-    rollout = policy.sample(queries, torch.Generator().manual_seed(0))
+    policy = policy_of(model, tokenizer, plain_sampling(8))
+    queries = [policy.query("", text) for text in ("a", "a much longer query")]
+    rollout = policy.sample(queries, torch.Generator().manual_seed(0), copies=2)
     return policy, Anchor(policy, torch.optim.AdamW(policy.parameters())), rollout
 
 

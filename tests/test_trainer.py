@@ -10,10 +10,10 @@ from torch.testing import assert_close
 
 from appo.anchor import AnchorDecision
 from appo.config import AnchorConfig, APPOConfig
-from appo.policy import Policy
 from appo.rollout import Batch, Query
-from appo.trainer import APPOTrainer, advantages
-from tests.conftest import byte_tokenizer, llama, plain_sampling
+from appo.trainer import APPOTrainer, RewardFn
+from appo.update import advantages
+from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,26 @@ def share_of_a(prompts: list[str]) -> Rewarded:
 
 def make(length: int = 8, anchor: AnchorConfig | None = None, seed: int = 0, **config: object) -> APPOTrainer:
     tokenizer = byte_tokenizer()
-    policy = Policy(llama(len(tokenizer)), tokenizer, plain_sampling(length))
+    policy = policy_of(llama(len(tokenizer)), tokenizer, plain_sampling(length))
     settings = {"learning_rate": 3e-3, **config}
     return APPOTrainer(policy, APPOConfig(**settings), anchor, torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
 
 
-def queries(trainer: APPOTrainer, count: int = 8) -> list[Query]:
-    return [trainer.policy.query("", text) for text in ("one", "another") for _ in range(count // 2)]
+def queries(trainer: APPOTrainer) -> list[Query]:
+    return [trainer.policy.query("", text) for text in ("one", "another")]
+
+
+def collect(trainer: APPOTrainer, count: int = 8) -> None:
+    trainer.collect(queries(trainer), share_of_a, count // 2)
+
+
+def step(trainer: APPOTrainer, reward_fn: RewardFn = share_of_a, count: int = 8) -> dict[str, float]:
+    return trainer.step(queries(trainer), reward_fn, count // 2).stats
 
 
 def finished(trainer: APPOTrainer) -> Batch:
     scored = trainer.buffer.stacked()
-    return Batch.of(scored, *advantages(scored, trainer.config, kl_coef=0.1))
+    return Batch.finish(scored, *advantages(scored, trainer.config, kl_coef=0.1))
 
 
 def flat(trainer: APPOTrainer) -> torch.Tensor:
@@ -50,7 +58,7 @@ def flat(trainer: APPOTrainer) -> torch.Tensor:
 
 def test_ratio_is_one_at_the_first_optimizer_step() -> None:
     trainer = make(ppo_epochs=1)
-    stats = trainer.step(queries(trainer), share_of_a)
+    stats = step(trainer)
     assert stats["clip_fraction"] == 0
     assert stats["approx_kl"] < 1e-10
 
@@ -64,34 +72,33 @@ def test_first_steps_are_small_and_grow_to_the_learning_rate() -> None:
     rates, largest = [], []
     for _ in range(6):
         before = flat(trainer)
-        trainer.step(queries(trainer), letters)
-        rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+        step(trainer, letters)
+        rates.append([group["lr"] for group in trainer.updater.optimizer.param_groups])
         largest.append((flat(trainer) - before).abs().max().item())
     assert_close(torch.tensor(rates), torch.tensor([[1e-3], [1e-2]]).T * torch.tensor([[1, 2, 3, 4, 4, 4]]).T / 4)
-    assert largest[0] == pytest.approx(
-        1e-2 / 4, rel=1e-3
-    )  # Adam's first step: the learning rate, whatever the gradient
+    # Adam's first step: the learning rate, whatever the gradient.
+    assert largest[0] == pytest.approx(1e-2 / 4, rel=1e-3)
 
 
 def test_an_agent_that_is_put_back_to_its_beginning_warms_up_again() -> None:
     trainer = make(learning_rate=1e-3, ppo_epochs=1, warmup_steps=4)
     for _ in range(3):
-        trainer.step(queries(trainer), letters)
-    trainer.anchor.rollback(trainer.policy, trainer.optimizer)
-    trainer.step(queries(trainer), letters)
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 4)
+        step(trainer, letters)
+    trainer.anchor.rollback()
+    step(trainer, letters)
+    assert trainer.updater.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 4)
 
 
 def test_two_seeded_runs_are_equal_to_the_last_bit() -> None:
     one, two = make(), make()
     for _ in range(3):
-        assert one.step(queries(one), share_of_a) == two.step(queries(two), share_of_a)
+        assert step(one) == step(two)
     assert torch.equal(flat(one), flat(two))
 
 
 def test_another_seed_gives_another_run() -> None:
     one, two = make(), make(seed=1)
-    assert one.step(queries(one), share_of_a) != two.step(queries(two), share_of_a)
+    assert step(one) != step(two)
 
 
 def learn(sign: float = 1.0, steps: int = 60, **config: object) -> list[float]:
@@ -100,7 +107,7 @@ def learn(sign: float = 1.0, steps: int = 60, **config: object) -> list[float]:
     def reward(prompts: list[str]) -> Rewarded:
         return Rewarded(sign * share_of_a(prompts).scores, share_of_a(prompts).metrics)
 
-    return [trainer.step(queries(trainer, 32), reward)["accuracy_mean"] for _ in range(steps)]
+    return [step(trainer, reward, 32)["accuracy_mean"] for _ in range(steps)]
 
 
 def test_agent_learns_a_toy_reward() -> None:
@@ -117,10 +124,73 @@ def test_heavy_penalty_against_the_initial_agent_pins_it() -> None:
     assert max(learn(kl_coef=5.0, reference="initial")) < 0.3
 
 
+def plain_share_of_a(prompts: list[str]) -> list[float]:
+    return [prompt.count("a") / max(len(prompt), 1) for prompt in prompts]
+
+
+def test_fit_learns_from_plain_numbers_and_reviews_every_period() -> None:
+    trainer = make(length=6, anchor=AnchorConfig(period=4, prompts=8), kl_coef=0.0)
+    iterations = list(trainer.fit(queries(trainer), plain_share_of_a, 60, 16, plain_share_of_a))
+    reviews = {number: found.review for number, found in enumerate(iterations, 1) if found.review is not None}
+    assert list(reviews) == list(range(4, 61, 4))
+    assert {len(review.policy_scores) for review in reviews.values()} == {8}
+    assert AnchorDecision.PROMOTE in [review.decision for review in reviews.values()]
+    shares = [found.stats["reward_mean"] for found in iterations]
+    assert shares[0] < 0.1
+    assert sum(shares[-3:]) / 3 > 0.8
+
+
+@pytest.mark.parametrize("reference", ["initial", "previous", "none"])
+def test_fit_does_not_review_an_anchor_that_never_moves(reference: str) -> None:
+    trainer = make(anchor=AnchorConfig(period=1), reference=reference)
+    found = list(trainer.fit(queries(trainer), plain_share_of_a, 2, 4, plain_share_of_a))
+    assert [iteration.review for iteration in found] == [None, None]
+
+
+def test_fit_without_scores_does_not_review_and_may_ask_anew_every_time() -> None:
+    trainer, numbers = make(anchor=AnchorConfig(period=1)), []
+
+    def ask(number: int) -> list[Query]:
+        numbers.append(number)
+        return queries(trainer)[:number]
+
+    found = list(trainer.fit(ask, plain_share_of_a, 2, 4))
+    assert numbers == [1, 2]
+    assert [len(iteration.collected.prompts) for iteration in found] == [4, 8]
+    assert [iteration.review for iteration in found] == [None, None]
+
+
+def test_plain_numbers_teach_what_scores_teach() -> None:
+    one, two = make(), make()
+    stats = [step(one), step(two, plain_share_of_a)]
+    assert stats[0] == stats[1] | {"accuracy_mean": stats[0]["accuracy_mean"]}
+    assert torch.equal(flat(one), flat(two))
+
+
+@pytest.mark.parametrize("given", [[], [0.5] * 7, torch.zeros(9), torch.zeros(8, 1), Rewarded(torch.zeros(2))])
+def test_another_number_of_rewards_than_prompts_is_refused(given: list[float] | torch.Tensor | Rewarded) -> None:
+    trainer = make()
+    before = flat(trainer)
+    with pytest.raises(ValueError, match=r"the reward function gave rewards of shape .*, not \[8\]"):
+        step(trainer, lambda prompts: given)
+    assert torch.equal(flat(trainer), before) and len(trainer.buffer) == 0
+
+
+def test_exploring_changes_no_weight() -> None:
+    trainer = make()
+    before = flat(trainer)
+    for _ in range(3):
+        found = trainer.explore(queries(trainer), share_of_a, 4)
+        assert len(found.collected.prompts) == 8
+        assert found.stats["reward_mean"] == found.collected.rewarded.scores.mean().item()
+    assert torch.equal(flat(trainer), before)
+    assert (len(trainer.buffer), trainer.updater.optimizer.state_dict()["state"]) == (0, {})
+
+
 def moved(steps: int = 2, **config: object) -> torch.Tensor:
     trainer = make(**config)
     for _ in range(steps):
-        trainer.step(queries(trainer), share_of_a)
+        step(trainer)
     return flat(trainer)
 
 
@@ -135,20 +205,19 @@ def test_with_a_reference_the_coefficient_matters(reference: str) -> None:
 
 def test_penalty_of_plain_ppo_is_in_the_loss_only() -> None:
     trainer = make(reference="previous", kl_coef=3.0)
-    trainer.collect(queries(trainer), share_of_a)
+    collect(trainer)
     scored = trainer.buffer.stacked()
     assert_close(scored.ref_logprobs, scored.logprobs, rtol=0, atol=0)
-    assert trainer.kl_in_loss
+    assert trainer.updater.reference.in_loss
 
 
 def test_kl_in_the_loss_adds_the_k3_estimate() -> None:
     trainer = make(kl_in_loss=True, kl_coef=0.5)
-    trainer.step(queries(trainer), share_of_a)  # away from the anchor
-    trainer.collect(queries(trainer), share_of_a)
+    step(trainer)  # away from the anchor
+    collect(trainer)
     batch = finished(trainer)
-    with_kl, _ = trainer.loss(batch)
-    trainer.kl_controller.coef = 0.0
-    without, _ = trainer.loss(batch)
+    with_kl, _ = trainer.updater.loss(batch, 0.5)
+    without, _ = trainer.updater.loss(batch, 0.0)
     d = trainer.policy.evaluate(batch).logprobs - batch.ref_logprobs
     k3 = (torch.exp(-d) - 1 + d)[batch.mask].mean()
     assert_close(with_kl - without, 0.5 * k3, rtol=1e-4, atol=1e-6)
@@ -158,8 +227,8 @@ def test_kl_in_the_loss_adds_the_k3_estimate() -> None:
 def test_micro_batches_add_up_to_the_step_of_the_minibatch(micro: int) -> None:
     whole, parts = make(), make(micro_batch_size=micro)
     for trainer in (whole, parts):
-        trainer.collect(queries(trainer), share_of_a)
-    results = [trainer.optimizer_step(finished(trainer)) for trainer in (whole, parts)]
+        collect(trainer)
+    results = [trainer.updater.optimizer_step(finished(trainer)) for trainer in (whole, parts)]
     assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
     for one, other in zip(whole.policy.parameters(), parts.policy.parameters(), strict=True):
         assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
@@ -167,21 +236,22 @@ def test_micro_batches_add_up_to_the_step_of_the_minibatch(micro: int) -> None:
 
 def test_gradient_is_clipped_to_its_limit() -> None:
     trainer = make(max_grad_norm=1e-5)
-    trainer.collect(queries(trainer), share_of_a)
-    assert trainer.optimizer_step(finished(trainer))["grad_norm"] > 1e-5
+    collect(trainer)
+    assert trainer.updater.optimizer_step(finished(trainer))["grad_norm"] > 1e-5
     norm = torch.stack([p.grad.norm() for p in trainer.policy.parameters()]).norm()
     assert_close(norm.item(), 1e-5, rtol=2e-2, atol=0)  # torch divides by norm + 1e-6
 
 
 def test_value_head_may_have_a_learning_rate_of_its_own() -> None:
-    trainer = make(value_learning_rate=0.5)
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == [3e-3, 0.5]
+    trainer = make(value_learning_rate=0.5, ppo_epochs=1, warmup_steps=0)
+    step(trainer)
+    assert [group["lr"] for group in trainer.updater.optimizer.param_groups] == [3e-3, 0.5]
 
 
 def test_an_update_takes_in_all_collects_and_empties_the_buffer() -> None:
     trainer = make()
-    trainer.collect(queries(trainer), share_of_a)
-    trainer.collect(queries(trainer, 4), share_of_a)
+    collect(trainer)
+    collect(trainer, 4)
     assert len(trainer.buffer) == 12
     trainer.update()
     assert len(trainer.buffer) == 0
@@ -189,7 +259,7 @@ def test_an_update_takes_in_all_collects_and_empties_the_buffer() -> None:
 
 def test_adaptive_coefficient_follows_the_kl() -> None:
     trainer = make(kl_coef=0.2, kl_target=6.0, kl_horizon=100)
-    trainer.step(queries(trainer), share_of_a)  # KL 0 at first: error -.2, 8 responses, factor 1 - .2 * 8 / 100
+    step(trainer)  # KL 0 at first: error -.2, 8 responses, factor 1 - .2 * 8 / 100
     assert trainer.kl_controller.coef == pytest.approx(0.2 * (1 - 0.016), rel=1e-6)
 
 
@@ -203,9 +273,9 @@ def test_adaptive_coefficient_follows_the_kl() -> None:
 )
 def test_review_compares_agent_and_anchor(first: float, second: float, decision: AnchorDecision) -> None:
     trainer = make()
-    trainer.step(queries(trainer), share_of_a)
+    step(trainer)
     before, given = flat(trainer), iter([[first] * 8, [second] * 8])
-    review = trainer.review_anchor(queries(trainer), lambda prompts: next(given))
+    review = trainer.review_anchor(queries(trainer), lambda prompts: next(given), 4)
     assert review.decision is decision
     assert (review.policy_scores, review.anchor_scores) == ([first] * 8, [second] * 8)
     assert (review.promote_threshold, review.rollback_threshold) == (0.05, 0.1)
@@ -215,15 +285,15 @@ def test_review_compares_agent_and_anchor(first: float, second: float, decision:
 @pytest.mark.parametrize("scores", [(1.0, 0.0), (0.0, 1.0)])
 def test_promotion_and_rollback_can_be_switched_off(scores: tuple[float, float]) -> None:
     trainer = make(anchor=AnchorConfig(promote=False, rollback=False))
-    trainer.step(queries(trainer), share_of_a)
+    step(trainer)
     before, given = flat(trainer), iter([[score] * 8 for score in scores])
-    review = trainer.review_anchor(queries(trainer), lambda prompts: next(given))
+    review = trainer.review_anchor(queries(trainer), lambda prompts: next(given), 4)
     assert review.decision is AnchorDecision.KEEP
     assert torch.equal(flat(trainer), before)
 
 
 def test_stats_are_flat_numbers() -> None:
     trainer = make()
-    stats = trainer.step(queries(trainer), share_of_a)
+    stats = step(trainer)
     assert {"reward_mean", "reward_max", "accuracy_mean", "kl", "policy_loss", "value_loss", "entropy"} <= set(stats)
     assert all(isinstance(value, float) for value in stats.values())

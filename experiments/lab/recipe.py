@@ -38,7 +38,7 @@ from experiments.terminal.command import Parser, in_order
 from rewards.target import fill
 from tasks.catalogue import load_spec
 from tasks.meta_prompt import MetaPrompt, meta_prompt, rewrite_prompt
-from tasks.spec import Example, TaskSpec
+from tasks.spec import Example
 
 LAB_DIR = Path(__file__).parent
 TRAIN_ROWS, TEST_ROWS = 400, 600
@@ -67,11 +67,6 @@ def sample_example(rng: random.Random, task: str) -> Example:
     if task in wordplay.TASKS:
         return render(task, wordplay.sample_row(rng, task))
     return render(task, row_of(grammar.sample_item(rng, task)))
-
-
-def target_text(spec: TaskSpec, text: str) -> str:
-    """What follows an instruction in the target's template."""
-    return fill(spec.template, "", text)
 
 
 # -- data --------------------------------------------------------------------------------------------------------
@@ -224,7 +219,7 @@ class _TargetBatches:
             seen, said = (
                 self.tokenizer(texts, add_special_tokens=False)["input_ids"]
                 for texts in zip(
-                    *((target_text(SPECS[task], text), f" {answer}") for text, answer in pairs), strict=True
+                    *((fill(SPECS[task].template, "", text), f" {answer}") for text, answer in pairs), strict=True
                 )
             )
             continuations.append([before + after for before, after in zip(seen, said, strict=True)])
