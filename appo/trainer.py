@@ -165,8 +165,6 @@ class APPOTrainer:
                 "that of the frozen target?"
             )
         groups[1]["lr"] = self.config.value_learning_rate or self.config.learning_rate
-        for group in groups:
-            group["peak_lr"] = group.get("lr", self.config.learning_rate)
         self.optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, weight_decay=0.0, fused=True)
         self.anchor = Anchor(policy, self.optimizer)
         self.kl_controller = KLController(self.config.kl_coef, self.config.kl_target, self.config.kl_horizon)
@@ -292,22 +290,8 @@ class APPOTrainer:
         if fault:
             self.optimizer.zero_grad()
             return {"skipped_steps": 1.0, fault: 1.0}
-        self._warm_up()
         self.optimizer.step()
         return {**totals, "grad_norm": norm, "skipped_steps": 0.0}
-
-    def _warm_up(self) -> None:
-        """Lets the learning rates rise linearly over the first `warmup_steps` steps.
-
-        Adam's first step moves every weight by the whole learning rate, however small its gradient: on a real agent,
-        by 0.4 nats per token, in a direction that eight rewards have chosen. The count of steps is Adam's own, so that
-        it is saved, loaded and rolled back with the moments.
-        """
-        moments = next(iter(self.optimizer.state.values()), None)
-        done = 0 if moments is None else int(moments["step"])
-        share = min(1.0, (done + 1) / max(1, self.config.warmup_steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = share * group["peak_lr"]
 
     def _fault(self, stats: Mapping[str, float], grad_norm: float) -> str | None:
         """What makes a step unsound, if anything does; one of FAULTS."""

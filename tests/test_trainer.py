@@ -55,29 +55,6 @@ def test_ratio_is_one_at_the_first_optimizer_step() -> None:
     assert stats["approx_kl"] < 1e-10
 
 
-def test_first_steps_are_small_and_grow_to_the_learning_rate() -> None:
-    trainer = make(learning_rate=1e-3, value_learning_rate=1e-2, ppo_epochs=1, warmup_steps=4)
-    rates, largest = [], []
-    for _ in range(6):
-        before = flat(trainer)
-        trainer.step(queries(trainer), share_of_a)
-        rates.append([group["lr"] for group in trainer.optimizer.param_groups])
-        largest.append((flat(trainer) - before).abs().max().item())
-    assert_close(torch.tensor(rates), torch.tensor([[1e-3], [1e-2]]).T * torch.tensor([[1, 2, 3, 4, 4, 4]]).T / 4)
-    assert largest[0] == pytest.approx(
-        1e-2 / 4, rel=1e-3
-    )  # Adam's first step: the learning rate, whatever the gradient
-
-
-def test_an_agent_that_is_put_back_to_its_beginning_warms_up_again() -> None:
-    trainer = make(learning_rate=1e-3, ppo_epochs=1, warmup_steps=4)
-    for _ in range(3):
-        trainer.step(queries(trainer), share_of_a)
-    trainer.anchor.rollback(trainer.policy, trainer.optimizer)
-    trainer.step(queries(trainer), share_of_a)
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 4)
-
-
 def test_two_seeded_runs_are_equal_to_the_last_bit() -> None:
     one, two = make(), make()
     for _ in range(3):
