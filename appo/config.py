@@ -39,7 +39,7 @@ class AnchorConfig:
     rollback_threshold: float = 0.1  # deficit above which to roll back [P]
     promote: bool = True  # False: the anchor stays where it is
     rollback: bool = True  # False: the agent is never put back
-    collapse: bool = True  # put back an agent whose prompts are empty, very short or repeat themselves; ours
+    collapse: bool = True  # put back an agent whose prompts are empty, very short or all the same; ours
 
     def __post_init__(self) -> None:
         _require(self.period >= 1, "period", self.period, "at least 1")
