@@ -19,22 +19,7 @@ from appo.trainer import AnchorReview, APPOTrainer, DivergedError, Iteration
 
 __version__ = "0.1.0"
 __all__ = [
-    "APPOConfig",
-    "APPOTrainer",
-    "Anchor",
-    "AnchorConfig",
-    "AnchorDecision",
-    "AnchorReview",
-    "Batch",
-    "CausalLM",
-    "ContextTooLongError",
-    "DivergedError",
-    "Iteration",
-    "KLController",
-    "Policy",
-    "Query",
-    "Rollout",
-    "SamplingConfig",
-    "Scored",
-    "decide",
-]
+    "APPOConfig", "APPOTrainer", "Anchor", "AnchorConfig", "AnchorDecision", "AnchorReview", "Batch", "CausalLM",
+    "ContextTooLongError", "DivergedError", "Iteration", "KLController", "Policy", "Query", "Rollout",
+    "SamplingConfig", "Scored", "decide",
+]  # fmt: skip

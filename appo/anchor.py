@@ -54,6 +54,7 @@ class Health(NamedTuple):
 
     length: float  # mean, in tokens
     empty_rate: float  # share of prompts without a word
+    distinct: float  # share of prompts that repeat no other
     distinct_2: float  # mean share of distinct word pairs in a prompt; near 0 for "no no no no"
     entropy: float  # nats per token: minus the mean log-probability of what was sampled
 
@@ -61,13 +62,14 @@ class Health(NamedTuple):
 def collapse(policy: Health, anchor: Health) -> str | None:
     """What shows that the policy has died where the anchor has not; None if nothing does.
 
-    Ours, the paper has no such rule. It is asked only of a policy that does not score clearly better than its anchor:
-    short prompts that win are no collapse.
+    Ours, the paper has no such rule. Short prompts that win are no collapse: see `APPOTrainer.review_anchor`.
     """
     if policy.empty_rate > 0.5 >= anchor.empty_rate:
         return f"{policy.empty_rate:.0%} of its prompts are empty (the anchor's: {anchor.empty_rate:.0%})"
     if policy.length < anchor.length / 3:
         return f"its prompts are {policy.length:.1f} tokens long (the anchor's: {anchor.length:.1f})"
+    if policy.distinct < anchor.distinct / 3:
+        return f"only {policy.distinct:.0%} of its prompts are distinct (the anchor's: {anchor.distinct:.0%})"
     if policy.distinct_2 < anchor.distinct_2 / 3:
         return (
             f"its prompts repeat themselves (distinct-2 {policy.distinct_2:.2f}, the anchor's {anchor.distinct_2:.2f})"

@@ -39,7 +39,7 @@ class AnchorConfig:
     rollback_threshold: float = 0.1  # deficit above which to roll back [P]
     promote: bool = True  # False: the anchor stays where it is
     rollback: bool = True  # False: the agent is never put back
-    collapse: bool = True  # put back an agent whose prompts are empty, very short or repeat themselves; ours
+    collapse: bool = True  # put back an agent whose prompts are empty, very short or all the same; ours
 
     def __post_init__(self) -> None:
         _require(self.period >= 1, "period", self.period, "at least 1")
@@ -53,7 +53,6 @@ class APPOConfig:
     """PPO, and what its penalty is measured against."""
 
     learning_rate: float = 6e-5  # of AdamW; [P]: 1e-5, of adapters
-    warmup_steps: int = 10  # optimizer steps in which the learning rates rise to their values; ours
     value_learning_rate: float | None = None  # of the value head alone; null: as the rest [P]
     clip_range: float = 0.2  # of the probability ratio [P]
     value_clip_range: float | None = 0.2  # of the value head around its old values; null: off [TRL]
@@ -81,7 +80,6 @@ class APPOConfig:
             self.value_learning_rate is None or self.value_learning_rate > 0,
             "value_learning_rate", self.value_learning_rate, "above 0, or null",
         )  # fmt: skip
-        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
         _require(self.clip_range > 0, "clip_range", self.clip_range, "above 0")
         _require(
             self.value_clip_range is None or self.value_clip_range > 0,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from appo.config import SamplingConfig
-from appo.ends import Ends, clean, whole_sentences
 from appo.lm.attention import Branches
+from appo.lm.ends import Ends, clean, whole_sentences
 from appo.lm.logits import logprobs_and_entropy
 from appo.lm.model import CausalLM
 from appo.lm.packed import Output
@@ -66,7 +66,7 @@ class Policy(nn.Module):
         nn.init.zeros_(self.value_head.bias)
         looked_at = range(len(lm.tokenizer)) if self.sampling.nonempty or self.sampling.one_line else ()
         texts = lm.tokenizer.batch_decode([[token] for token in looked_at], skip_special_tokens=True)
-        self.ends = Ends(self.sampling, lm.ends, texts, lm.vocabulary, lm.device)
+        self.ends = Ends(lm.ends, texts, lm.vocabulary, lm.device, self.sampling.nonempty, self.sampling.one_line)
 
     @property
     def device(self) -> torch.device:

@@ -226,7 +226,9 @@ class APPOTrainer:
         """Lets agent and anchor answer the same queries, compares their mean scores, and acts on it.
 
         Scores alone do not show a collapse: an agent that writes nothing any more may be at chance, as its anchor is.
-        So what both wrote is compared too (`appo.anchor.collapse`), and an agent that has collapsed goes back.
+        So what both wrote is compared too (`appo.anchor.collapse`), and an agent that has collapsed goes back. Its lead
+        does not save it unless it beats the anchor's best prompt: an agent that writes "no" to everything may be better
+        than the mean of eight different prompts, but it will never find another.
 
         Args:
             queries: built from training examples, like any query.
@@ -243,7 +245,9 @@ class APPOTrainer:
         policy_mean, anchor_mean = _mean(policy_scores), _mean(anchor_scores)
         decision = decide(policy_mean, anchor_mean, *thresholds)
         reason = f"mean score {policy_mean:.3f} against the anchor's {anchor_mean:.3f}"
-        if decision is AnchorDecision.KEEP and config.collapse and (sign := collapse(policy_health, anchor_health)):
+        sign = collapse(policy_health, anchor_health) if config.collapse else None
+        wins = decision is AnchorDecision.PROMOTE and policy_mean > max(anchor_scores)
+        if sign and not wins:
             decision, reason = AnchorDecision.ROLLBACK, f"the agent has collapsed: {sign}"
         if decision is AnchorDecision.PROMOTE and config.promote and self.updater.reference.moves:
             self.anchor.promote()
@@ -261,6 +265,7 @@ class APPOTrainer:
         return prompts, Health(
             length=rollout.mask.sum(1).float().mean().item(),
             empty_rate=prompts.count("") / len(prompts),
+            distinct=len(set(prompts)) / len(prompts),
             distinct_2=_mean([_distinct([prompt], 2) for prompt in prompts if len(prompt.split()) > 1] or [1.0]),
             entropy=-masked_mean(rollout.logprobs, rollout.mask).item(),
         )

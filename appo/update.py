@@ -77,8 +77,7 @@ class Updater:
                 "the agent has no parameter to train: all have requires_grad=False; is its model the same object as "
                 "that of the frozen target?"
             )
-        groups[0]["peak_lr"] = config.learning_rate
-        groups[1]["peak_lr"] = config.value_learning_rate or config.learning_rate
+        groups[1]["lr"] = config.value_learning_rate or config.learning_rate
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=0.0, fused=True)
         self.mean_score: float | None = None  # running, over updates
 
@@ -129,22 +128,8 @@ class Updater:
         if fault:
             self.optimizer.zero_grad()
             return {"skipped_steps": 1.0, fault: 1.0}
-        self._warm_up()
         self.optimizer.step()
         return {**totals, "grad_norm": norm, "skipped_steps": 0.0}
-
-    def _warm_up(self) -> None:
-        """Lets the learning rates rise linearly over the first `warmup_steps` steps.
-
-        Adam's first step moves every weight by the whole learning rate, however small its gradient: on a real agent,
-        by 0.4 nats per token, in a direction that eight rewards have chosen. The count of steps is Adam's own, so that
-        it is saved, loaded and rolled back with the moments.
-        """
-        moments = next(iter(self.optimizer.state.values()), None)
-        done = 0 if moments is None else int(moments["step"])
-        share = min(1.0, (done + 1) / max(1, self.config.warmup_steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = share * group["peak_lr"]
 
     def _fault(self, stats: Mapping[str, float], grad_norm: float) -> str | None:
         """What makes a step unsound, if anything does; one of FAULTS."""

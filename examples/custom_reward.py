@@ -1,6 +1,6 @@
 """The library in thirty lines: an agent that learns to write what a function of yours pays for.
 
-    python examples/custom_reward.py         half a minute; the lab's agent learns to write short instructions
+python examples/custom_reward.py         half a minute; the lab's agent learns to write short instructions
 """
 
 from pathlib import Path

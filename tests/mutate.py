@@ -31,7 +31,7 @@ class Mutant(NamedTuple):
 
 MASKS, GAE, LOSS, KL = (f"test_functional_{name}.py" for name in ("masks", "gae", "losses", "kl"))
 F, A, R = "appo/functional.py", "appo/anchor.py", "appo/rollout.py"
-TR, U, E = "appo/trainer.py", "appo/update.py", "appo/ends.py"
+TR, U, E = "appo/trainer.py", "appo/update.py", "appo/lm/ends.py"
 PO = "appo/policy.py"
 ADVANTAGES = "test_advantages.py"
 P, T, C, L, LOGITS, LM = (
@@ -84,7 +84,7 @@ MUTANTS = (
     Mutant("review: draws from the rollouts' stream", TR, "self.policy.sample(queries, self.review_generator, copies)", "self.policy.sample(queries, self.generator, copies)", "test_review.py"),
     Mutant("ends: an end though nothing is written", E, "masked_fill(~written.unsqueeze(1), -torch.inf)", "masked_fill(~written.unsqueeze(1), -1.0)", "test_ends.py"),
     Mutant("ends: forbidden for ever", E, "~written.unsqueeze(1)", "torch.ones_like(written).unsqueeze(1)", "test_ends.py"),
-    Mutant("ends: loss not renormalised", E, "if not self.sampling.nonempty:\n            return logprobs, entropy", "if True:\n            return logprobs, entropy", "test_ends.py"),
+    Mutant("ends: loss not renormalised", E, "if not self.nonempty:\n            return logprobs, entropy", "if True:\n            return logprobs, entropy", "test_ends.py"),
     Mutant("ends: white space counts as written", E, "bool(clean(text)) and token", "bool(text) and token", "test_ends.py"),
     Mutant("ends: a line break before anything", E, "written & self._breaks[tokens]", "self._breaks[tokens]", "test_ends.py"),
     Mutant("decide: promotes at the threshold", A, "policy_score - anchor_score > promote", "policy_score - anchor_score >= promote", "test_anchor.py"),

@@ -66,7 +66,6 @@ PAPER = {
     "reward.likelihood_weight": 0.0,
     "reward.answer_tokens": 50,
     "appo.learning_rate": 1e-5,
-    "appo.warmup_steps": 0,
     "appo.value_learning_rate": None,  # the paper has one learning rate
     "appo.clip_range": 0.2,
     "appo.value_clip_range": 0.2,  # TRL
@@ -396,7 +395,6 @@ BOUNDS = [
     ("sampling.temperature", 0, 1e-9),
     ("appo.learning_rate", 0, 1e-9),
     ("appo.value_learning_rate", 0, 1e-9),
-    ("appo.warmup_steps", -1, 0),
     ("appo.clip_range", 0, 1e-9),
     ("appo.value_clip_range", 0, 1e-9),
     ("appo.value_coef", -1e-9, 0.0),

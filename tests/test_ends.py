@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from appo.ends import clean, whole_sentences
+from appo.lm.ends import clean, whole_sentences
 from appo.policy import Policy
 from appo.rollout import Query, Response, Rollout
 from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of

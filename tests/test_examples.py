@@ -27,7 +27,6 @@ def ours() -> Updater:
     config = APPOConfig(
         learning_rate=CONFIG.learning_rate,
         value_learning_rate=CONFIG.value_learning_rate,
-        warmup_steps=0,
         value_coef=CONFIG.value_coef,
         value_clip_range=None,
         lam=CONFIG.lam,

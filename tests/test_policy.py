@@ -9,8 +9,8 @@ import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from appo.ends import clean
 from appo.lm import packed
+from appo.lm.ends import clean
 from appo.lm.model import ContextTooLongError
 from appo.policy import Policy
 from appo.rollout import Query, Rollout

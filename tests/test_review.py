@@ -14,7 +14,7 @@ from appo.rollout import Query, Rollout
 from appo.trainer import APPOTrainer
 from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of
 
-SOUND = Health(length=30.0, empty_rate=0.0, distinct_2=0.9, entropy=2.0)
+SOUND = Health(length=30.0, empty_rate=0.0, distinct=1.0, distinct_2=0.9, entropy=2.0)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,8 @@ SOUND = Health(length=30.0, empty_rate=0.0, distinct_2=0.9, entropy=2.0)
         (SOUND._replace(length=9.9), "9.9 tokens long"),
         (SOUND._replace(empty_rate=0.5), None),
         (SOUND._replace(empty_rate=0.75), "75% of its prompts are empty"),
+        (SOUND._replace(distinct=0.375), None),
+        (SOUND._replace(distinct=0.25), "only 25% of its prompts are distinct"),
         (SOUND._replace(distinct_2=0.31), None),
         (SOUND._replace(distinct_2=0.29), "repeat themselves"),
         (SOUND._replace(entropy=0.0), None),  # an agent that is sure of itself is no dead one
@@ -36,7 +38,7 @@ def test_what_counts_as_collapse(policy: Health, sign: str | None) -> None:
 
 
 def test_an_agent_is_as_short_or_repetitive_as_its_anchor_may_be() -> None:
-    poor = Health(length=1.0, empty_rate=0.9, distinct_2=0.1, entropy=1.0)
+    poor = Health(length=1.0, empty_rate=0.9, distinct=0.1, distinct_2=0.1, entropy=1.0)
     assert collapse(poor, poor) is None
 
 
@@ -91,6 +93,16 @@ def test_short_prompts_that_win_are_no_collapse(collapsed: tuple[APPOTrainer, to
     trainer, _ = collapsed
     scores = iter([[0.9] * 8, [0.5] * 8])
     assert trainer.review_anchor(QUERIES, lambda prompts: next(scores), COPIES).decision is AnchorDecision.PROMOTE
+
+
+def test_one_prompt_that_leads_the_mean_but_not_the_best_is_a_collapse(
+    collapsed: tuple[APPOTrainer, torch.Tensor],
+) -> None:
+    trainer, before = collapsed
+    scores = iter([[0.625] * 8, [0.75, *[0.5] * 7]])  # 0.625 against a mean of 0.531, and a best of 0.75
+    review = trainer.review_anchor(QUERIES, lambda prompts: next(scores))
+    assert review.decision is AnchorDecision.ROLLBACK and "collapsed" in review.reason
+    assert torch.equal(weights(trainer), before)
 
 
 @pytest.mark.parametrize("switch", ["collapse", "rollback"])

@@ -63,32 +63,6 @@ def test_ratio_is_one_at_the_first_optimizer_step() -> None:
     assert stats["approx_kl"] < 1e-10
 
 
-def letters(prompts: list[str]) -> Rewarded:
-    return Rewarded(torch.tensor([float(len(prompt)) for prompt in prompts]))
-
-
-def test_first_steps_are_small_and_grow_to_the_learning_rate() -> None:
-    trainer = make(learning_rate=1e-3, value_learning_rate=1e-2, ppo_epochs=1, warmup_steps=4)
-    rates, largest = [], []
-    for _ in range(6):
-        before = flat(trainer)
-        step(trainer, letters)
-        rates.append([group["lr"] for group in trainer.updater.optimizer.param_groups])
-        largest.append((flat(trainer) - before).abs().max().item())
-    assert_close(torch.tensor(rates), torch.tensor([[1e-3], [1e-2]]).T * torch.tensor([[1, 2, 3, 4, 4, 4]]).T / 4)
-    # Adam's first step: the learning rate, whatever the gradient.
-    assert largest[0] == pytest.approx(1e-2 / 4, rel=1e-3)
-
-
-def test_an_agent_that_is_put_back_to_its_beginning_warms_up_again() -> None:
-    trainer = make(learning_rate=1e-3, ppo_epochs=1, warmup_steps=4)
-    for _ in range(3):
-        step(trainer, letters)
-    trainer.anchor.rollback()
-    step(trainer, letters)
-    assert trainer.updater.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 4)
-
-
 def test_two_seeded_runs_are_equal_to_the_last_bit() -> None:
     one, two = make(), make()
     for _ in range(3):
@@ -243,7 +217,7 @@ def test_gradient_is_clipped_to_its_limit() -> None:
 
 
 def test_value_head_may_have_a_learning_rate_of_its_own() -> None:
-    trainer = make(value_learning_rate=0.5, ppo_epochs=1, warmup_steps=0)
+    trainer = make(value_learning_rate=0.5, ppo_epochs=1)
     step(trainer)
     assert [group["lr"] for group in trainer.updater.optimizer.param_groups] == [3e-3, 0.5]
 

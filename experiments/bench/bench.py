@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from appo.config import APPOConfig, SamplingConfig
-from appo.ends import Ends
+from appo.lm.ends import Ends
 from appo.lm.model import CausalLM
 from appo.policy import Policy
 from appo.rollout import Batch, Query, Rollout, Scored
@@ -262,7 +262,7 @@ class Bench:
         sampling = SamplingConfig(RESPONSE, 1.0, nonempty=False, one_line=False)
         model = build(SHAPES[name], torch.float32, self.device)
         policy = Policy(CausalLM(model, self.tokenizer, compute_dtype=self.dtype), sampling)
-        policy.ends = Ends(sampling, (), (), SHAPES[name].vocabulary, model.device)  # all of full length, in both ways
+        policy.ends = Ends((), (), SHAPES[name].vocabulary, model.device, False, False)  # all of full length
         return APPOTrainer(policy, APPOConfig(learning_rate=1e-6, target_kl=None))
 
     def _plain_trainer(self, name: str) -> APPOTrainer:

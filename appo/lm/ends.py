@@ -15,30 +15,31 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from appo.config import SamplingConfig
 from appo.functional import entropy_from_logits
 
 
 class Ends:
-    """The rules of one policy.
+    """The rules of one agent.
 
     Args:
-        sampling: which of them hold.
         tokens: ids of the end tokens.
         texts: the text of every token, for the rules that look at it.
         vocabulary: V, the width of the logits; may be more than there are texts.
         device: of the tensors that are looked at.
+        nonempty: no end before something is written.
+        one_line: a line break ends a response, once something is written.
     """
 
     def __init__(
         self,
-        sampling: SamplingConfig,
         tokens: Collection[int],
         texts: Sequence[str],
         vocabulary: int,
         device: torch.device,
+        nonempty: bool = True,
+        one_line: bool = True,
     ) -> None:
-        self.sampling = sampling
+        self.nonempty, self.one_line = nonempty, one_line
         self.tokens = torch.tensor(sorted(tokens), device=device)  # [E]
         unknown = [False] * (vocabulary - len(texts))
         visible = [bool(clean(text)) and token not in tokens for token, text in enumerate(texts)]
@@ -47,7 +48,7 @@ class Ends:
 
     def forbid(self, logits: Tensor, written: Tensor) -> Tensor:
         """Logits [R, V] in float32 without the end where `written` [R] says that nothing is written yet."""
-        if not self.sampling.nonempty:
+        if not self.nonempty:
             return logits
         ends = logits.index_select(1, self.tokens).masked_fill(~written.unsqueeze(1), -torch.inf)
         return logits.index_copy(1, self.tokens, ends)
@@ -56,7 +57,7 @@ class Ends:
         """After sampling tokens [R]: which responses go on, and in which something is written; both [R]."""
         written = written | self._visible[tokens]
         going = ~torch.isin(tokens, self.tokens)
-        if self.sampling.one_line:
+        if self.one_line:
             going &= ~(written & self._breaks[tokens])
         return going, written
 
@@ -76,7 +77,7 @@ class Ends:
             logits: [n, V] that they are of.
             tokens, mask: [B, T], n of them real.
         """
-        if not self.sampling.nonempty:
+        if not self.nonempty:
             return logprobs, entropy
         visible = (self._visible[tokens] & mask).long()
         rows = (visible.cumsum(1) == visible)[mask].nonzero()[:, 0]  # no visible token before
