@@ -1,7 +1,7 @@
 """The plain way to score, sample and update: whole sequences in padded rows, all logits at all positions.
 
-What published implementations do, kept as the measure of ours: `experiments.bench` times the one against the other, tests
-hold the one's numbers against the other's.
+What published implementations do, kept as the measure of ours: `experiments.bench` times the one against the other,
+tests hold the one's numbers against the other's.
 """
 
 from __future__ import annotations
