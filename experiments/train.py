@@ -50,7 +50,7 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
     config = run.config
     arm = ARMS[config.mode, config.frozen](run)
     session = Session(run, arm)
-    for note in session.begin(resume):
+    for note in [*session.begin(resume), *_fallbacks(run)]:
         print(f"note: {note}", file=sys.stderr)
     if config.headroom and session.iteration == 0:
         seen = look(run, config.headroom)
@@ -77,6 +77,13 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
     run.log.write_json(RESULT, result)
     run.log.write_text("report.html", render_report(run.log.folder, run.reward.metric))
     return result
+
+
+def _fallbacks(run: Run) -> list[str]:
+    """What runs slower than it might."""
+    how = run.environment()
+    slow = [role for role in ("agent", "target") if not how.get(f"{role}_packs", True)]
+    return [f"the {role} runs in padded batches: its attention cannot run shared beginnings once" for role in slow]
 
 
 class Record:

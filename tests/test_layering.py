@@ -48,7 +48,6 @@ PLACES = {
     "tqdm": {"experiments/compare.py", "experiments/lab", "experiments/terminal"},
     "torch": {"appo", "rewards", "experiments"},
     "tokenizers": {"experiments/lab"},
-    "safetensors": {"experiments/run"},
     "gguf": {"experiments/weights.py"},  # an extra
     "numpy": {"experiments/run/statistics.py"},
 }

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -18,7 +17,6 @@ from appo.policy import Policy
 from experiments.config import LAB, LAB_DIR, RunConfig
 from experiments.run.files import writing
 
-VALUE_HEAD = "value_head.safetensors"
 OWN_CODE = (
     "it comes with code of its own, which runs if the command line has trust_remote_code=true, --trust-remote-code"
 )
@@ -71,7 +69,7 @@ def load_model(config: RunConfig, role: Literal["agent", "target"]) -> CausalLM:
 
 
 def save_agent(policy: Policy, folder: Path) -> None:
-    """The agent as a plain model folder, that `AutoModelForCausalLM` loads, and its value head in a file beside.
+    """The agent as a plain model folder, that `AutoModelForCausalLM` loads; its value head is in the checkpoints.
 
     Raises:
         OSError: it cannot be written.
@@ -80,7 +78,6 @@ def save_agent(policy: Policy, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)  # transformers would pass over a file in its place without an error
         policy.model.save_pretrained(folder)
         policy.lm.tokenizer.save_pretrained(folder)
-        save_file(policy.value_head.state_dict(), folder / VALUE_HEAD)
 
 
 @contextmanager
