@@ -144,19 +144,23 @@ class Updater:
     def loss(self, batch: Batch, kl_coef: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
         """L = policy loss + value_coef * value loss (StablePrompt, Eq. 12) on a batch, and its statistics.
 
-        With the KL in the loss (`kl_in_loss`, and always for reference "previous"), kl_coef * k3 is added.
+        With the KL in the loss (`kl_in_loss`, and always for reference "previous"), kl_coef * k3 is added. The entropy
+        bonus is ours: where all prompts have become the same, it is all that is left to move the policy.
         """
         config = self.config
         now = self.policy.evaluate(batch)
         policy = policy_loss(now.logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip_range)
         value = value_loss(now.values, batch.values, batch.returns, batch.mask, config.value_clip_range)
         loss = policy.loss + config.value_coef * value.loss
+        entropy = masked_mean(now.entropy, batch.mask)
+        if config.entropy_coef:
+            loss = loss - config.entropy_coef * entropy
         if self.reference.in_loss:
             loss = loss + kl_coef * masked_mean(kl_estimate(now.logprobs, batch.ref_logprobs, "k3"), batch.mask)
         stats = {
             "policy_loss": policy.loss,
             "value_loss": value.loss,
-            "entropy": masked_mean(now.entropy, batch.mask),
+            "entropy": entropy,
             "ratio": masked_mean((now.logprobs - batch.logprobs).exp(), batch.mask),
             "clip_fraction": policy.clip_fraction,
             "approx_kl": policy.approx_kl,

@@ -70,6 +70,7 @@ PAPER = {
     "appo.clip_range": 0.2,
     "appo.value_clip_range": 0.2,  # TRL
     "appo.value_coef": 0.1,
+    "appo.entropy_coef": 0.0,
     "appo.gamma": 1.0,
     "appo.lam": 0.95,
     "appo.ppo_epochs": 4,  # TRL
@@ -398,6 +399,7 @@ BOUNDS = [
     ("appo.clip_range", 0, 1e-9),
     ("appo.value_clip_range", 0, 1e-9),
     ("appo.value_coef", -1e-9, 0.0),
+    ("appo.entropy_coef", -1e-9, 0.0),
     ("appo.gamma", -1e-9, 0.0),
     ("appo.gamma", 1.000001, 1.0),
     ("appo.lam", -1e-9, 0.0),

@@ -28,6 +28,7 @@ def ours() -> Updater:
         learning_rate=CONFIG.learning_rate,
         value_learning_rate=CONFIG.value_learning_rate,
         value_coef=CONFIG.value_coef,
+        entropy_coef=0.0,
         value_clip_range=None,
         lam=CONFIG.lam,
         ppo_epochs=CONFIG.ppo_epochs,

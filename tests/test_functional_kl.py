@@ -144,14 +144,24 @@ def test_gradient_of_logprobs_is_that_of_log_softmax(rows_at_once: int) -> None:
 
 def test_logprobs_and_entropy_are_those_of_the_functions_for_each(rows_at_once: int) -> None:
     logits = random_logits()
+    logits[1, 3] = -math.inf
+    weight = torch.linspace(-1, 2, 8, dtype=F64)
     ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     logprobs, entropy = logprobs_and_entropy(ours, TOKENS)
     assert_close(logprobs, logprobs_from_logits(plain, TOKENS))
     assert_close(entropy, entropy_from_logits(logits))
-    assert not entropy.requires_grad
-    (logprobs.sum() + entropy.sum()).backward()
-    logprobs_from_logits(plain, TOKENS).sum().backward()
+    (logprobs.sum() + (weight * entropy).sum()).backward()
+    (logprobs_from_logits(plain, TOKENS).sum() + (weight * entropy_from_logits(plain)).sum()).backward()
+    assert ours.grad is not None and ours.grad.isfinite().all()
     assert_close(ours.grad, plain.grad)
+
+
+def test_entropies_that_are_only_looked_at_have_no_part_in_the_gradient(rows_at_once: int) -> None:
+    one, other = (random_logits().requires_grad_() for _ in range(2))
+    logprobs_and_entropy(one, TOKENS)[0].sum().backward()
+    logprobs, entropy = logprobs_and_entropy(other, TOKENS)
+    (logprobs.sum() + 0.0 * entropy.sum()).backward()
+    assert_close(one.grad, other.grad)
 
 
 def test_entropy_of_the_certain_has_no_row_that_is_no_number(rows_at_once: int) -> None:

@@ -197,6 +197,40 @@ def test_kl_in_the_loss_adds_the_k3_estimate() -> None:
     assert_close(with_kl - without, 0.5 * k3, rtol=1e-4, atol=1e-6)
 
 
+def test_an_entropy_bonus_lowers_the_loss_by_the_mean_entropy_and_moves_a_policy_that_learns_nothing() -> None:
+    trainer = make(entropy_coef=0.5, ppo_epochs=1, kl_coef=0.0, value_coef=0.0)
+    collect(trainer)
+    batch = finished(trainer)
+    loss, stats = trainer.updater.loss(batch)
+    assert_close(loss.detach(), stats["policy_loss"] - 0.5 * stats["entropy"])
+    entropies = [step(trainer, lambda prompts: [1.0] * len(prompts))["entropy"] for _ in range(3)]
+    still = make(entropy_coef=0.0, ppo_epochs=1, kl_coef=0.0, value_coef=0.0)
+    before = flat(still)
+    step(still, lambda prompts: [1.0] * len(prompts))
+    assert torch.equal(flat(still), before)
+    assert entropies[-1] > entropies[0]
+
+
+def test_kl_in_the_loss_is_not_in_the_rewards_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, given = make(kl_in_loss=True, kl_coef=3.0, ppo_epochs=1), []
+    step(trainer)  # away from the anchor
+    collect(trainer)
+    scored = trainer.buffer.stacked()
+    monkeypatch.setattr(trainer.updater, "optimizer_step", lambda part, coef: given.append((part, coef)) or {})
+    trainer.update()
+    [(part, coef)] = given
+    found, plain, penalised = (
+        values[mask].sort().values  # minibatches are shuffled
+        for values, mask in (
+            (part.advantages, part.mask),
+            *((advantages(scored, trainer.config, kl_coef)[0], scored.mask) for kl_coef in (0.0, 3.0)),
+        )
+    )
+    assert coef == 3.0
+    assert_close(found, plain)
+    assert (found - penalised).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("micro", [1, 3])
 def test_micro_batches_add_up_to_the_step_of_the_minibatch(micro: int) -> None:
     whole, parts = make(), make(micro_batch_size=micro)

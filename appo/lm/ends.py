@@ -84,7 +84,7 @@ class Ends:
         states = logits[rows].float()
         allowed = states.index_fill(1, self.tokens, -torch.inf)
         logprobs = logprobs.index_add(0, rows, states.logsumexp(-1) - allowed.logsumexp(-1))
-        return logprobs, entropy.index_copy(0, rows, entropy_from_logits(allowed.detach()))
+        return logprobs, entropy.index_copy(0, rows, entropy_from_logits(allowed))
 
 
 def clean(text: str) -> str:

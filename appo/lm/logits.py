@@ -18,7 +18,7 @@ AT_ONCE = 2**17  # numbers: what fits into the caches of a CPU
 
 
 def logprobs_and_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of tokens and entropies, as in `appo.functional`, in one pass; entropies have no gradient.
+    """Log-probabilities of tokens and entropies, as in `appo.functional`, in one pass.
 
     Args:
         logits: [n, V].
@@ -32,27 +32,33 @@ def logprobs_and_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """The gradient is that of cross-entropy: one at the token, minus softmax(logits)."""
+    """With p = softmax(logits): d log p_token = one at the token, minus p; d entropy H = -p (log p + H)."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         tokens = tokens.unsqueeze(-1)
-        ctx.save_for_backward(logits, tokens)
+        ctx.set_materialize_grads(False)  # None for the entropies where they are only looked at
         chosen, entropies = [], []
         for rows, token in _chunks(logits, tokens):
             logprobs = at_least_float32(rows).log_softmax(-1)
             chosen.append(logprobs.gather(-1, token).squeeze(-1))
             entropies.append(entropy_from_logprobs(logprobs))
         found = torch.cat(entropies)
-        ctx.mark_non_differentiable(found)
+        ctx.save_for_backward(logits, tokens, found.unsqueeze(-1))
         return torch.cat(chosen), found
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        logits, tokens = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
+        logits, tokens, entropies = ctx.saved_tensors
+        of_token, of_entropy = (torch.zeros_like(entropies) if g is None else g.unsqueeze(-1) for g in grads)
         gradient = torch.empty_like(logits)
-        for rows, token, grad, out in _chunks(logits, tokens, grad_outputs[0].unsqueeze(-1), gradient):
-            out.copy_(at_least_float32(rows).softmax(-1).mul_(-grad).scatter_add_(-1, token, grad))
+        for rows, token, entropy, g, h, out in _chunks(logits, tokens, entropies, of_token, of_entropy, gradient):
+            part = at_least_float32(rows).softmax(-1).mul_(-g)
+            if grads[1] is not None:
+                logprobs = at_least_float32(rows).log_softmax(-1)
+                least = torch.finfo(logprobs.dtype).min  # 0 * -inf is NaN
+                part -= h * logprobs.exp() * (logprobs.clamp(min=least) + entropy)
+            out.copy_(part.scatter_add_(-1, token, g))
         return gradient, None
 
 
