@@ -135,7 +135,7 @@ MUTANTS = (
     Mutant("batches: labels not spread", "experiments/arms/batches.py", "sorted(shuffled, key=lambda i: place[i])", "shuffled", "test_batches.py"),
     Mutant("target: a stop string is said", "rewards/local.py", "(text[: min(places)], True)", "(text, True)", "test_generation.py"),
     Mutant("target: a word's tokens at one place", "rewards/local.py", "logprobs[:, first + i, token]", "logprobs[:, first, token]", "test_target.py"),
-    Mutant("reward: the worst of several right labels", "rewards/reward.py", "logits.clamp(min=lowest), -torch.inf)", "-logits, -torch.inf)", "test_rewards.py"),
+    Mutant("reward: the worst of several right labels", "rewards/reward.py", "logits.clamp(min=lowest), -torch.inf)", "-logits, -torch.inf)", "test_generation.py"),
     Mutant("rewards: any number of them", TR, "if rewarded.scores.shape != (count,):", "if False:", "test_trainer.py"),
 )  # fmt: skip
 
