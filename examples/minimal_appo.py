@@ -31,10 +31,9 @@ Where this departs from the paper as it is printed, and why:
       all would push up the end of every prompt: real agents then write less and less, and in the end nothing.
     - Performance, which the paper does not define, is mean validation accuracy of eight sampled prompts.
 
-What is left out, and where the package has it: several queries in an iteration, minibatches, value clipping and guards
-against unsound steps (appo/update.py), an entropy bonus and guards
-against unsound steps (appo/update.py), speed (appo/lm/), chat templates, test-time editing, a fair final choice with
-intervals (experiments/arms/), checkpoints.
+What is left out, and where the package has it: several queries in an iteration, minibatches, value clipping, an entropy
+bonus, and guards against unsound steps (appo/update.py); speed (appo/lm/); chat templates; test-time editing and a fair
+final choice with intervals (experiments/arms/); checkpoints (experiments/run/).
 """
 
 from __future__ import annotations

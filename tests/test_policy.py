@@ -192,13 +192,21 @@ def test_tied_weights_get_an_ordinary_gradient_of_any_loss(column, dtype, tiny_g
     assert found.layout is torch.strided and found.abs().sum() > 0
 
 
-def test_entropy_has_no_gradient_and_stays_below_uniform(tiny_llama, tokenizer) -> None:
-    policy = make(tiny_llama, tokenizer)
+def test_entropy_and_its_gradient_are_those_of_plain_forwards(tiny_llama, tokenizer) -> None:
+    policy = make(tiny_llama, tokenizer, temperature=0.7)
     rollout = ragged(policy)
-    entropy = policy.evaluate(rollout).entropy
-    assert not entropy.requires_grad
-    assert (entropy[rollout.mask] > 0).all()
+    entropy, parameters = policy.evaluate(rollout).entropy, list(policy.model.parameters())
+    plain = []
+    for query, response in zip(rollout.owner.tolist(), rollout.responses(), strict=True):
+        ids = torch.tensor([[*rollout.queries[query].tokens, *response.tokens.tolist()]])
+        logits = tiny_llama(ids).logits[0, -1 - len(response.tokens) : -1] / 0.7
+        plain.append(torch.distributions.Categorical(logits=logits).entropy())
+    assert_close(entropy[rollout.mask], torch.cat(plain), rtol=0, atol=1e-5)
+    assert (entropy[rollout.mask] > 0).all() and (entropy[~rollout.mask] == 0).all()
     assert (entropy <= torch.tensor(float(len(tokenizer))).log()).all()
+    fast, slow = (torch.autograd.grad(column.sum(), parameters) for column in (entropy, torch.cat(plain)))
+    for mine, theirs in zip(fast, slow, strict=True):
+        assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_policy_stays_in_eval_mode(tiny_gpt2, tokenizer) -> None:

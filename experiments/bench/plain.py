@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from appo.functional import policy_loss, value_loss
+from appo.functional import masked_mean, policy_loss, value_loss
 from appo.lm import linear
 from appo.lm.model import CausalLM
 from appo.policy import Policy
@@ -89,7 +89,9 @@ def plain_loss(trainer: APPOTrainer, batch: Batch) -> tuple[Tensor, Tensor]:
     policy = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip_range)
     value = value_loss(values, batch.values, batch.returns, batch.mask, config.value_clip_range)
     entropy = logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
-    return policy.loss + config.value_coef * value.loss, entropy
+    of_responses = entropy[:, -1 - batch.tokens.shape[1] : -1]  # in the states that the tokens are emitted in
+    bonus = config.entropy_coef * masked_mean(of_responses, batch.mask)
+    return policy.loss + config.value_coef * value.loss - bonus, entropy
 
 
 def plain_update(trainer: APPOTrainer, batch: Batch, passes: int) -> None:
