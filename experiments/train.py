@@ -82,7 +82,7 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
 def _fallbacks(run: Run) -> list[str]:
     """What runs slower than it might."""
     how = run.environment()
-    slow = [role for role in ("agent", "target") if not how.get(f"{role}_packs", True)]
+    slow = [role for role in ("agent", "target") if not how.get(f"{role}_packed", True)]
     return [f"the {role} runs in padded batches: its attention cannot run shared beginnings once" for role in slow]
 
 

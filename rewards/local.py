@@ -109,7 +109,7 @@ class LocalTarget:
     def described(self) -> dict[str, Any]:
         """The precision that it computes in, whether its chat template is used, and whether passes are packed."""
         computes_in = str(self.lm.model.dtype).removeprefix("torch.")
-        return {"computes_in": computes_in, "chat": self.lm.chat, "packs": self.lm.packs}
+        return {"computes_in": computes_in, "chat": self.lm.chat, "packed": self.lm.packed}
 
     def check_fits(self, prompt: str | int, text: str) -> None:
         """Refuses an input that leaves no room for the prompt, or for one of so many tokens.

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.fixture(autouse=True)
 def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "pays", lambda: True)
+    monkeypatch.setattr(linear, "is_faster", lambda: True)
 
 
 def layers(bias: bool, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, nn.Linear]:
@@ -130,7 +130,7 @@ def test_a_model_without_onednn_is_torchs_own_to_the_bit() -> None:
 def test_where_it_pays(cpu: dict[str, object], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
-    linear.pays.cache_clear()
-    found = linear.pays()
-    linear.pays.cache_clear()
+    linear.is_faster.cache_clear()
+    found = linear.is_faster()
+    linear.is_faster.cache_clear()
     assert found == (expected and torch.backends.mkl.is_available())

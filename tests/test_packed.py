@@ -22,7 +22,7 @@ from transformers import (
 
 from appo.lm import attention, packed
 from appo.lm.attention import NAME, Branches
-from appo.lm.cache import RoomyLayer, closed_up, new_cache
+from appo.lm.cache import RoomyLayer, new_cache, surviving_rows
 from appo.rollout import Batch, Query, Scored
 from appo.trainer import APPOTrainer
 from experiments.bench.plain import as_plain, plain_loss, plain_sample, plain_scores
@@ -169,7 +169,7 @@ def test_a_saved_model_knows_nothing_of_ours(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text(encoding="utf-8")
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert not packed.packs(again)
+    assert not packed.is_installed(again)
     assert_close(alone(again, BATCH), packed.run(model, BATCH).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -196,7 +196,7 @@ def test_one_token_after_another_equals_all_at_once(name: str, monkeypatch: pyte
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12))
 def test_closing_up_keeps_those_who_go_on_and_moves_few(going: list[bool]) -> None:
-    rows = closed_up(torch.tensor(going)).tolist()
+    rows = surviving_rows(torch.tensor(going)).tolist()
     assert sorted(rows) == [row for row, goes in enumerate(going) if goes]
     assert sum(row != place for place, row in enumerate(rows)) <= going.count(False)
 

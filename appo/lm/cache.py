@@ -59,8 +59,8 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
     return cache
 
 
-def closed_up(going: Tensor) -> Tensor:
-    """Indices of the rows that go on, of [R] booleans; the last of them fill the gaps, so that few have to move."""
+def surviving_rows(going: Tensor) -> Tensor:
+    """Indices of the rows that go on, of [R] booleans. The last of them fill the gaps, so that few have to move."""
     rows = going.nonzero()[:, 0]
     order = torch.arange(len(rows), device=going.device)
     order[~going[: len(rows)]] = rows[rows >= len(rows)]

@@ -1,8 +1,9 @@
 """Linear layers by oneDNN, on CPUs where it multiplies matrices faster than what torch takes for them.
 
-torch leaves products in float32 to MKL, which uses AVX-512 on Intel's CPUs alone and so gives away half of what others
-can do. oneDNN, which torch has on board for its other types, does not. Only speed: the numbers are those of
-`torch.nn.Linear` but for rounding.
+torch leaves float32 products to MKL, which uses AVX-512 on Intel's CPUs only: on others it reaches half of what they can
+do. torch ships oneDNN as well, which uses AVX-512 on all of them, but calls it for other types only. So this file calls
+the operator itself, which is a private one of torch, by giving `nn.Linear` layers another class. Nothing outside of
+`CausalLM(onednn=...)` knows of it; the numbers are those of `nn.Linear` but for rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ MANY = 2**25  # weights: of more, a vocabulary's, oneDNN makes the gradient no f
 
 
 @cache
-def pays() -> bool:
+def is_faster() -> bool:
     """Whether this machine has a CPU on which oneDNN is the faster of the two."""
     cpu = torch.cpu.get_capabilities()
     built = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
@@ -26,8 +27,8 @@ def pays() -> bool:
 
 
 def install(model: nn.Module) -> None:
-    """Has the model's linear layers use oneDNN where that pays; their weights and names stay."""
-    if pays():
+    """Lets the model's linear layers use oneDNN on a CPU where that is faster; their weights and names stay."""
+    if is_faster():
         for module in model.modules():
             if type(module) is nn.Linear:  # not one that computes something of its own
                 module.__class__ = OneDNNLinear

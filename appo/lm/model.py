@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from appo.lm import linear, packed
 from appo.lm.attention import Branches
-from appo.lm.cache import closed_up, new_cache
+from appo.lm.cache import new_cache, surviving_rows
 from appo.lm.packed import Output, common_prefix
 
 # Given the logits and hidden states of R responses and their numbers [R]: their next tokens [R], and which go on [R].
@@ -45,7 +45,7 @@ class CausalLM:
     Attributes:
         context: how many tokens it can see; None: it does not say.
         ends: tokens that end a text.
-        packs: whether shared prefixes are run once; else every sequence is a padded row.
+        packed: whether shared prefixes are run once; else every sequence is a padded row.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class CausalLM:
         self.ends = _end_tokens(model, tokenizer)
         if onednn:
             linear.install(model)
-        self.packs = packed.install(model)
+        self.packed = packed.install(model)
         self._checkpoints = gradient_checkpointing
         if gradient_checkpointing:
             # The name that transformers has now, else the one it had before.
@@ -177,7 +177,7 @@ class CausalLM:
                 if not going.any():
                     return
                 if not going.all():
-                    rows = closed_up(going)  # finished responses leave the batch
+                    rows = surviving_rows(going)  # finished responses leave the batch
                     cache.reorder_cache(rows)
                     alive, inputs, mask, position = alive[rows], inputs[rows], mask[rows], position[rows]
 
@@ -185,7 +185,7 @@ class CausalLM:
         """Runs each context but for its last token, and gives every response its own view of it."""
         cache = new_cache(self.model)
         # A window that slides would count the padding between the common beginning and the rest.
-        sharing = self.packs and not any(cache.is_sliding)
+        sharing = self.packed and not any(cache.is_sliding)
         shared = common_prefix([context[:-1] for context in contexts]) if sharing else 0
         ids, mask = packed.pad_left([context[shared:] for context in contexts], self.device)  # all end in one column
         mask = torch.cat([mask.new_ones(len(contexts), shared), mask], dim=1)

@@ -36,15 +36,15 @@ def install(model: PreTrainedModel) -> bool:
     It does not where attention comes from elsewhere, or where other parts look at neighbours too (convolutions, state
     spaces). Nothing says so reliably, hence a trial: packed and padded must give the same logits.
     """
-    if packs(model) or not model._supports_attention_backend:
-        return packs(model)
+    if is_installed(model) or not model._supports_attention_backend:
+        return is_installed(model)
     before = model.config._attn_implementation
     trial = Branches([[1, 2, 3, 4], [5]], [[6, 7, 8], [9], [3, 2]], [0, 0, 1])
     counts = [len(branch) for branch in trial.branches]
     model.set_attn_implementation("eager")  # the model's definition; SDPA may leave a soft cap out without a word
     defined = _run_padded(model, trial, counts).logits
     model.set_attn_implementation(NAME)
-    if packs(model):
+    if is_installed(model):
         padded, packed = _run_padded(model, trial, counts).logits, run(model, trial).logits
         # bfloat16 moves single rows of eager attention by 0.4 of the deviation, most by 0.07; a wrong layout moves most
         # rows by 0.5. The same attention, packed and padded, differs by 0.02 at most.
@@ -52,7 +52,7 @@ def install(model: PreTrainedModel) -> bool:
         same = _apart(packed, padded).max() <= 0.05 and _apart(padded, defined).median() <= loose  # not so with NaN
         if not same:
             model.set_attn_implementation(before)
-    return packs(model)
+    return is_installed(model)
 
 
 def _apart(some: Tensor, others: Tensor) -> Tensor:
@@ -60,8 +60,8 @@ def _apart(some: Tensor, others: Tensor) -> Tensor:
     return (some - others).float().square().mean(-1).sqrt() / others.float().std()
 
 
-def packs(model: PreTrainedModel) -> bool:
-    """Whether `run` packs for this model."""
+def is_installed(model: PreTrainedModel) -> bool:
+    """Whether `run` runs shared prefixes of this model once."""
     return bool(model.config.get_text_config()._attn_implementation == NAME)
 
 
@@ -74,7 +74,7 @@ def run(model: PreTrainedModel, batch: Branches, keep: Sequence[int] | None = No
         keep: how many of each branch's last tokens are wanted; default: all of them.
     """
     counts = [len(branch) for branch in batch.branches] if keep is None else list(keep)
-    if not packs(model):
+    if not is_installed(model):
         return _run_padded(model, batch, counts)
     device = model.device
     rows = [*batch.prefixes, *batch.branches]

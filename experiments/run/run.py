@@ -67,7 +67,7 @@ class Run:
             "threads": torch.get_num_threads(),
             "agent_computes_in": str(self.policy.lm.compute_dtype).removeprefix("torch."),
             "agent_chat": self.policy.lm.chat,
-            "agent_packs": self.policy.lm.packs,
+            "agent_packed": self.policy.lm.packed,
             **{f"target_{name}": value for name, value in self.target.described().items()},
         }
 
