@@ -1,8 +1,8 @@
 """Linear layers by oneDNN, on CPUs where it multiplies matrices faster than what torch takes for them.
 
-torch leaves float32 products to MKL, which uses AVX-512 on Intel's CPUs only: on others it reaches half of what they can
-do. torch ships oneDNN as well, which uses AVX-512 on all of them, but calls it for other types only. So this file calls
-the operator itself, which is a private one of torch, by giving `nn.Linear` layers another class. Nothing outside of
+torch leaves float32 products to MKL, which uses AVX-512 on Intel's CPUs only: on others it reaches half of what they
+can do. torch ships oneDNN as well, which uses AVX-512 on all of them, but calls it for other types only. So this file
+calls the operator itself, a private one of torch, by giving `nn.Linear` layers another class. Nothing outside of
 `CausalLM(onednn=...)` knows of it; the numbers are those of `nn.Linear` but for rounding.
 """
 
