@@ -26,8 +26,7 @@ CODES = {0, 1, 2, 3, 74}  # done, out of memory, a mistake, unsound or diverged,
 FILES = [
     *("config.yaml", "best_prompt.json", "metrics.jsonl", "prompts.jsonl", "agent", "checkpoint"),
     *(f"agent/{name}" for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")),
-    *("agent/model.safetensors"),
-    *("checkpoint/step-000001/state.pt", "checkpoint/step-000001/manifest.json"),
+    *("agent/model.safetensors", "checkpoint/step-000001/state.pt", "checkpoint/step-000001/manifest.json"),
 ]
 FEW = st.recursive(  # numbers that make nothing large
     st.none() | st.booleans() | st.integers(-3, 4) | st.floats() | st.just(10**400) | TEXTS,
