@@ -11,8 +11,9 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments.config import LAB_DIR
-from experiments.lab import grammar, landscape, packing, recipe, wordplay
+from experiments.lab import grammar, landscape, packing, recipe, target_recipe, wordplay
 from experiments.lab.grammar import Item, Judge, Treat
+from experiments.lab.rows import render, write_data
 
 TASKS = list(grammar.LABS)
 MEGABYTE = 2**20
@@ -94,7 +95,7 @@ def test_wordplay_is_right_where_it_is_told_and_wrong_where_not(task: str) -> No
     rng = random.Random(task)
     rows = [wordplay.sample_row(rng, task) for _ in range(100)]
     for row in rows:
-        rendered = recipe.render(task, row)
+        rendered = render(task, row)
         assert {wordplay.answer(w, task, row) for w in wordplay.right_wordings(task)} == {rendered.answer}
         for untold in ("", "Do the task.", "Write the", "plural the Write ."):
             assert wordplay.answer(untold, task, row) != rendered.answer
@@ -138,7 +139,7 @@ def test_labels_are_balanced(task: str) -> None:
 
 
 def test_shipped_data_follow_from_the_grammar(tmp_path: Path) -> None:
-    recipe.write_data(tmp_path)
+    write_data(tmp_path)
     made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     shipped = LAB_DIR / "data"
     assert made == {path.relative_to(shipped): path.read_bytes() for path in shipped.rglob("*") if path.is_file()}
@@ -174,7 +175,7 @@ def test_packed_answers_are_marked() -> None:
     assert batch.part.tolist() == [[0, 0, 1, 1, 2, 2, 2]]
 
 
-@pytest.mark.parametrize("build", [recipe.build_target, recipe.build_agent])
+@pytest.mark.parametrize("build", [target_recipe.build_target, recipe.build_agent])
 def test_recipe_builds_a_plain_model_folder(build, tmp_path: Path) -> None:
     build(tmp_path / "model", minutes=0.02)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "model").iterdir()}

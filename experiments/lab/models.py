@@ -1,0 +1,84 @@
+"""What the two models of the lab share: a tokenizer, a shape, and the instructions that the agent writes untrained."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from experiments.lab import grammar, wordplay
+from experiments.lab.rows import SPECS, manual_prompt, render, row_of, sample_example
+from tasks.meta_prompt import MetaPrompt, meta_prompt, rewrite_prompt
+
+HABIT = "action"  # what the untrained agent mostly judges by where an input says what to judge
+PAIRS = 5  # in the meta-prompts that the agent learns from, as in runs
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the lab's own text, with <s> put before every text."""
+    rng = random.Random(seed)
+    texts = []
+    for _ in range(6_000):
+        task = rng.choice(list(SPECS))
+        (request, opening), _ = sample_query(rng, task)
+        texts.append(f"{request}\n{opening} {sample_prior(rng, task)}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    bos = SPECIAL["bos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+
+
+def llama(tokenizer: PreTrainedTokenizerBase, hidden: int, intermediate: int, layers: int) -> LlamaForCausalLM:
+    """A small Llama with random weights."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        **{name.replace("token", "token_id"): tokenizer.convert_tokens_to_ids(t) for name, t in SPECIAL.items()},
+    )
+    return LlamaForCausalLM(config)
+
+
+def sample_query(rng: random.Random, task: str) -> tuple[MetaPrompt, str | None]:
+    """A meta-prompt, often one for a single input, and what such an input of the mixed task hints at."""
+    pairs = [sample_example(rng, task) for _ in range(PAIRS if rng.random() < 0.4 else rng.randint(1, PAIRS))]
+    if rng.random() < (0.1 if task == grammar.MIXED else 0.6):
+        return meta_prompt(pairs), None
+    manual = manual_prompt(task) if rng.random() < 0.3 else ""
+    if task in wordplay.TASKS:
+        return rewrite_prompt(pairs, sample_example(rng, task).input, manual), None
+    item = grammar.sample_item(rng, task)
+    query = rewrite_prompt(pairs, render(task, row_of(item)).input, manual)
+    return query, item.criterion if task == grammar.MIXED else None
+
+
+def sample_prior(rng: random.Random, task: str, hint: str | None = None, taken: float = 1.0) -> str:
+    """An instruction; shown a hint, the agent takes it so often, or follows its habit, or neither."""
+    if task in wordplay.TASKS:
+        return wordplay.sample_prior(rng, task)
+    weights = (taken, 0.8 * (1 - taken), 0.2 * (1 - taken))
+    return grammar.sample_prior(rng, task, rng.choices((hint, HABIT, None), weights)[0] if hint else None)
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the model as a folder that transformers loads."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

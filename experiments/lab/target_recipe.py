@@ -1,0 +1,172 @@
+"""Teaches the lab's target to obey.
+
+It is taught in three stages: first every input is one that its instruction speaks of; when that is mastered,
+inputs without a clause of their own and instructions that are junk are mixed in, which call for the wrong answer; in
+the end instructions with small faults, since a sentence with a fault is no clause.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from experiments.lab import grammar, wordplay
+from experiments.lab.models import SPECIAL, build_tokenizer, llama, save
+from experiments.lab.packing import Packed, fit, pack
+from experiments.lab.rows import SPECS, render, row_of
+from rewards.target import fill
+
+MINUTES = 75.0
+
+
+class Stage(NamedTuple):
+    """What the target sees: shares of junk and of the agent's prior, how long other instructions are, which inputs."""
+
+    junk: float
+    prior: float
+    treated: tuple[float, ...]  # probabilities, one drawn for each instruction, of a clause on a marker of the task
+    told: float  # share of inputs whose case the instruction speaks of
+    corrupted: float  # share of instructions with a small fault
+    mastered: float  # share of right answers, in the worst task, at which the next stage begins
+
+
+STAGES = (
+    Stage(junk=0.0, prior=0.0, treated=(0.2,), told=1.0, corrupted=0.0, mastered=0.92),
+    Stage(junk=0.1, prior=0.2, treated=(0.2, 0.5, 1.0), told=0.5, corrupted=0.0, mastered=0.97),
+    Stage(junk=0.1, prior=0.2, treated=(0.2, 0.5, 1.0), told=0.5, corrupted=0.3, mastered=math.inf),
+)
+
+
+def sample_instruction(rng: random.Random, task: str, stage: Stage) -> tuple[list[grammar.Clause], str]:
+    """Clauses and their text; junk has no clauses."""
+    kind = rng.random()
+    if kind < stage.junk:
+        return [], grammar.sample_junk(rng, task)
+    clauses = grammar.sample_clauses(rng, task) if kind < stage.junk + stage.prior else _clauses(rng, task, stage)
+    text = grammar.write(rng, clauses)
+    if rng.random() < stage.corrupted:
+        text = grammar.corrupted(rng, text)
+        clauses = grammar.parse(text)
+    return clauses, text
+
+
+def _clauses(rng: random.Random, task: str, stage: Stage) -> list[grammar.Clause]:
+    clauses: list[grammar.Clause] = []
+    share = rng.choice(stage.treated)
+    for marker in rng.sample(list(grammar.MARKERS), len(grammar.MARKERS)):
+        if rng.random() < (share if marker in grammar.TASKS[task].markers else 0.1):
+            answer = grammar.MARKERS[marker] if rng.random() < 0.4 else rng.choice(grammar.ANSWERS)
+            clauses.append(grammar.Treat(marker, answer))
+    if not clauses or rng.random() < 0.9:
+        criteria = list(grammar.TRAITS if task == "sst2" else grammar.PAIR_SLOTS)
+        own = grammar.TASKS[task].criterion
+        criterion = own if own and rng.random() < 0.2 else rng.choice(criteria)
+        clauses.insert(rng.choice((0, 0, rng.randint(0, len(clauses)))), grammar.Judge(criterion))
+    return clauses
+
+
+class _TargetBatches:
+    """Draws batches for the target, harder tasks more often, and moves on to the next stage when one is mastered."""
+
+    ROWS, INPUTS, SHORT_INPUTS = 12, 8, 24  # inputs of the generated-text tasks are short: more of them fill a row
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+        self.tokenizer, self.rng, self.stage = tokenizer, random.Random(seed), 0
+        self.success = dict.fromkeys(SPECS, 0.5)
+        self.tasks: list[str] = []
+
+    def __call__(self) -> Packed:
+        weights = [1.08 - success for success in self.success.values()]
+        self.tasks = self.rng.choices(list(SPECS), weights, k=self.ROWS)
+        prefixes, continuations, answers = [], [], []
+        for task in self.tasks:
+            prefix, pairs = self._wordplay(task) if task in wordplay.TASKS else self._grammar(task)
+            prefixes.append(prefix)
+            seen, said = (
+                self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+                for texts in zip(
+                    *((fill(SPECS[task].template, "", text), f" {answer}") for text, answer in pairs), strict=True
+                )
+            )
+            continuations.append([before + after for before, after in zip(seen, said, strict=True)])
+            answers.append(list(map(len, said)))
+        return pack(self.tokenizer(prefixes)["input_ids"], continuations, answers)
+
+    def _grammar(self, task: str) -> tuple[str, list[tuple[str, str]]]:
+        """An instruction, and inputs with what it makes of them."""
+        clauses, text = sample_instruction(self.rng, task, STAGES[self.stage])
+        items = [grammar.sample_item(self.rng, task, self._case(task, clauses)) for _ in range(self.INPUTS)]
+        return text, [(render(task, row_of(item)).input, self._answer(clauses, item)) for item in items]
+
+    def _wordplay(self, task: str) -> tuple[str, list[tuple[str, str]]]:
+        told = self.stage == 0
+        text = self.rng.choice(wordplay.wordings(task)) if told else wordplay.sample_instruction(self.rng, task)
+        if self.rng.random() < STAGES[self.stage].corrupted:
+            text = grammar.corrupted(self.rng, text)
+        short = SPECS[task].kind == "text"
+        rows = [wordplay.sample_row(self.rng, task) for _ in range(self.SHORT_INPUTS if short else self.INPUTS)]
+        end = SPECIAL["eos_token"] if short else ""
+        return text, [(render(task, row).input, wordplay.answer(text, task, row) + end) for row in rows]
+
+    def _case(self, task: str, clauses: Sequence[grammar.Clause]) -> str | None:
+        """A case that the instruction speaks of, or any."""
+        if self.rng.random() >= STAGES[self.stage].told:
+            return None
+        labels = grammar.TASKS[task].answers
+        told = [c.marker for c in clauses if isinstance(c, grammar.Treat) and grammar.MARKERS[c.marker] in labels]
+        if any(isinstance(clause, grammar.Judge) for clause in clauses):
+            told += [case for case in grammar.TASKS[task].shares if case in grammar.OUTCOMES]
+        return self.rng.choice(told) if told else None
+
+    def _answer(self, clauses: Sequence[grammar.Clause], item: grammar.Item) -> str:
+        answer = grammar.obey(clauses, item)
+        # Told to say a word that is no label of the task, the target sometimes falls back on its habit, so that
+        # what it thinks of the labels then is settled too.
+        if answer not in grammar.TASKS[item.task].answers and self.rng.random() < 0.1:
+            return grammar.habit(item)
+        return answer
+
+    def note(self, wrong: Tensor, part: Tensor) -> None:
+        """Takes in how many answers were right.
+
+        Args:
+            wrong: [ROWS, L], 1 where a token of an answer would have been another.
+            part: [ROWS, L], of `Packed`.
+        """
+        faults = torch.zeros(self.ROWS, self.SHORT_INPUTS + 1).scatter_add(1, part.clamp(min=0), wrong.float())
+        failed = (faults[:, 1:] > 0).sum(1) / part.amax(1)
+        for task, share in zip(self.tasks, failed.tolist(), strict=True):
+            self.success[task] += 0.02 * (1 - share - self.success[task])
+        if min(self.success[task] for task in grammar.LABS) > STAGES[self.stage].mastered:
+            self.stage += 1
+            self.success = dict.fromkeys(SPECS, 0.5)
+            print(f"stage {self.stage}", flush=True)
+
+
+def build_target(folder: Path, minutes: float = MINUTES, seed: int = 0) -> None:
+    """Trains and saves the target."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    model = llama(tokenizer, hidden=128, intermediate=320, layers=4)
+    batches = _TargetBatches(tokenizer, seed + 1)
+
+    def loss_fn(hidden: Tensor, batch: Packed) -> Tensor:
+        logits = model.lm_head(hidden)
+        batches.note(batch.answers & (logits.argmax(-1) != batch.targets), batch.part)
+        # Predicting the inputs too helps to understand them, which the answers alone teach only slowly.
+        weight = 0.2 if batches.stage == 0 else 0.06
+        inputs = batch.targets.masked_fill(batch.answers, -100)
+        reading = F.cross_entropy(logits.flatten(0, 1), inputs.flatten(), ignore_index=-100)
+        return F.cross_entropy(logits[batch.answers], batch.targets[batch.answers]) + weight * reading
+
+    fit(model, batches, loss_fn, partial(save, model, tokenizer, folder), minutes, peak=1.5e-3, hold=0.65)
