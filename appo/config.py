@@ -58,6 +58,7 @@ class APPOConfig:
     value_clip_range: float | None = 0.2  # of the value head around its old values; null: off [TRL]
     value_coef: float = 0.01  # weight of the value loss; [P]: 0.1, with which its gradient drowns the policy's
     entropy_coef: float = 0.01  # bonus for entropy (nats per token) in the loss; ours, see docs; 0: off [P]
+    cut_off_penalty: float = 1.0  # off the score of a response that was cut off at the token limit; ours; 0: none [P]
     gamma: float = 1.0  # discount [P]
     lam: float = 1.0  # of generalised advantage estimation; [P]: 0.95, for which a critic has to be right
     ppo_epochs: int = 2  # passes over each rollout; [TRL]: 4
@@ -88,6 +89,7 @@ class APPOConfig:
         )  # fmt: skip
         _require(self.value_coef >= 0, "value_coef", self.value_coef, "at least 0")
         _require(self.entropy_coef >= 0, "entropy_coef", self.entropy_coef, "at least 0")
+        _require(self.cut_off_penalty >= 0, "cut_off_penalty", self.cut_off_penalty, "at least 0")
         _require(0 <= self.gamma <= 1, "gamma", self.gamma, "between 0 and 1")
         _require(0 <= self.lam <= 1, "lam", self.lam, "between 0 and 1")
         _require(self.ppo_epochs >= 1, "ppo_epochs", self.ppo_epochs, "at least 1")

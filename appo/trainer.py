@@ -196,12 +196,13 @@ class APPOTrainer:
         prompts = self.policy.decode(rollout)
         rewarded = _rewarded(reward_fn(prompts), len(prompts))
         anchor_logprobs = self.anchor.logprobs(rollout)
+        cut_off = 1 - self.policy.ended(rollout).float()
         if rewarded.scores.isfinite().all():
             ref_logprobs = self.updater.reference.logprobs(anchor_logprobs, rollout.logprobs)
-            self.buffer.add(rollout, rewarded.scores.to(self.policy.device), ref_logprobs)
-        truncated = 1 - self.policy.ended(rollout).float().mean().item()
+            scores = rewarded.scores.to(self.policy.device) - self.config.cut_off_penalty * cut_off
+            self.buffer.add(rollout, scores, ref_logprobs)
         kl = kl_estimate(rollout.logprobs, anchor_logprobs).sum(1).mean().item()
-        return Collected(rollout, prompts, rewarded, truncated, kl)
+        return Collected(rollout, prompts, rewarded, cut_off.mean().item(), kl)
 
     def update(self) -> dict[str, float]:
         """PPO epochs on everything collected, which empties the buffer; see `Updater.update`."""

@@ -71,6 +71,7 @@ PAPER = {
     "appo.value_clip_range": 0.2,  # TRL
     "appo.value_coef": 0.1,
     "appo.entropy_coef": 0.0,
+    "appo.cut_off_penalty": 0.0,
     "appo.gamma": 1.0,
     "appo.lam": 0.95,
     "appo.ppo_epochs": 4,  # TRL
@@ -400,6 +401,7 @@ BOUNDS = [
     ("appo.value_clip_range", 0, 1e-9),
     ("appo.value_coef", -1e-9, 0.0),
     ("appo.entropy_coef", -1e-9, 0.0),
+    ("appo.cut_off_penalty", -1e-9, 0.0),
     ("appo.gamma", -1e-9, 0.0),
     ("appo.gamma", 1.000001, 1.0),
     ("appo.lam", -1e-9, 0.0),

@@ -211,6 +211,17 @@ def test_an_entropy_bonus_lowers_the_loss_by_the_mean_entropy_and_moves_a_policy
     assert entropies[-1] > entropies[0]
 
 
+def test_a_response_that_is_cut_off_is_worth_less_to_the_update_but_not_in_the_record() -> None:
+    trainer = make(cut_off_penalty=2.0, length=40)
+    with torch.no_grad():  # the end is about as likely as all else together in a step of twenty
+        trainer.policy.model.lm_head.weight.zero_()
+    collected = trainer.collect(queries(trainer), lambda prompts: [5.0] * len(prompts), 16)
+    ended = trainer.policy.ended(collected.rollout)
+    assert set(ended.tolist()) == {True, False}
+    assert trainer.buffer.stacked().scores.tolist() == [5.0 if end else 3.0 for end in ended.tolist()]
+    assert collected.rewarded.scores.tolist() == [5.0] * len(ended)
+
+
 def test_kl_in_the_loss_is_not_in_the_rewards_too(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, given = make(kl_in_loss=True, kl_coef=3.0, ppo_epochs=1), []
     step(trainer)  # away from the anchor
