@@ -77,42 +77,22 @@ class APPOConfig:
     kl_horizon: int = 10_000  # responses over which it adapts [TRL]
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        _require(
-            self.value_learning_rate is None or self.value_learning_rate > 0,
-            "value_learning_rate", self.value_learning_rate, "above 0, or null",
-        )  # fmt: skip
-        _require(self.clip_range > 0, "clip_range", self.clip_range, "above 0")
-        _require(
-            self.value_clip_range is None or self.value_clip_range > 0,
-            "value_clip_range", self.value_clip_range, "above 0, or null",
-        )  # fmt: skip
-        _require(self.value_coef >= 0, "value_coef", self.value_coef, "at least 0")
-        _require(self.entropy_coef >= 0, "entropy_coef", self.entropy_coef, "at least 0")
-        _require(self.cut_off_penalty >= 0, "cut_off_penalty", self.cut_off_penalty, "at least 0")
-        _require(0 <= self.gamma <= 1, "gamma", self.gamma, "between 0 and 1")
-        _require(0 <= self.lam <= 1, "lam", self.lam, "between 0 and 1")
-        _require(self.ppo_epochs >= 1, "ppo_epochs", self.ppo_epochs, "at least 1")
-        _require(self.minibatch_size >= 0, "minibatch_size", self.minibatch_size, "at least 0")
-        _require(self.micro_batch_size >= 0, "micro_batch_size", self.micro_batch_size, "at least 0")
-        _require(
-            self.max_grad_norm is None or self.max_grad_norm > 0,
-            "max_grad_norm", self.max_grad_norm, "above 0, or null",
-        )  # fmt: skip
+        for name in ("learning_rate", "clip_range"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("value_learning_rate", "value_clip_range", "max_grad_norm", "target_kl", "kl_target"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "above 0, or null")
+        for name in ("value_coef", "entropy_coef", "cut_off_penalty", "minibatch_size", "micro_batch_size", "kl_coef"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("ppo_epochs", "max_bad_steps", "kl_horizon"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("gamma", "lam"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         _require(self.max_ratio is None or self.max_ratio > 1, "max_ratio", self.max_ratio, "above 1, or null")
-        _require(self.target_kl is None or self.target_kl > 0, "target_kl", self.target_kl, "above 0, or null")
-        _require(self.max_bad_steps >= 1, "max_bad_steps", self.max_bad_steps, "at least 1")
-        _require(
-            self.reference in ("anchor", "initial", "previous", "none"),
-            "reference", self.reference, "one of anchor, initial, previous, none",
-        )  # fmt: skip
-        _require(self.kl_coef >= 0, "kl_coef", self.kl_coef, "at least 0")
-        _require(self.kl_target is None or self.kl_target > 0, "kl_target", self.kl_target, "above 0, or null")
-        _require(self.kl_horizon >= 1, "kl_horizon", self.kl_horizon, "at least 1")
-        _require(
-            self.kl_target is None or self.reference in ("anchor", "initial"),
-            "kl_target", self.kl_target, f"null with reference {self.reference}: at sampling time that KL is always 0",
-        )  # fmt: skip
+        references = ("anchor", "initial", "previous", "none")
+        _require(self.reference in references, "reference", self.reference, f"one of {', '.join(references)}")
+        expected = f"null with reference {self.reference}: at sampling time that KL is always 0"
+        _require(self.kl_target is None or self.reference in references[:2], "kl_target", self.kl_target, expected)
 
 
 def _require(holds: bool, field: str, value: object, expected: str) -> None:
