@@ -18,6 +18,7 @@ from appo.update import advantages
 from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of
 
 OLD_WAY = {"leave_one_out": False, "lam": 0.95, "value_coef": 0.1, "ppo_epochs": 4}  # as published code has it
+REWARD_ALONE = {"kl_coef": 0.0, "entropy_coef": 0.0, "cut_off_penalty": 0.0}  # nothing else moves the policy
 
 
 def scored(
@@ -95,7 +96,7 @@ def drift(steps: int = 20, **config: object) -> tuple[list[float], list[float]]:
     with torch.no_grad():  # ends are likely enough for lengths to vary
         model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 4
     policy = policy_of(model, tokenizer, plain_sampling(24))
-    settings = APPOConfig(learning_rate=1e-3, kl_coef=0.0, entropy_coef=0.0, **config)  # type: ignore[arg-type]
+    settings = APPOConfig(learning_rate=1e-3, **REWARD_ALONE, **config)  # type: ignore[arg-type]
     trainer = APPOTrainer(policy, settings, generator=torch.Generator().manual_seed(0))
     query, lengths, ends = policy.query("", "one"), [], []
     for _ in range(steps):
@@ -116,7 +117,7 @@ def test_a_constant_reward_moves_neither_length_nor_the_end_token() -> None:
 def test_a_constant_reward_moves_no_weight_where_each_response_is_the_only_one_to_its_query() -> None:
     tokenizer = byte_tokenizer()
     policy = policy_of(llama(len(tokenizer)), tokenizer, plain_sampling(6))
-    trainer = APPOTrainer(policy, APPOConfig(kl_coef=0.0, entropy_coef=0.0), generator=torch.Generator().manual_seed(0))
+    trainer = APPOTrainer(policy, APPOConfig(**REWARD_ALONE), generator=torch.Generator().manual_seed(0))
     before = [p.detach().clone() for p in policy.parameters()]
     for _ in range(3):
         trainer.step([policy.query("", text) for text in "abcdefg"], lambda prompts: [0.1] * len(prompts))
