@@ -133,6 +133,7 @@ MUTANTS = (
     Mutant("reference: plain PPO against the anchor", A, "anchor_logprobs if self.fixed else logprobs", "anchor_logprobs", "test_trainer.py"),
     Mutant("update: the penalty counts twice", U, "0.0 if self.reference.in_loss else kl_coef", "kl_coef", "test_trainer.py"),
     Mutant("update: the coefficient is not passed on", U, "self.optimizer_step(part, kl_coef)", "self.optimizer_step(part)", "test_trainer.py"),
+    Mutant("collect: who is cut off is paid for it", TR, "- self.config.cut_off_penalty", "+ self.config.cut_off_penalty", "test_trainer.py"),
     Mutant("update: certainty is paid for", U, "loss - config.entropy_coef", "loss + config.entropy_coef", "test_trainer.py"),
     Mutant("fit: never reviews", TR, "number % self.anchor_config.period == 0", "False", "test_trainer.py"),
     Mutant("fit: reviews at once", TR, "number % self.anchor_config.period == 0", "number % self.anchor_config.period == 1", "test_trainer.py"),

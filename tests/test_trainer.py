@@ -198,13 +198,14 @@ def test_kl_in_the_loss_adds_the_k3_estimate() -> None:
 
 
 def test_an_entropy_bonus_lowers_the_loss_by_the_mean_entropy_and_moves_a_policy_that_learns_nothing() -> None:
-    trainer = make(entropy_coef=0.5, ppo_epochs=1, kl_coef=0.0, value_coef=0.0)
+    nothing_else = {"ppo_epochs": 1, "kl_coef": 0.0, "value_coef": 0.0, "cut_off_penalty": 0.0}
+    trainer = make(entropy_coef=0.5, **nothing_else)
     collect(trainer)
     batch = finished(trainer)
     loss, stats = trainer.updater.loss(batch)
     assert_close(loss.detach(), stats["policy_loss"] - 0.5 * stats["entropy"])
     entropies = [step(trainer, lambda prompts: [1.0] * len(prompts))["entropy"] for _ in range(3)]
-    still = make(entropy_coef=0.0, ppo_epochs=1, kl_coef=0.0, value_coef=0.0)
+    still = make(entropy_coef=0.0, **nothing_else)
     before = flat(still)
     step(still, lambda prompts: [1.0] * len(prompts))
     assert torch.equal(flat(still), before)
