@@ -69,7 +69,7 @@ class APPOConfig:
     target_kl: float | None = None  # mean approx_kl of an epoch (nats per token) after which no other is begun; ours
     max_bad_steps: int = 3  # iterations in a row without a sound step: back to the anchor; twice as many: the end; ours
     whiten_advantages: bool = True  # over all tokens of the rollout [TRL]
-    leave_one_out: bool = True  # scores: less the mean of the others to the same query; ours, see trainer.advantages
+    leave_one_out: bool = True  # scores: less the mean of the others to the same query; ours, see update.advantages
     reference: ReferenceName = "anchor"  # KL against: anchor (APPO), initial (RLHF), previous (plain PPO), none
     kl_coef: float = 0.05  # the paper prints no coefficient; [TRL]: 0.2
     kl_in_loss: bool = False  # True: the k3 estimate in the loss, in place of a penalty on each token's reward
