@@ -151,6 +151,12 @@ def test_any_rows_read_back_as_they_were_appended(tmp_path: Path, rows: list[dic
     assert read_jsonl(tmp_path / "any.jsonl") == rows
 
 
+def test_a_number_that_no_float_holds_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(f'{{"reward": 1{"0" * 308}}}\n{{"reward": 1{"0" * 309}}}\n', encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r"rows.jsonl:2: not JSON: a number of 310 digits"):
+        read_jsonl(tmp_path / "rows.jsonl")
+
+
 @pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
 def test_numbers_that_json_does_not_know_become_null(value: float, tmp_path: Path) -> None:
     RunLog(tmp_path).append("metrics.jsonl", [{"kl": value, "reward_mean": 1.0}])

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import reprlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -208,7 +209,7 @@ def _check(found: object, kinds: Mapping[str, Kind], where: str) -> None:
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        found = json.loads(line.decode())
+        found = json.loads(line.decode(), parse_int=_integer)
         if b"\\u" in line:
             json.dumps(found, ensure_ascii=False).encode()  # half a character, written as an escape, is no text
     except (ValueError, RecursionError) as error:
@@ -216,3 +217,11 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RunFolderError(f"{where}: expected a JSON object, found {type(found).__name__}")
     return found
+
+
+def _integer(digits: str) -> int:
+    """A whole number that a float can hold, as all that a run writes."""
+    number = int(digits)
+    if abs(number) > sys.float_info.max:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return number
