@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments.arms.pool import PoolEntry, PromptPool
-from experiments.run.runlog import RunExistsError, RunLog, read_jsonl
+from experiments.run.runlog import RunExistsError, RunFolderError, RunLog, read_jsonl
 
 NAN, INFINITY = float("nan"), float("inf")
 
