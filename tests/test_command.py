@@ -82,6 +82,8 @@ def test_a_long_error_is_cut() -> None:
 def test_arguments_that_are_no_text_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert in_order(lambda argv: 0)(["--task", os.fsdecode(b"caf\xe9")]) == 2
     assert capsys.readouterr().err == "error: the argument 'caf\\udce9' is not UTF-8\n"
+    assert in_order(lambda argv: 0)(["--config", "\0"]) == 2
+    assert capsys.readouterr().err == "error: the argument '\\x00' holds a null character\n"
 
 
 # -- processes ---------------------------------------------------------------------------------------------------

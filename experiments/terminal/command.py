@@ -88,8 +88,13 @@ def one_line(error: BaseException) -> str:
 
 
 def _text(arguments: Sequence[str]) -> Sequence[str]:
-    """The arguments, all of them text: bytes that are no UTF-8 come from the system as halves of characters."""
+    """The arguments, all of them text: bytes that are no UTF-8 come from the system as halves of characters.
+
+    A null character cannot come from a shell, but from a program that calls `main`; no file's name may hold one.
+    """
     for argument in arguments:
+        if "\0" in argument:
+            raise UsageError(f"the argument {argument!r} holds a null character")
         if not argument.isprintable() and any("\ud800" <= c <= "\udfff" for c in argument):
             raise UsageError(f"the argument {argument!r} is not UTF-8")
     return arguments
