@@ -23,7 +23,7 @@ from appo.rollout import Query, Rollout
 
 
 class Evaluation(NamedTuple):
-    """What the policy says of given responses; each [B, T] float32, 0 on padding. `entropy` has no gradient."""
+    """What the policy says of given responses; each [B, T] float32, 0 on padding."""
 
     logprobs: Tensor
     values: Tensor

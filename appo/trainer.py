@@ -25,7 +25,7 @@ from appo.config import AnchorConfig, APPOConfig
 from appo.functional import kl_estimate, masked_mean
 from appo.policy import Policy
 from appo.rollout import Query, Rollout, RolloutBuffer
-from appo.update import FAULTS, Updater
+from appo.update import FAULTS, Updater, mean
 
 
 class Rewarded(Protocol):
@@ -61,16 +61,16 @@ class Collected:
 
     def stats(self) -> dict[str, float]:
         """Rewards and lengths as flat numbers."""
-        scores = self.rewarded.scores
+        scores, health = self.rewarded.scores, _health(self.rollout, self.prompts)
         return {
             "reward_mean": scores.mean().item(),
             "reward_max": scores.max().item(),
             **{f"{name}_mean": values.float().mean().item() for name, values in self.rewarded.metrics.items()},
             "kl": self.kl,
-            "length_mean": self.rollout.mask.sum(1).float().mean().item(),
+            "length_mean": health.length,
             "truncated_rate": self.truncated_rate,
-            "empty_rate": self.prompts.count("") / len(self.prompts),
-            "duplicate_rate": 1 - len(set(self.prompts)) / len(self.prompts),
+            "empty_rate": health.empty_rate,
+            "duplicate_rate": 1 - health.distinct,
             "distinct_2": _distinct(self.prompts, 2),
         }
 
@@ -243,7 +243,7 @@ class APPOTrainer:
             prompts, anchor_health = self._written(queries, copies)
         anchor_scores = list(score_fn(prompts))
         thresholds = (config.promote_threshold, config.rollback_threshold)
-        policy_mean, anchor_mean = _mean(policy_scores), _mean(anchor_scores)
+        policy_mean, anchor_mean = mean(policy_scores), mean(anchor_scores)
         decision = decide(policy_mean, anchor_mean, *thresholds)
         reason = f"mean score {policy_mean:.3f} against the anchor's {anchor_mean:.3f}"
         sign = collapse(policy_health, anchor_health) if config.collapse else None
@@ -263,13 +263,7 @@ class APPOTrainer:
         """What the policy as it is now writes to the queries, for a review."""
         rollout = self.policy.sample(queries, self.review_generator, copies)
         prompts = self.policy.decode(rollout)
-        return prompts, Health(
-            length=rollout.mask.sum(1).float().mean().item(),
-            empty_rate=prompts.count("") / len(prompts),
-            distinct=len(set(prompts)) / len(prompts),
-            distinct_2=_mean([_distinct([prompt], 2) for prompt in prompts if len(prompt.split()) > 1] or [1.0]),
-            entropy=-masked_mean(rollout.logprobs, rollout.mask).item(),
-        )
+        return prompts, _health(rollout, prompts)
 
     # -- going on from a saved state -----------------------------------------------------------------------------------
 
@@ -317,12 +311,19 @@ def _rewarded(found: Rewarded | Tensor | Sequence[float], count: int) -> Rewarde
     return rewarded
 
 
+def _health(rollout: Rollout, prompts: Sequence[str]) -> Health:
+    """What the prompts of a rollout are like."""
+    return Health(
+        length=rollout.mask.sum(1).float().mean().item(),
+        empty_rate=prompts.count("") / len(prompts),
+        distinct=len(set(prompts)) / len(prompts),
+        distinct_2=mean([_distinct([prompt], 2) for prompt in prompts if len(prompt.split()) > 1] or [1.0]),
+        entropy=-masked_mean(rollout.logprobs, rollout.mask).item(),
+    )
+
+
 def _distinct(prompts: Sequence[str], size: int) -> float:
     """Distinct runs of `size` words over all of them (Li et al. 2016, distinct-n): near 0 when prompts repeat."""
     words = [prompt.split() for prompt in prompts]
     runs = [tuple(row[i : i + size]) for row in words for i in range(len(row) - size + 1)]
     return len(set(runs)) / max(1, len(runs))
-
-
-def _mean(scores: Sequence[float]) -> float:
-    return sum(scores) / len(scores)

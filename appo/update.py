@@ -94,11 +94,11 @@ class Updater:
             parts = minibatches(batch, config.minibatch_size, self.generator)
             epoch = [self.optimizer_step(part, kl_coef) for part in parts]
             steps += epoch
-            if config.target_kl is not None and _mean([s.get("approx_kl", 0.0) for s in epoch]) > config.target_kl:
+            if config.target_kl is not None and mean([s.get("approx_kl", 0.0) for s in epoch]) > config.target_kl:
                 break
         names = dict.fromkeys(name for step in steps for name in step if name not in FAULTS)
         faults = {name: sum(step.get(name, 0.0) for step in steps) for name in FAULTS}
-        return {name: _mean([step[name] for step in steps if name in step]) for name in names} | faults
+        return {name: mean([step[name] for step in steps if name in step]) for name in names} | faults
 
     def _follow(self, scores: Tensor) -> float:
         """The mean of earlier scores, which takes these in; at the first time, theirs."""
@@ -168,5 +168,6 @@ class Updater:
         return loss, {name: value.detach() for name, value in stats.items()}
 
 
-def _mean(scores: Sequence[float]) -> float:
+def mean(scores: Sequence[float]) -> float:
+    """Of at least one number."""
     return sum(scores) / len(scores)

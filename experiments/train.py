@@ -81,8 +81,8 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
 
 def _fallbacks(run: Run) -> list[str]:
     """What runs slower than it might."""
-    how = run.environment()
-    slow = [role for role in ("agent", "target") if not how.get(f"{role}_packed", True)]
+    packed = {"agent": run.policy.lm.packed, "target": run.target.described().get("packed", True)}
+    slow = [role for role in packed if not packed[role]]
     return [f"the {role} runs in padded batches: its attention cannot run shared beginnings once" for role in slow]
 
 
@@ -131,7 +131,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
     parser = Parser(
         prog="appo train",
         description=(__doc__ or "").split("\n\n")[0],
-        epilog="Any field of experiments/config.py is set by its dotted name, such as appo.kl_coef=0.05 or "
+        epilog="Any field of experiments/config/ is set by its dotted name, such as appo.kl_coef=0.05 or "
         "sampling.max_new_tokens=100. preset=published takes the published code's values.",
     )
     parser.add_argument("--task", help="a name, see `appo tasks`, or the path of a spec (default: mnli)")

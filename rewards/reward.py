@@ -68,24 +68,25 @@ class Reward(ABC):
         """Scores K prompts on the same examples; a prompt that occurs twice is run once."""
         distinct = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
         rows = [distinct[prompt] for prompt in prompts]
-        found = self._table(list(distinct), examples)
-        return self._result({name: values.mean(1)[rows] for name, values in found.items()})
+        found = self.table(list(distinct), examples)
+        return self.weighed({name: values.mean(1)[rows] for name, values in found.items()})
 
     def each(self, prompts: Sequence[str], examples: Sequence[Example]) -> RewardResult:
         """Scores B prompts, each on its own example."""
-        return self._result(self.judge(pairs(prompts, [example.input for example in examples]), examples))
+        return self.weighed(self.judge(pairs(prompts, [example.input for example in examples]), examples))
 
     def by_example(self, prompts: Sequence[str], examples: Sequence[Example]) -> Tensor:
         """[K, N]: the metric of every prompt on every example."""
-        return self._table(prompts, examples)[self.metric]
+        return self.table(prompts, examples)[self.metric]
 
-    def _table(self, prompts: Sequence[str], examples: Sequence[Example]) -> dict[str, Tensor]:
+    def table(self, prompts: Sequence[str], examples: Sequence[Example]) -> dict[str, Tensor]:
         """[K, N] of each metric."""
         asked = grid(prompts, [example.input for example in examples])
         found = self.judge(asked, [example for _ in prompts for example in examples])
         return {name: values.view(len(prompts), len(examples)) for name, values in found.items()}
 
-    def _result(self, metrics: dict[str, Tensor]) -> RewardResult:
+    def weighed(self, metrics: dict[str, Tensor]) -> RewardResult:
+        """The metrics with the score that they add up to."""
         terms = [weight * metrics[name] for name, weight in self.weights.items() if name in metrics]
         return RewardResult(torch.stack(terms).sum(0), metrics)
 

@@ -60,8 +60,9 @@ class FixedPrompt(Arm):
         run, manual = self.run, self.run.data.spec.manual_prompt
         tuned = [entry.prompt for entry in self.pool.best(run.config.pool)]
         candidates = [manual, *self._few_shot_prompts(), *tuned]
-        validation = run.reward.by_example(candidates, run.data.validation)
-        rewards = run.reward(candidates, run.data.validation).scores
+        table = run.reward.table(candidates, run.data.validation)
+        validation = table[run.reward.metric]
+        rewards = run.reward.weighed({name: values.mean(1) for name, values in table.items()}).scores
         if not rewards.isfinite().any():
             raise FloatingPointError("no prompt has a finite score on the validation split; see metrics.jsonl")
         rewards, means = rewards.nan_to_num(-math.inf), validation.mean(1).tolist()

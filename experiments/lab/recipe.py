@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.config import LAB_DIR
 from experiments.lab import grammar, target_recipe
 from experiments.lab.models import SPECIAL, build_tokenizer, llama, sample_prior, sample_query, save
 from experiments.lab.packing import Packed, fit, pack
@@ -32,7 +33,6 @@ from experiments.lab.rows import SPECS, render, row_of, sample_example, write_da
 from experiments.terminal.command import Parser, in_order
 from tasks.meta_prompt import MetaPrompt, rewrite_prompt
 
-LAB_DIR = Path(__file__).parent
 AGENT_MINUTES = 20.0
 
 
