@@ -123,6 +123,14 @@ def test_a_damaged_folder_is_refused_in_one_line(damage: str, folder: Path, caps
         assert code == 2 and fragment in error, (command, code, error)
 
 
+@pytest.mark.parametrize("folder", ["tte"], indirect=True)
+def test_a_config_of_another_mode_than_the_result_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write("config.yaml", "{}")(folder)
+    for command in USE:
+        code, error = said(command, folder, capsys)
+        assert code == 2 and "config.yaml says mode fixed, but" in error, (command, code, error)
+
+
 @pytest.mark.parametrize("edits", [3, [3], [{}], [{"input": 1, "prompt": "a"}]])
 @pytest.mark.parametrize("folder", ["tte"], indirect=True)
 def test_a_damaged_result_of_edits_is_refused(edits: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from experiments.config import RunConfig, data_source, read_config
 from experiments.config.strict import ConfigError
 from experiments.run.fingerprint import Fingerprint, fingerprint
 from experiments.run.models import ModelError, load_model
-from experiments.run.runlog import CONFIG, RunFolderError, RunLog, read_result
+from experiments.run.runlog import CONFIG, RESULT, RunFolderError, RunLog, read_result
 from rewards.local import LocalTarget
 from rewards.reward import ClassificationReward, GenerationReward, Reward
 from rewards.target import Remembered, Target
@@ -85,10 +85,13 @@ def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
         trust_remote_code: run code that comes with a model; what the folder says about it does not count.
 
     Raises:
-        RunFolderError: the folder holds no finished run.
+        RunFolderError: the folder holds no finished run, or files of two different ones.
     """
-    config = stored_config(folder)
-    read_result(folder)
+    config, result = stored_config(folder), read_result(folder)
+    if result["mode"] != config.mode:
+        raise RunFolderError(
+            f"{folder / CONFIG} says mode {config.mode}, but {folder / RESULT} comes from a run in mode {result['mode']}"
+        )
     agent = folder / "agent"
     if not agent.is_dir():
         raise RunFolderError(f"{str(folder)!r} holds no folder 'agent'; expected that of a run that came to its end")
