@@ -90,7 +90,8 @@ def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
     config, result = stored_config(folder), read_result(folder)
     if result["mode"] != config.mode:
         raise RunFolderError(
-            f"{folder / CONFIG} says mode {config.mode}, but {folder / RESULT} comes from a run in mode {result['mode']}"
+            f"{folder / CONFIG} says mode {config.mode}, but {folder / RESULT} comes from a run in mode "
+            f"{result['mode']}"
         )
     agent = folder / "agent"
     if not agent.is_dir():
