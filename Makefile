@@ -1,10 +1,10 @@
-# The index of the project. CI runs `make lint` and `make test`.
+# The project's commands. CI runs `make lint` and `make test`.
 VENV ?= .venv
 FLOOR ?= .venv-floor
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# The newest Python from 3.11 on that is there and can make environments, unless PYTHON= names another.
+# The newest installed Python from 3.11 on that can make environments, unless PYTHON= names another.
 USABLE = -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11 python3 python; do \
 	if $$name $(USABLE) 2>/dev/null; then echo $$name; break; fi; done)
@@ -53,13 +53,13 @@ tasks: $(READY) ## list the tasks, or show one: make tasks SHOW=mnli
 compare: $(READY) ## APPO against best-of-N over SEEDS, with a table: make compare TASK=mnli
 	@$(BIN)/appo compare $(if $(TASK),--task "$(TASK)") --seeds $(SEEDS) $(ARGS)
 
-landscape: $(READY) ## measure the lab: accuracy under good and bad instructions, prior of a good one
+landscape: $(READY) ## measure the lab: accuracy under good and bad instructions
 	$(BIN)/python -m experiments.lab.landscape
 
-lab: $(READY) ## rebuild the lab's data, tokenizers and models from nothing (about 80 minutes)
+lab: $(READY) ## rebuild the lab's data, tokenizers and models from scratch (about 80 minutes)
 	$(BIN)/python -m experiments.lab.recipe
 
-bench: $(READY) ## how fast scoring, sampling and updating are, against the plain way (about 8 minutes)
+bench: $(READY) ## time scoring, sampling and updating against plain padded batches (about 8 minutes)
 	$(BIN)/python -m experiments.bench $(ARGS)
 
 test: $(READY) ## run the tests with coverage
@@ -74,7 +74,7 @@ test-gpu: $(READY) ## whole runs on a GPU; skipped where there is none
 weights: $(READY) ## put a real language model into models/: make weights MODEL=smollm2
 	@$(BIN)/appo weights $(MODEL) $(ARGS)
 
-fuzz: $(READY) ## search for input that is neither taken nor refused in one line: make fuzz MINUTES=60
+fuzz: $(READY) ## search for input that is neither accepted nor refused with a one-line error: make fuzz MINUTES=60
 	@$(BIN)/python -m tests.fuzz $(MINUTES)
 
 lint: $(READY) ## style and types

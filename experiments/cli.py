@@ -1,9 +1,9 @@
-"""The command `appo`: finds its subcommands where it was installed, whatever lies in the folder it is called from.
+"""The command `appo`: takes its subcommands from the installed package, never from the folder it is called from.
 
     appo train --task mnli
     appo report runs/mnli-...
 
-Loads nothing but the subcommand that is asked for.
+Imports only the subcommand that is asked for.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from experiments.terminal.signals import end_at_once
 COMMANDS = {  # the modules of this package with a `main`, and what they do
     "train": "tune a prompt for a task",
     "evaluate": "score a finished run on its test split",
-    "prompt": "the instruction of a run for an input, and what the target answers under it",
+    "prompt": "print a run's instruction for an input, and the target's answer under it",
     "tasks": "list the tasks, show one, or check those in a folder",
-    "compare": "ways to tune a prompt beside one another, over seeds",
-    "report": "make the report of a run anew",
+    "compare": "compare ways to tune a prompt, over seeds",
+    "report": "rebuild the report of a run",
     "weights": "put a real language model into a folder",
 }
 
@@ -40,11 +40,11 @@ def main() -> int:
 
 @in_order
 def _say(argv: Sequence[str]) -> int:
-    """Prints what there is to know of `appo` itself."""
+    """Prints the help or the version; raises UsageError for an unknown command."""
     if argv[0] in ("-h", "--help"):
         print("usage: appo COMMAND ...\n")
         print("\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items()))
-        print("\n`appo COMMAND --help` says what each takes.")
+        print("\n`appo COMMAND --help` lists what a command takes.")
         return 0
     if argv[0] == "--version":
         try:

@@ -1,11 +1,11 @@
-"""What is the RL for? APPO against best-of-N sampling at the same number of scored prompts, over seeds.
+"""Compares APPO with best-of-N sampling at the same number of scored prompts, over seeds.
 
     appo compare --task mnli --seeds 0 1 2 3 4
     appo compare --task mnli --arms anchor initial previous none best-of-n
 
 The arms are the four references of the KL penalty (anchor is APPO, initial is RLHF-style PPO, previous is plain
-PPO, none has no penalty), best-of-n, which never updates the agent, and test-time editing, with the trained (tte) and
-the untrained agent. Prints a table in Markdown.
+PPO, none has no penalty), best-of-n, which never updates the agent, and test-time editing with the trained agent (tte)
+or the untrained one (tte-untrained). Prints a table in Markdown.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 from appo.trainer import DivergedError
 from experiments.config import build_config
+from experiments.run.folder import read_jsonl
 from experiments.run.run import prepare
-from experiments.run.runlog import read_jsonl
 from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order, one_line
 from experiments.train import train
 
@@ -35,25 +35,25 @@ ARMS = {
     "tte": ["mode=tte"],
     "tte-untrained": ["mode=tte", "frozen=true", "steps=1"],
 }
-EDGE = 20  # iterations at either end whose mean accuracies are compared
+EDGE = 20  # iterations averaged at the beginning and at the end of a run
 COLUMNS = ("first", "last", "validation_score", "test_score", "manual_test_score", "top")
 
 
 def run_arm(arm: str, task: str, seed: int, folder: Path, assignments: Sequence[str]) -> dict[str, Any]:
-    """One run of one arm; its result, and mean accuracies of sampled prompts at either end."""
+    """Runs one arm; returns its result with the mean scores of sampled prompts in the first and last iterations."""
     started = time.perf_counter()
     options = {"task": task, "seed": seed, "run": str(folder / f"{arm}-{seed}")}
     run = prepare(build_config(options, assignments=[*assignments, *ARMS[arm]]))
-    with run.log.lock():
+    with run.folder.lock():
         result = train(run, quiet=True)
-    rows = read_jsonl(run.log.folder / "metrics.jsonl")
+    rows = read_jsonl(run.folder.path / "metrics.jsonl")
     scores = [math.nan if (score := row[f"{result['metric']}_mean"]) is None else score for row in rows]
     return result | {
         "first": sum(scores[:EDGE]) / len(scores[:EDGE]),
         "last": sum(scores[-EDGE:]) / len(scores[-EDGE:]),
-        "top": result.get("paper_protocol", {}).get("test_score", math.nan),  # there is none in mode tte
+        "top": result.get("paper_protocol", {}).get("test_score", math.nan),  # mode tte has none
         "seconds": time.perf_counter() - started,
-        "prompts": len(read_jsonl(run.log.folder / "prompts.jsonl")),
+        "prompts": len(read_jsonl(run.folder.path / "prompts.jsonl")),
     }
 
 
@@ -63,11 +63,11 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--task", default="mnli")
     parser.add_argument("--seeds", nargs="+", action="append", help="default: 0 1 2 3 4")
     parser.add_argument("--arms", nargs="+", action="append", help=f"of {', '.join(ARMS)} (default: anchor best-of-n)")
-    parser.add_argument("--folder", type=Path, help="for the runs (default: runs/compare-DATE-TIME)")
-    parser.add_argument("assignments", nargs="*", metavar="key=value", help="for all runs")
+    parser.add_argument("--folder", type=Path, help="folder of the runs (default: runs/compare-DATE-TIME)")
+    parser.add_argument("assignments", nargs="*", metavar="key=value", help="sets a configuration field of every run")
     options = parser.parse_intermixed_args(argv)
     for name, default in (("seeds", ["0", "1", "2", "3", "4"]), ("arms", ["anchor", "best-of-n"])):
-        given = getattr(options, name) or [default]  # each takes in every word that follows, assignments too
+        given = getattr(options, name) or [default]  # nargs="+" takes every word that follows, assignments too
         options.assignments += [word for words in given for word in words if "=" in word]
         setattr(options, name, [word for word in given[-1] if "=" not in word])
     for word in options.seeds:

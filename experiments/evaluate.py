@@ -2,10 +2,10 @@
 
     appo evaluate --run DIR               the best prompt, or (mode tte) the likeliest for each input
     appo evaluate --run DIR --sampled     one sampled prompt for each input
-    appo evaluate --run DIR --votes 5     five sampled prompts for each input, which vote
+    appo evaluate --run DIR --votes 5     majority vote of five sampled prompts for each input
 
-Writes evaluation.json into the run's folder. Every vote costs one more prompt of the agent and one more answer of the
-target for each input; what that comes to is shown.
+Writes evaluation.json into the run's folder. Each vote costs one prompt of the agent and one answer of the target per
+input; the totals are printed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from experiments.arms.editor import editor_of
 from experiments.config.strict import LARGEST
 from experiments.run.fingerprint import changed_since
+from experiments.run.folder import read_result
 from experiments.run.run import Run, open_run
-from experiments.run.runlog import read_result
 from experiments.terminal.command import Parser, UsageError, in_order
 from rewards.functional import normalise
 from rewards.reward import Reply
@@ -34,12 +34,12 @@ Vote = Literal["majority", "margin"]
 
 
 def vote(replies: Sequence[Reply], how: Vote) -> str:
-    """The answer that several replies to one input come to.
+    """The answer that several replies to one input vote for.
 
     Args:
         replies: at least one.
-        how: "majority": the answer that most of them give, of equals the one with more probability in all, then the
-            first; "margin": that of the reply whose first answer leads its second by most.
+        how: "majority": the most frequent answer; ties go to the higher total probability, then to the first;
+            "margin": the answer of the reply with the largest gap between its two highest probabilities.
     """
     if how == "margin":
         return max(replies, key=lambda reply: _lead(sorted(reply.probabilities.values()))).answer
@@ -59,20 +59,20 @@ def evaluate(run: Run, votes: int = 1, how: Vote = "majority", sampled: bool = F
 
     Args:
         run: a finished run.
-        votes: prompts for each input; more than one are sampled, and vote.
+        votes: prompts for each input; if more than one, they are sampled and vote.
         how: how votes are counted.
-        sampled: sample a single prompt too, in place of the likeliest one.
+        sampled: sample the prompt even if there is only one, in place of the likeliest.
         seed: of the sampling.
 
     Raises:
-        UsageError: votes for a run with one prompt, or votes by margin on generated text.
-        FloatingPointError: the target's answers are not numbers.
+        UsageError: votes or sampling for a run with one prompt, or votes by margin on generated text.
+        FloatingPointError: the target's logits are not numbers.
     """
     examples, started = run.data.test, time.perf_counter()
     if run.config.mode == "fixed":
         if votes > 1 or sampled:
             raise UsageError("this run has one prompt for all inputs; sampling and votes need a run in mode tte")
-        prompt = read_result(run.log.folder)["prompt"]
+        prompt = read_result(run.folder.path)["prompt"]
         score = run.reward([prompt], examples).metrics[run.reward.metric].item()
     else:
         if votes > 1 and how == "margin" and not run.data.words:
@@ -118,9 +118,9 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="appo evaluate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--votes", type=int, default=1, metavar="K", help="prompts per input (default: 1)")
-    parser.add_argument("--sampled", action="store_true", help="sample the prompt, in place of the likeliest one")
-    parser.add_argument("--vote", choices=["majority", "margin"], default="majority", help="how they are counted")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--sampled", action="store_true", help="sample the prompt instead of taking the likeliest")
+    parser.add_argument("--vote", choices=["majority", "margin"], default="majority", help="how votes are counted")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
     options = parser.parse_args(argv)
     if options.votes < 1:
@@ -135,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
     for name, value in result.items():
         shown = f"{value:.3f}" if isinstance(value, float) else value
         print(f"{name.replace('_', ' '):<24}{shown}")
-    run.log.write_json("evaluation.json", result)  # last: where it cannot be written, the scores have been shown
+    run.folder.write_json("evaluation.json", result)  # last, so that the scores are shown even if this fails
     return 0
 
 

@@ -1,11 +1,11 @@
-"""Uses a finished run: the instruction for an input, and what the target makes of it.
+"""Prints a finished run's instruction for an input, and with --answer the target's answer.
 
     appo prompt --run runs/mixed-... --input "premise : ... focus : place" --answer
     appo prompt --run runs/mixed-... --file inputs.txt --answer > answers.jsonl
 
-A run in mode fixed has one instruction for all inputs, one in mode tte writes one for each. Inputs are texts as the
-target reads them; `\\n` stands for a line break. A file has one input per line, or
-(as .jsonl, .csv and so on) in a column "input".
+A run in mode fixed has one instruction for all inputs; a run in mode tte writes one for each. Inputs are texts as the
+target reads them; `\\n` stands for a line break. A file has one input per line or, as .jsonl, .csv and so on, one per
+row in a column "input".
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 from experiments.arms.editor import editor_of
 from experiments.run.fingerprint import changed_since
+from experiments.run.folder import read_result
 from experiments.run.run import Run, open_run
-from experiments.run.runlog import read_result
 from experiments.terminal.command import Parser, in_order
 from rewards.target import NO_NUMBERS
 from tasks.cells import Row, column, lettered, text_of
@@ -30,7 +30,7 @@ from tasks.rows import SUFFIXES, read_rows, read_text
 
 def instructions(run: Run, inputs: Sequence[str]) -> list[str]:
     """The run's instruction for each input."""
-    prompt = read_result(run.log.folder)["prompt"]
+    prompt = read_result(run.folder.path)["prompt"]
     return editor_of(run).write(inputs) if prompt is None else [prompt] * len(inputs)
 
 
@@ -44,10 +44,10 @@ def answers(run: Run, prompts: Sequence[str], inputs: Sequence[str]) -> list[dic
 
 
 def offered_words(run: Run, text: str) -> tuple[str, ...]:
-    """What an input can be answered with: the task's label words, or the letters of the choices that stand in it.
+    """The possible answers to an input: the task's label words, or the letters of the input's choices; none for text.
 
     Raises:
-        TaskError: it offers no choices, or more than any input that the run knows.
+        TaskError: the input offers no choices, or more than any input of the run's data.
     """
     words = run.data.words
     if run.data.spec.kind != "choices":
@@ -65,17 +65,17 @@ def check_answerable(run: Run, inputs: Sequence[str]) -> None:
 
     Raises:
         ContextTooLongError: an input leaves the target no room for an instruction.
-        TaskError: an input lacks the choices to choose from.
+        TaskError: an input has no choices, or too many.
     """
     room = run.config.sampling.max_new_tokens + (0 if run.data.words else run.config.reward.answer_tokens)
     for text in inputs:
         offered_words(run, text)
-        if run.config.mode == "tte":  # one instruction for all is known, and checked as it is run
+        if run.config.mode == "tte":  # in mode fixed the instruction is known; its fit is checked when it runs
             run.target.check_fits(room, text)
 
 
 def read_inputs(path: Path) -> list[str]:
-    """The inputs of a file: the column "input" of a file of rows, else a line each.
+    """The inputs of a file: one per row, from the column "input", or one per line of a plain text file.
 
     Raises:
         TaskError: no such file, no inputs in it, or a row without one.
@@ -101,13 +101,13 @@ def _input(row: Row, where: str) -> str:
 
 @in_order
 def main(argv: Sequence[str]) -> int:
-    """Prints the instruction for one input, or a JSON line for each of a file; returns the exit code."""
+    """Prints the instruction for one input, or a JSON line for each input of a file; returns the exit code."""
     parser = Parser(prog="appo prompt", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--input", help="one input")
     group.add_argument("--file", type=Path, help="one input per line, or rows with a column 'input': .jsonl, .csv, ...")
-    parser.add_argument("--answer", action="store_true", help="the target's answer as well")
+    parser.add_argument("--answer", action="store_true", help="print the target's answer as well")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
     options = parser.parse_args(argv)
     inputs = [options.input.replace("\\n", "\n")] if options.input is not None else read_inputs(options.file)
@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> int:
         for text, prompt, reply in zip(inputs, prompts, replies, strict=True):
             row = {"input": text, "prompt": prompt, **reply}
             line = json.dumps(row, ensure_ascii=False)
-            print(line if line.isprintable() else json.dumps(row))  # no terminal is to obey what stands in an input
+            print(line if line.isprintable() else json.dumps(row))  # escapes an input's control characters
         return 0
     print(printable(prompts[0]))
     if options.answer:

@@ -4,7 +4,7 @@ Everything that is shown is read back from the run's folder, so a report can be 
 
     appo report runs/mnli-20260101-120000
 
-Prompts are a model's words: all text is escaped, and the page forbids scripts and outside content.
+A model wrote the prompts: all text is escaped, and the page forbids scripts and outside content.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from experiments.config.strict import LARGEST, read_yaml
-from experiments.run.runlog import CONFIG, RESULT, RunFolderError, RunLog, read_headroom, read_jsonl, read_result
+from experiments.run.folder import CONFIG, RESULT, RunFolder, RunFolderError, read_headroom, read_jsonl, read_result
 from experiments.terminal.command import Parser, in_order
 from tasks.catalogue import METRICS
 
@@ -35,11 +35,11 @@ figure { margin: 0; } figcaption { font-weight: 600; } svg { width: 100%; height
 """
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 220, 52, 28, 10, 10
 SHOWN_PROMPTS = 10
-LONGEST = 10**9  # iterations of a run
-CURVES = (  # title, what it says, columns of metrics.jsonl
+LONGEST = 10**9  # rows with a higher iteration number are not read
+CURVES = (  # title, caption, columns of metrics.jsonl
     ("Reward", "mean and best of the prompts of an iteration", ("reward_mean", "reward_max")),
     ("Score", "mean over the prompts of an iteration, on its training examples", ("{metric}_mean",)),
-    ("Value loss", "how wrong the value head is about the reward to come", ("value_loss",)),
+    ("Value loss", "half squared error of the value head against the returns", ("value_loss",)),
     ("KL to the anchor", "nats per prompt", ("kl",)),
     ("Entropy", "nats per token", ("entropy",)),
     ("Prompt length", "tokens of the agent", ("length_mean",)),
@@ -57,7 +57,7 @@ class Curve(NamedTuple):
 
 
 def render_report(folder: Path, metric: str) -> str:
-    """The page of a run, from what is in its folder; `metric` is what prompts are judged by."""
+    """The HTML page of a run, built from its folder; `metric` names the score that prompts are judged by."""
     config = read_yaml(folder / CONFIG)
     metrics, prompts = (_rows(folder / f"{name}.jsonl") for name in ("metrics", "prompts"))
     result = read_result(folder) if (folder / RESULT).is_file() else None
@@ -72,7 +72,7 @@ def render_report(folder: Path, metric: str) -> str:
         "<h2>Before training</h2>" if (looked := read_headroom(folder)) else "",
         *(f"<p>{escape(line)}</p>" for line in looked),
         "<h2>How it went</h2>",
-        '<p class="muted">Faint: single iterations; strong: their mean over the last ten. Upright lines: the anchor '
+        '<p class="muted">Faint: single iterations; strong: their mean over the last ten. Vertical lines: the anchor '
         f'was <span style="color:{MARKS["promote"]}">promoted</span> or the agent '
         f'<span style="color:{MARKS["rollback"]}">rolled back</span>.</p>',
         '<div class="curves">',
@@ -97,9 +97,9 @@ def render_report(folder: Path, metric: str) -> str:
 
 
 def _result(result: Mapping[str, Any]) -> str:
-    """The answer: what was found, in words and in numbers."""
+    """What the run found, in words and in numbers."""
     if result["prompt"] is None:
-        best = "a prompt for each input, the likeliest"
+        best = "the likeliest prompt for each input"
         quotes = [f"<p>{escape(e['input'])}</p><blockquote>{escape(e['prompt'])}</blockquote>" for e in result["edits"]]
     else:
         best = "best prompt, chosen on validation"
@@ -186,7 +186,7 @@ def _figure(title: str, caption: str, columns: Sequence[str], metrics: Sequence[
 
 
 def line_chart(curves: Sequence[Curve], marks: Sequence[tuple[float, str]] = ()) -> str:
-    """An inline SVG of curves over a shared x axis, with upright lines at `marks` (x, colour)."""
+    """An inline SVG of curves over a shared x axis, with vertical lines at `marks` (x, colour)."""
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]
     low_x, high_x = min(xs), max(*xs, min(xs) + 1)
@@ -245,12 +245,12 @@ def _numbers(values: object) -> list[float]:
 
 
 def _finite(value: object) -> float | None:
-    """A number that can be drawn; None of all else, such as the null that stands for a NaN."""
+    """The value if it is a number that can be drawn, else None; null, for example, stands for NaN."""
     return float(value) if isinstance(value, int | float) and abs(value) <= LARGEST[float] else None
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file that belong to an iteration; none where a run was stopped before its first."""
+    """The rows of a .jsonl file that belong to an iteration; none if the run was stopped before its first."""
     rows = read_jsonl(path) if path.is_file() else []
     return [row for row in rows if isinstance(row.get("iteration"), int) and 0 <= row["iteration"] < LONGEST]
 
@@ -260,15 +260,15 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 @in_order
 def main(argv: Sequence[str]) -> int:
-    """Makes the report of a run anew, and prints where it is; returns the exit code."""
-    parser = Parser(prog="appo report", description="Makes the report.html of a run anew, be it stopped or done.")
+    """Rebuilds the report of a run and prints its path; returns the exit code."""
+    parser = Parser(prog="appo report", description="Rebuilds the report.html of a run, finished or not.")
     parser.add_argument("run", type=Path, help="the run's folder")
     folder = parser.parse_args(argv).run
     if not (folder / CONFIG).is_file():
         raise RunFolderError(f"{str(folder)!r} holds no {CONFIG}; expected the folder of a run")
     columns = {column for row in _rows(folder / "metrics.jsonl") for column in row}
     metric = next((name for name in METRICS if f"{name}_mean" in columns), "accuracy")
-    RunLog(folder, new=False).write_text("report.html", render_report(folder, metric))
+    RunFolder(folder, new=False).write_text("report.html", render_report(folder, metric))
     print(folder / "report.html")
     return 0
 

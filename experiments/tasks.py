@@ -1,4 +1,4 @@
-"""What tasks there are.
+"""Lists, shows and checks the tasks.
 
     appo tasks                              all of them, in a table
     appo tasks --show mnli                  one: its fields, template, prompts, and an example
@@ -25,7 +25,7 @@ ANSWERS_SHOWN = 6
 
 
 def overview() -> Iterator[str]:
-    """A line for every task: what is answered, the metric, where it can be had, and what it is about."""
+    """A line for every task: kind of answer, metric, whether the lab and the hub have its data, and a description."""
     yield f"{'task':<45}{'answer':<9}{'metric':<14}{'lab':<5}{'hub':<5}about"
     for name in task_names():
         spec = load_spec(name)
@@ -36,7 +36,7 @@ def overview() -> Iterator[str]:
 def show(name: str, source: str) -> Iterator[str]:
     """One task: what its spec says and, where its data are at hand, sizes and a filled example.
 
-    No line holds anything that a terminal would obey, whatever stands in the data.
+    Control characters in the data are escaped, so that no line controls the terminal.
     """
     for part in _described(name, source):
         yield "\n".join(map(printable, part.split("\n")))
@@ -79,7 +79,7 @@ def check(source: str) -> Iterator[str]:
     """Loads every task whose files are there; a line for each with the sizes of its splits.
 
     Raises:
-        TaskError: the files of a task are there, and something is wrong with them.
+        TaskError: a task's files are there, but something is wrong with them.
     """
     yield f"{'task':<45}{'answer':<9}{'train':>7}{'validation':>12}{'test':>7}  classes"
     absent = []
@@ -91,7 +91,7 @@ def check(source: str) -> Iterator[str]:
             continue
         sizes = f"{len(data.train):>7}{len(data.validation):>12}{len(data.test):>7}"
         yield f"{name:<45}{data.spec.kind:<9}{sizes}  {' '.join(data.words)}"
-    yield f"{len(task_names()) - len(absent)} tasks are as they should be; no files here for {len(absent)} others"
+    yield f"{len(task_names()) - len(absent)} tasks load without error; no files here for {len(absent)} others"
 
 
 @in_order

@@ -4,7 +4,7 @@
     appo train --task sst2 --agent google/gemma-1.1-2b-it --target google/gemma-1.1-2b-it --data hub
     appo train --task rte --seed 1 appo.kl_coef=0.1 prompts=8
 
-Leaves a folder: config.yaml, metrics.jsonl (a row per iteration), prompts.jsonl (a row per scored prompt),
+Writes a folder: config.yaml, metrics.jsonl (a row per iteration), prompts.jsonl (a row per scored prompt),
 best_prompt.json and report.html. The test split is read once, at the end.
 """
 
@@ -25,10 +25,10 @@ from experiments.config import RunConfig, build_config, resumed_config
 from experiments.diagnostics.headroom import look
 from experiments.diagnostics.overlap import only_labels, overlap, word_runs
 from experiments.report import render_report
+from experiments.run.folder import HEADROOM, RESULT
 from experiments.run.models import save_agent
+from experiments.run.resume import begin, save
 from experiments.run.run import Run, prepare, stored_config
-from experiments.run.runlog import HEADROOM, RESULT
-from experiments.run.session import Session
 from experiments.terminal.command import Parser, UsageError, in_order
 from experiments.terminal.console import Progress, summary
 from experiments.terminal.signals import Signals, StoppedError
@@ -49,52 +49,51 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
     """
     config = run.config
     arm = ARMS[config.mode, config.frozen](run)
-    session = Session(run, arm)
-    for note in [*session.begin(resume), *_fallbacks(run)]:
+    done, notes = begin(run, arm, resume)
+    for note in [*notes, *_fallbacks(run)]:
         print(f"note: {note}", file=sys.stderr)
-    if config.headroom and session.iteration == 0:
+    if config.headroom and done == 0:
         seen = look(run, config.headroom)
-        run.log.write_json(HEADROOM, seen.as_json())
+        run.folder.write_json(HEADROOM, seen.as_json())
         if not quiet:
             print(*seen.lines(), sep="\n", file=sys.stderr, flush=True)
-    progress = Progress(run.steps, run.reward.metric, quiet, done=session.iteration)
+    progress = Progress(run.steps, run.reward.metric, quiet, done)
     record = Record(run)
     with Signals() as signals:
-        while session.iteration < run.steps:
-            session.iteration += 1
-            iteration = record.timed(session.iteration, arm)
-            progress.show(session.iteration, iteration.stats, arm.pool.leader())
-            last = signals.received or session.iteration == run.steps
-            if last or session.iteration % config.checkpoint_every == 0:
-                session.save()
+        for number in range(done + 1, run.steps + 1):
+            iteration = record.timed(number, arm)
+            progress.show(number, iteration.stats, arm.pool.leader())
+            last = signals.received or number == run.steps
+            if last or number % config.checkpoint_every == 0:
+                save(run, arm, number)
             if signals.received:
                 progress.close()
-                run.log.write_text("report.html", render_report(run.log.folder, run.reward.metric))
+                run.folder.write_text("report.html", render_report(run.folder.path, run.reward.metric))
                 raise StoppedError(signals.received)
     progress.close()
-    save_agent(run.policy, run.log.folder / "agent")
+    save_agent(run.policy, run.folder.path / "agent")
     result = arm.result()
-    run.log.write_json(RESULT, result)
-    run.log.write_text("report.html", render_report(run.log.folder, run.reward.metric))
+    run.folder.write_json(RESULT, result)
+    run.folder.write_text("report.html", render_report(run.folder.path, run.reward.metric))
     return result
 
 
 def _fallbacks(run: Run) -> list[str]:
-    """What runs slower than it might."""
+    """Notes on models that run slower than they could."""
     packed = {"agent": run.policy.lm.packed, "target": run.target.described().get("packed", True)}
     slow = [role for role in packed if not packed[role]]
-    return [f"the {role} runs in padded batches: its attention cannot run shared beginnings once" for role in slow]
+    return [f"the {role} runs in padded batches: its attention cannot run shared prefixes once" for role in slow]
 
 
 class Record:
-    """Writes iterations down: a row of metrics.jsonl each, and a row of prompts.jsonl for every prompt."""
+    """Logs iterations: a row of metrics.jsonl for each, and a row of prompts.jsonl for every prompt."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.inputs = word_runs(example.input for example in run.data.train)
 
     def timed(self, number: int, arm: Arm) -> Iteration:
-        """Lets the arm make iteration `number`, and writes it down; also one that shows that training has diverged."""
+        """Runs iteration `number` of the arm and logs it, also if it raises DivergedError."""
         started = time.perf_counter()
         try:
             iteration = arm.step(number)
@@ -113,21 +112,21 @@ class Record:
             sides = {side: getattr(review, side)._asdict() for side in ("policy_health", "anchor_health")}
             decision = review.decision.value
             row |= {"anchor": decision, "review": vars(review) | {"decision": decision} | sides}
-        self.run.log.append("metrics.jsonl", [row])
+        self.run.folder.append("metrics.jsonl", [row])
         columns = {"reward": rewarded.scores.tolist()}
         columns |= {name: values.tolist() for name, values in rewarded.metrics.items()}
         rows = []
         for i, prompt in enumerate(prompts):
             worth = {name: values[i] for name, values in columns.items()}
             rows.append({"iteration": number, "prompt": prompt, **worth, "overlap": overlap(prompt, self.inputs)})
-        self.run.log.append("prompts.jsonl", rows)
+        self.run.folder.append("prompts.jsonl", rows)
 
 
 # -- command line ------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
-    """The configuration that the command line asks for, and whether an interrupted run is to go on."""
+    """The configuration that the command line asks for, and whether to resume an interrupted run."""
     parser = Parser(
         prog="appo train",
         description=(__doc__ or "").split("\n\n")[0],
@@ -136,39 +135,39 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
     )
     parser.add_argument("--task", help="a name, see `appo tasks`, or the path of a spec (default: mnli)")
     parser.add_argument("--mode", choices=["fixed", "tte"], help="one prompt, or one for each input (default: fixed)")
-    parser.add_argument("--agent", help="writes the prompts: folder or hub id of a causal LM (default: lab)")
-    parser.add_argument("--target", help="answers under them: folder or hub id of a causal LM (default: lab)")
+    parser.add_argument("--agent", help="model that writes the prompts: folder or hub id of a causal LM (default: lab)")
+    parser.add_argument("--target", help="model that is prompted: folder or hub id of a causal LM (default: lab)")
     parser.add_argument("--data", help="lab, hub, or a folder of files (default: lab)")
-    parser.add_argument("--steps", type=int, help="iterations (default: 100 in the lab, else 100 epochs)")
-    parser.add_argument("--seed", type=int, help="of everything random (default: 0)")
+    parser.add_argument("--steps", type=int, help="iterations (default: in the lab 100 (tte: 200), else 100 epochs)")
+    parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
     parser.add_argument("--run", help="the run's folder, which must not exist yet (default: runs/TASK-DATE-TIME)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --run from its last checkpoint")
-    parser.add_argument("--config", help="a YAML file of keys")
+    parser.add_argument("--resume", action="store_true", help="resume the run in --run from its last checkpoint")
+    parser.add_argument("--config", help="a YAML file of configuration keys")
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="sets any field of the configuration")
     options = vars(parser.parse_intermixed_args(argv))  # key=value anywhere among the options
     assignments, file, resume = options.pop("assignments"), options.pop("config"), options.pop("resume")
     if not resume:
         return build_config(options, file, assignments), False
     if not options["run"]:
-        raise UsageError("--resume needs --run, the folder of the run that is to go on")
+        raise UsageError("--resume needs --run, the folder of the run to resume")
     return resumed_config(stored_config(Path(options["run"])), options, file, assignments), True
 
 
 @in_order
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0; 1: out of memory; 2: a mistake in what was asked for; 3: the first rollout is unsound,
-    or training diverged; 70: a fault of the program; 74: the disk is full or cannot be written to; 130 and 143: stopped
+    or training diverged; 70: a fault of the program; 74: a file cannot be read or written; 130 and 143: stopped
     by Ctrl-C or SIGTERM.
     """
     config, resume = parse_args(argv)
     run = prepare(config, resume)
-    with run.log.lock():
+    with run.folder.lock():
         try:
             result = train(run, resume=resume)
         except KeyboardInterrupt:
-            print(f"--run {run.log.folder} --resume goes on from the last checkpoint", file=sys.stderr)
+            print(f"--run {run.folder.path} --resume goes on from the last checkpoint", file=sys.stderr)
             raise
-    print(f"\n{summary(result, run.log.folder)}")
+    print(f"\n{summary(result, run.folder.path)}")
     return 0
 
 

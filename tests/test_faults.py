@@ -269,7 +269,7 @@ ELSEWHERE = {
     57: "test_resume.py::test_a_signal_ends_the_iteration_and_resuming_gives_the_same_run",
     58: "test_resume.py::test_a_killed_run_goes_on_bit_for_bit",
     59: "test_checkpoint.py::test_a_full_disk_leaves_the_checkpoint_before_as_it_was",
-    60: "test_runlog.py::test_a_full_disk_leaves_no_half_line",
+    60: "test_folder.py::test_a_full_disk_leaves_no_half_line",
     61: "test_checkpoint.py::test_a_damaged_checkpoint_is_passed_over_for_the_one_before",
     62: "test_checkpoint.py::test_a_state_with_code_in_it_is_not_run",
     63: "test_fuzz.py::test_prompts_of_any_characters_are_one_line_that_no_terminal_obeys",

@@ -12,8 +12,8 @@ from appo.policy import Policy
 from appo.trainer import APPOTrainer
 from experiments import evaluate, prompt
 from experiments.config import build_config
+from experiments.run.folder import read_jsonl
 from experiments.run.run import prepare
-from experiments.run.runlog import read_jsonl
 from experiments.train import main, train
 
 DEVICE = "cuda"

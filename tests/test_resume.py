@@ -21,8 +21,8 @@ import torch
 from appo.trainer import APPOTrainer
 from experiments.config import build_config
 from experiments.run.checkpoint import MANIFEST
+from experiments.run.folder import LOCK, RunFolder, read_jsonl
 from experiments.run.run import prepare
-from experiments.run.runlog import LOCK, RunLog, read_jsonl
 from experiments.terminal.console import Progress
 from experiments.terminal.signals import Signals, StoppedError
 from experiments.train import main, train
@@ -172,7 +172,7 @@ def test_resuming_nothing_is_refused(more: list[str], fragment: str, capsys: pyt
 
 def test_a_folder_in_use_is_refused(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = rows(undisturbed)
-    with RunLog(undisturbed, new=False).lock():
+    with RunFolder(undisturbed, new=False).lock():
         assert main(["--run", str(undisturbed), "--resume"]) == 2
     assert f"is in use by process {os.getpid()} on" in capsys.readouterr().err
     assert rows(undisturbed) == before
@@ -180,7 +180,7 @@ def test_a_folder_in_use_is_refused(undisturbed: Path, capsys: pytest.CaptureFix
 
 def test_the_lock_of_a_dead_process_holds_nobody_up(undisturbed: Path) -> None:
     (undisturbed / LOCK).write_text("process 1 on elsewhere", encoding="utf-8")
-    with RunLog(undisturbed, new=False).lock():
+    with RunFolder(undisturbed, new=False).lock():
         pass
     assert not (undisturbed / LOCK).exists()
 

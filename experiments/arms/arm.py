@@ -22,12 +22,12 @@ from tasks.spec import Example
 
 @dataclass(frozen=True)
 class Question:
-    """What the agent is asked, and what its answers are worth.
+    """What the agent is asked, and how its prompts are rewarded.
 
     Attributes:
         queries: distinct ones.
         copies: prompts for each of them.
-        reward_fn: from prompts, those to one query side by side, to their rewards.
+        reward_fn: maps prompts, with those for one query side by side, to their rewards.
     """
 
     queries: list[Query]
@@ -36,19 +36,19 @@ class Question:
 
 
 class Arm(ABC):
-    """Asks the agent, scores what it writes, lets it learn, and in the end chooses.
+    """Asks the agent for prompts, scores them, updates the agent, and in the end chooses a result.
 
     A subclass says what is asked (`ask`, `ask_for_review`), what comes out (`result`) and, if it does not learn by
     APPO, how an iteration goes (`learn`).
 
     Attributes:
-        pool: prompts for all inputs that were found so far; empty in an arm that writes one for each input.
+        pool: the prompts found so far, each for all inputs; empty in an arm that writes one for each input.
     """
 
     def __init__(self, run: Run) -> None:
         config = run.config
         self.run, self.pool = run, PromptPool()
-        # A stream for each purpose, so that arms which differ in one see the same of the others.
+        # A stream for each purpose: arms that use one of them differently still draw the same from the others.
         self.streams = {name: stream(config.seed, name) for name in ("batches", "pairs", "review")}
         self.batches = Batches(run.data.train, config.examples.batch_size, self.streams["batches"])
         generator = torch.Generator(run.policy.device).manual_seed(config.seed)
@@ -64,13 +64,13 @@ class Arm(ABC):
 
     @abstractmethod
     def result(self) -> dict[str, Any]:
-        """What best_prompt.json holds: what came out, with its scores on validation and test. Reads the test split."""
+        """What best_prompt.json holds: the result and its scores on validation and test. Reads the test split."""
 
     def step(self, number: int) -> Iteration:
         """Iteration `number`, from 1, and the review that is due after it.
 
         Raises:
-            SelfCheckError: the first rollout does not add up.
+            SelfCheckError: the first rollout fails the self-check.
             DivergedError: training cannot go on.
         """
         question = self.ask(self.batches.next(), self.streams["pairs"])
@@ -84,11 +84,11 @@ class Arm(ABC):
         return iteration
 
     def learn(self, question: Question) -> Iteration:
-        """Collects and updates."""
+        """Collects rollouts and updates the agent."""
         return self.trainer.step(question.queries, question.reward_fn, question.copies)
 
     def reviewed(self, iteration: Iteration) -> Iteration:
-        """The iteration with the review that follows it, where the anchor may move."""
+        """The iteration with the review that follows it; unchanged if the reference is no anchor that may move."""
         if not self.trainer.updater.reference.reviewed:
             return iteration
         question = self.ask_for_review(self.streams["review"])
@@ -110,7 +110,7 @@ class Arm(ABC):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a saved state."""
+        """Restores a saved state."""
         self.trainer.load_state_dict(state["trainer"])
         self.pool.load_state_dict(state["pool"])
         for name, rng in self.streams.items():

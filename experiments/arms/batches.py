@@ -1,4 +1,4 @@
-"""Batches of examples that are even over the labels."""
+"""Batches of examples, balanced over the labels."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tasks.spec import Example
 class Batches:
     """Endless epochs of shuffled batches; the last of an epoch may be smaller.
 
-    Batches are as even over the right labels (or letters) as the examples are. Small targets lean to one label: a batch
-    with 11 of 16 such examples would pay every prompt that makes the target say it.
+    Each batch has the right labels (or letters) in nearly the shares of all examples. Small targets prefer one label: a
+    batch with 11 of 16 examples of that label would reward every prompt that makes the target say it.
     """
 
     def __init__(self, examples: Sequence[Example], size: int, rng: random.Random) -> None:
@@ -27,7 +27,7 @@ class Batches:
         return [self.examples[i] for i in taken]
 
     def _epoch(self) -> list[int]:
-        """All examples, shuffled, those of each label at even distances from one another."""
+        """All examples, shuffled, with those of each label evenly spaced."""
         shuffled = self.rng.sample(range(len(self.examples)), len(self.examples))
         of_label: dict[int | None, list[int]] = {}
         for i in shuffled:

@@ -40,7 +40,7 @@ class TestTimeEditing(Arm):
     def result(self) -> dict[str, Any]:
         """Lets the agent write its likeliest instruction for every input of validation and test.
 
-        Where the manual prompt does no worse on validation, it is the result: `prompt` holds it, in place of null.
+        If the manual prompt scores no worse on validation, it is the result: `prompt` holds it, in place of null.
         """
         run, manual_prompt = self.run, self.run.data.spec.manual_prompt
         written, edits, manual = {}, {}, {}

@@ -16,18 +16,18 @@ from tasks.errors import shown
 from tasks.meta_prompt import rewrite_prompt
 from tasks.spec import Example
 
-WRITTEN_AT_ONCE = 256  # instructions in one batch of the agent, when many are wanted
+WRITTEN_AT_ONCE = 256  # most instructions that the agent writes in one batch
 
 
 @dataclass(frozen=True)
 class Editor:
-    """The agent behind the rewriting meta-prompt; training and use see the same form of it.
+    """The agent with the rewriting meta-prompt, which has the same form in training and in use.
 
     Attributes:
         policy: the agent.
-        examples: the training examples, of which pairs are shown.
-        pairs: how many of them.
-        instruction: a manual prompt that the agent is to edit; "": it writes from nothing.
+        examples: the training examples that pairs are drawn from.
+        pairs: how many pairs the meta-prompt shows.
+        instruction: a manual prompt that the agent is to edit; "": it writes from scratch.
     """
 
     policy: Policy
@@ -42,11 +42,11 @@ class Editor:
         return self.policy.query(*rewrite_prompt(pairs, text, self.instruction))
 
     def write(self, inputs: Sequence[str], seed: int = 0, generator: torch.Generator | None = None) -> list[str]:
-        """An instruction for each input: the likeliest, or with a generator a sampled one.
+        """An instruction for each input: the likeliest, or a sampled one if there is a generator.
 
         Args:
             inputs: rendered inputs.
-            seed: of the draw of pairs, which is the same for every input, whoever else is asked for.
+            seed: of the draw of pairs; the pairs for an input do not depend on the other inputs.
             generator: of the sampling, on the agent's device; None: greedy.
 
         Raises:
@@ -66,5 +66,5 @@ class Editor:
 
 
 def editor_of(run: Run) -> Editor:
-    """The agent of a run, with the run's way to ask."""
+    """The editor of a run: its agent, training examples, number of pairs and instruction."""
     return Editor(run.policy, run.data.train, run.config.examples.pairs, run.instruction)

@@ -19,7 +19,7 @@ PAPER_POOL = 5  # prompts that the paper runs on test, to report the best of the
 
 
 def meta_query(run: Run, scored: Sequence[Example], rng: random.Random) -> Query:
-    """A meta-prompt of training pairs, by preference none that the prompts are about to be scored on."""
+    """A meta-prompt of training pairs, without the examples in `scored` if enough others remain."""
     known = set(scored)
     others = [example for example in run.data.train if example not in known]
     count = min(run.config.examples.pairs, len(run.data.train))
@@ -36,12 +36,12 @@ class FixedPrompt(Arm):
         return Question([query], self.run.config.prompts, lambda prompts: self.run.reward(prompts, batch))
 
     def ask_for_review(self, rng: random.Random) -> Question:
-        """As many meta-prompts as prompts are to be compared."""
+        """A meta-prompt for each prompt to be compared."""
         queries = [meta_query(self.run, (), rng) for _ in range(self.run.config.anchor.prompts)]
         return Question(queries, 1, lambda prompts: self.run.reward(prompts, self.run.data.validation))
 
     def learn(self, question: Question) -> Iteration:
-        """As in any arm; the prompts go into the pool."""
+        """As in any arm; adds the prompts to the pool."""
         iteration = super().learn(question)
         self.pool.add(iteration.collected.prompts, iteration.collected.rewarded.scores.tolist())
         return iteration
@@ -49,10 +49,10 @@ class FixedPrompt(Arm):
     def result(self) -> dict[str, Any]:
         """Chooses the winner on validation and runs it on test.
 
-        The manual prompt (and few-shot prompts, if wanted) stand for election too, so that nobody ends with less on
-        validation than they had; of equal ones the manual prompt wins. The winner alone is the result. The paper's own
-        number, the best of the top five *on test*, is selection on the test split; it stands beside the result under
-        its name, to compare with published tables.
+        The manual prompt (and few-shot prompts, if wanted) are candidates too, so that the result never scores below
+        the manual prompt on validation; in a tie the manual prompt wins. The paper reports the best of the top five
+        *on test*, which selects on the test split; `paper_protocol` holds that number, to compare with published
+        tables.
 
         Raises:
             FloatingPointError: no prompt has a finite score.
@@ -94,7 +94,7 @@ class FixedPrompt(Arm):
         return [f"{data.spec.manual_prompt}\n{as_lines(pairs)}\n" for pairs in drawn]
 
     def _shares(self, prompt: str | None) -> dict[str, float]:
-        """How the target's answers on test are spread over the labels under a prompt; of None the right answers."""
+        """How the target's answers on test are spread over the labels under a prompt; for None, the right answers."""
         test = self.run.data.test
         answers = [example.answer for example in test]
         if prompt is not None:

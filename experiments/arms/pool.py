@@ -17,10 +17,10 @@ class PoolEntry:
 
 
 class PromptPool:
-    """All distinct prompts of a run with their mean training reward; the best of them are looked at again.
+    """All distinct prompts of a run with their mean training reward; the best are scored again on validation.
 
-    Batches differ, so a prompt that was scored several times is judged by the mean of its rewards. Empty prompts
-    are not instructions and do not enter, nor do rewards that are not finite: they say nothing.
+    Batches differ, so a prompt that was scored several times is judged by the mean of its rewards. Empty prompts,
+    which instruct nothing, and prompts with a reward that is not finite are left out.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class PromptPool:
         self._entries = {prompt: PoolEntry(prompt, reward, count) for prompt, reward, count in state}
 
     def best(self, size: int) -> list[PoolEntry]:
-        """The `size` best distinct prompts, best first; of equal ones the more often scored, then the older."""
+        """The `size` best distinct prompts, best first; ties go to the more often scored, then to the older."""
         return sorted(self._entries.values(), key=lambda e: (-e.reward, -e.count))[:size]
 
     def leader(self) -> str:

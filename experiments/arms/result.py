@@ -16,7 +16,7 @@ NO_BETTER = "no prompt better than the manual one was found"
 
 
 def scores(best: Mapping[str, Tensor], manual: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What validation and test say of the result and of the manual prompt; of each split the values of its rows."""
+    """Means, intervals and verdict of the result and the manual prompt; the arguments map splits to row values."""
     same = torch.equal(best["validation"], manual["validation"]) and torch.equal(best["test"], manual["test"])
     found: dict[str, Any] = {}
     for split in SPLITS[1:]:

@@ -12,11 +12,11 @@ class Untrained(Arm):
     """Samples and scores as its arm does, but never updates the agent."""
 
     def learn(self, question: Question) -> Iteration:
-        """Collects, and forgets."""
+        """Collects rollouts and discards them."""
         return self.trainer.explore(question.queries, question.reward_fn, question.copies)
 
     def reviewed(self, iteration: Iteration) -> Iteration:
-        """Nothing has changed that could be reviewed."""
+        """No review: the agent has not changed."""
         return iteration
 
 

@@ -1,6 +1,6 @@
 """The configuration of a run: one frozen dataclass, filled from a preset, a file and key=value pairs, strictly.
 
-What a key means and where its default comes from stands at the key. An unknown key, a wrong type or a value out
+A comment at each key says what it means and where its default comes from. An unknown key, a wrong type or a value out
 of range is a `ConfigError` that names it, before anything is loaded.
 """
 
@@ -28,13 +28,13 @@ DEFAULT_PRESETS = {  # (the lab's agent, mode tte) -> name
     (False, False): None,
     (False, True): "tte",
 }
-MAX_THREADS = 1024  # torch crashes where the system has no more of them to give
-RESUMABLE = ("steps", "epochs", "run", "checkpoint_every", "trust_remote_code")  # what may differ when a run goes on
+MAX_THREADS = 1024  # torch crashes if the system cannot start as many as asked
+RESUMABLE = ("steps", "epochs", "run", "checkpoint_every", "trust_remote_code")  # what may change on a resume
 
 
 @dataclass(frozen=True)
 class ExamplesConfig:
-    """Examples, and how many of them are used for what."""
+    """How many examples are used for what."""
 
     shots: int = 16  # per label in train, and as many in validation [P, Table 7]
     pairs: int = 5  # input-output pairs in the meta-prompt [P, Figure 6]
@@ -50,9 +50,9 @@ class RewardConfig:
     """R = accuracy_weight * accuracy + margin_weight * softmax margin, or metric_weight * metric of generated text."""
 
     accuracy_weight: float = 10.0  # c_a [P]
-    margin_weight: float = 10.0  # c_s; [P]: 0.1. The margin tells apart prompts whose few examples come out equal
-    metric_weight: float = 10.0  # of generated text, on the scale of the accuracy; [P]: 1, the F1 itself
-    likelihood_weight: float = 0.0  # of generated text: of how likely the right answer was, which breaks ties; ours
+    margin_weight: float = 10.0  # c_s; [P]: 0.1. The margin separates prompts with equal accuracy on few examples
+    metric_weight: float = 10.0  # for generated text, on the scale of the accuracy; [P]: 1, the F1 itself
+    likelihood_weight: float = 0.0  # for generated text: rewards a likely right answer, which breaks ties; ours
     answer_tokens: int = 50  # longest generated answer, in tokens of the target (APE, Zhou et al. 2023)
 
     def __post_init__(self) -> None:
@@ -75,19 +75,19 @@ class RunConfig:
     steps: int | None = None  # iterations; null: as many as the epochs take
     prompts: int = 8  # K, sampled per iteration, in mode tte per input; [P, Table 6]: 4
     pool: int = 16  # best prompts by training reward that are re-scored on validation at the end; [P, 4.1]: 5
-    few_shot: int = 0  # prompts with training pairs, behind the manual one, that stand for election beside the pool
-    headroom: int = 16  # prompts of the untrained agent that are looked at before training; 0: no look
+    few_shot: int = 0  # candidates beside the pool: the manual prompt followed by training pairs, drawn for each
+    headroom: int = 16  # prompts of the untrained agent that are scored before training; 0: no such check
     frozen: bool = False  # True: never update the agent, that is, best-of-N sampling; the control arm
-    checkpoint_every: int = 10  # iterations between two checkpoints; a stop by signal and the end make one too
+    checkpoint_every: int = 10  # iterations between checkpoints; a stop by signal and the end of a run write one too
     device: str = "auto"  # auto: cuda where there is one, else cpu
-    dtype: Dtype = "auto"  # the agent computes in; its weights stay float32. auto: bfloat16 on a GPU, float32 on a CPU
+    dtype: Dtype = "auto"  # of the agent's arithmetic; weights stay float32. auto: bfloat16 on a GPU, float32 on a CPU
     target_dtype: Dtype = "auto"  # of the frozen target. auto: bfloat16 where the device has instructions for it
     threads: int = 2  # CPU threads of torch; results repeat bit for bit only under the same number
     gradient_checkpointing: bool = False  # of the agent: a third more time for far less memory in updates
-    onednn: bool = True  # leave large products to oneDNN on CPUs where it is the faster; false: torch's own
+    onednn: bool = True  # use oneDNN for large matrix products on CPUs where it is faster; false: torch's own
     agent_chat: bool | None = None  # use the agent's chat template; null: if it has one
     target_chat: bool = False  # likewise the target's; the paper's template is plain text
-    trust_remote_code: bool = False  # run code that comes with a model; counts on the command line of a call only
+    trust_remote_code: bool = False  # run code that comes with a model; only the command line can set it, never a file
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -120,7 +120,7 @@ def build_config(
         options: top-level keys, as from --task and --seed; None values are left out.
         file: a YAML file of keys.
         assignments: "dotted.key=value" strings; `preset=NAME` takes experiments/configs/NAME.yaml. Without one the
-            preset is `lab` (`lab_tte` in mode tte) for the lab's agent, and none (`tte`) for any other.
+            preset is `lab` (in mode tte `lab_tte`) for the lab's agent, and none (in mode tte `tte`) for any other.
 
     Raises:
         ConfigError: unknown key or preset, wrong type, value out of range, file not readable.
@@ -148,7 +148,7 @@ def build_config(
 
 
 def read_config(path: Path) -> RunConfig:
-    """The configuration that a run left in its folder. Whether code that comes with a model is run, it does not decide.
+    """The configuration that a run left in its folder; its `trust_remote_code` is ignored.
 
     Raises:
         ConfigError: the file cannot be read, or is not what a run writes.
@@ -162,10 +162,10 @@ def read_config(path: Path) -> RunConfig:
 def resumed_config(
     before: RunConfig, options: Mapping[str, Any], file: str | None, assignments: Sequence[str]
 ) -> RunConfig:
-    """The configuration of a run that goes on: what it was begun with, and of what is asked for now only RESUMABLE.
+    """The configuration of a resumed run: the one it began with, where only the keys in RESUMABLE may change.
 
     Raises:
-        ConfigError: something else would change; all such keys are named.
+        ConfigError: another key would change (all such keys are named), or a file or preset is given.
     """
     asked = (_given(options), assigned(assignments))
     if file or any("preset" in source for source in asked):
@@ -182,7 +182,7 @@ def resumed_config(
 
 
 def data_source(task: str, data: str) -> str:
-    """Where a task's data are: the lab's folder for "lab", except that a spec of one's own lies beside its files."""
+    """Where a task's data are; "lab" is the lab's folder or, if `task` is a spec file, the folder of that file."""
     if data != LAB:
         return data
     return str(Path(task).parent) if is_spec_file(task) else str(LAB_DIR / "data")

@@ -1,4 +1,4 @@
-"""Frozen dataclasses from YAML and key=value pairs, strictly: unknown keys, wrong types and values are named."""
+"""Frozen dataclasses from YAML and key=value pairs, strictly: errors name unknown keys, wrong types and bad values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read_yaml(path: Path) -> Tree:
     """The keys and values of a YAML file.
 
     Raises:
-        ConfigError: it cannot be read, is no YAML, or holds anything else.
+        ConfigError: the file cannot be read, is not YAML, or holds anything but keys and values.
     """
     try:
         data = _parse(path.read_text(encoding="utf-8"))
@@ -43,10 +43,10 @@ def read_yaml(path: Path) -> Tree:
 
 
 def assigned(assignments: Sequence[str]) -> Tree:
-    """The tree of keys of "dotted.key=value" strings.
+    """The tree of keys and values that "dotted.key=value" strings describe.
 
     Raises:
-        ConfigError: one of them is not of that form, or gives a value to a key that has keys below it.
+        ConfigError: one of them is not of that form, or sets a key below one that has a value already.
     """
     tree: Tree = {}
     for assignment in assignments:
@@ -94,7 +94,7 @@ def construct(cls: Any, tree: Mapping[str, Any], prefix: str = "") -> Any:
 
 
 def dotted_keys(cls: Any, prefix: str = "") -> list[str]:
-    """The names of all fields of a dataclass and of those in it."""
+    """The dotted names of all fields of a dataclass, with those of nested dataclasses."""
     keys: list[str] = []
     for name, kind in typing.get_type_hints(cls).items():
         keys += dotted_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [f"{prefix}{name}"]
@@ -102,12 +102,12 @@ def dotted_keys(cls: Any, prefix: str = "") -> list[str]:
 
 
 def _parse(text: str) -> Any:
-    """The value of a YAML text; raises yaml.YAMLError for whatever is none."""
+    """The value of a YAML text; raises yaml.YAMLError for anything else."""
     try:
         return parse_yaml(text)
     except yaml.YAMLError:
         raise
-    except Exception as error:  # its loader falls over dates, numbers and tags that are none, and over deep nesting
+    except Exception as error:  # the loader raises others for invalid dates, numbers or tags, and deep nesting
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
 
 

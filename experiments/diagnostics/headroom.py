@@ -1,7 +1,7 @@
 """A look before training: do prompts matter to this target on this task, and how much is there to gain?
 
-The manual prompt, no prompt at all and a few prompts of the untrained agent answer the validation rows. Where the
-prompts do not differ by more than chance, training has nothing to climb, and says so before it begins.
+The manual prompt, no prompt at all and a few prompts of the untrained agent answer the validation rows. If the
+prompts differ by no more than chance, training has little to gain, and the verdict says so before it begins.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Headroom:
         manual, manual_interval: score of the manual prompt, and its 95 % interval.
         empty: score of the empty prompt.
         sampled: scores of the agent's distinct prompts.
-        spread, noise, p: standard deviation of these scores, what chance alone would make it, and the p-value of a
-            permutation test that prompts have no effect; null for fewer than two distinct prompts.
+        spread, noise, p: standard deviation of these scores, its size by chance alone, and the p-value of a
+            permutation test of no effect of prompts; null for fewer than two distinct prompts.
         verdict: the same in words.
     """
 
@@ -56,7 +56,7 @@ class Headroom:
         mean, best = sum(self.sampled) / len(self.sampled), max(self.sampled)
         differ = "" if self.spread is None else f", spread {self.spread:.3f} (chance alone: {self.noise:.3f})"
         return [
-            f"headroom: {self.metric} on {self.rows} validation rows; the best constant answer has {self.chance:.3f}",
+            f"headroom: {self.metric} on {self.rows} validation rows; the best constant answer gets {self.chance:.3f}",
             f"  manual prompt {self.manual:.3f} ({low:.3f} to {high:.3f}), no prompt {self.empty:.3f}",
             f"  {len(self.sampled)} prompts of the untrained agent: mean {mean:.3f}, best {best:.3f}{differ}",
             f"  {self.verdict}",
@@ -96,7 +96,7 @@ def _verdict(p: float | None, sampled: Sequence[float], manual: float) -> str:
         return f"prompts hardly matter to this target: all within noise (p = {p:.2g}); expect little from training"
     if max(sampled) <= manual:
         return f"prompts matter (p = {p:.2g}); none of the sampled ones beats the manual prompt yet"
-    return f"prompts matter (p = {p:.2g}); the best of the sampled ones is ahead of the manual prompt by luck in part"
+    return f"prompts matter (p = {p:.2g}); the best sampled one beats the manual prompt, in part by luck"
 
 
 def _chance(rows: Sequence[Example]) -> float:

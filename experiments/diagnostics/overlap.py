@@ -1,4 +1,4 @@
-"""What a prompt may win by without instructing anything: copied training inputs, bare lists of label words."""
+"""How a prompt may score well without instructing anything: copied training inputs, bare lists of label words."""
 
 from __future__ import annotations
 

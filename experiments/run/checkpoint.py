@@ -1,7 +1,7 @@
-"""Checkpoints: whole or not there. Written beside, synced, moved into place; the one before is kept until then.
+"""Checkpoints, whole or absent: written beside their place, synced, then moved there; the last one stays until then.
 
-A checkpoint is a folder `step-000123` with the state and a manifest that holds its size and sha256. One without a
-manifest that fits does not exist for `load`, which then goes back to the one before. States hold tensors and plain
+A checkpoint is a folder `step-000123` with the state and a manifest that holds its size and sha256. `load` skips a
+checkpoint whose manifest is missing or does not fit, and takes the one before. States hold tensors and plain
 values only, so that they load with `weights_only`: no pickle from a file is ever run.
 """
 
@@ -56,7 +56,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
                 file.flush()
                 os.fsync(file.fileno())
             _sync_folder(part)
-            shutil.rmtree(final, ignore_errors=True)  # of the same iteration, so of the same state
+            shutil.rmtree(final, ignore_errors=True)  # a checkpoint of the same iteration holds the same state
             part.replace(final)
             _sync_folder(folder)
     finally:
@@ -88,18 +88,18 @@ def tidy(folder: Path) -> None:
 
 
 def any_in(folder: Path) -> bool:
-    """Whether there is a checkpoint, be it damaged."""
+    """Whether there is a checkpoint, damaged or not."""
     return bool(_found(folder))
 
 
 def _found(folder: Path) -> list[Path]:
-    """Checkpoints, newest first; leftovers of a killed writer are none."""
+    """Checkpoints, newest first, without what a killed writer left half-written."""
     steps = (p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdecimal() and p.is_dir())
     return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def _whole(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint; a CheckpointError says why it is none."""
+    """The state of a checkpoint; raises CheckpointError, with the reason, if it is not whole."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["schema"] != SCHEMA:
@@ -114,10 +114,10 @@ def _whole(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"no sound manifest ({type(error).__name__}: {error})") from error
     try:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch falls over a file that is none of its own in every way there is
+    except Exception as error:  # torch raises errors of every kind for a file that it did not write
         if out_of_memory(error):
             raise
-        what = type(error).__name__  # and advises to load it unsafely
+        what = type(error).__name__  # without the message, which advises an unsafe load
         raise CheckpointError(f"{STATE} cannot be read, or holds more than plain values ({what})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{STATE} holds no state, but {type(state).__name__}")

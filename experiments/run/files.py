@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and errors that say which file they are about."""
+"""Writes files whole or not at all, and makes errors name the file that they are about."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Lets a failure to write `path` out as an OSError that names the path, whatever a library has made of it.
+    """Turns a failure to write `path` into an OSError that names it, whatever error a library raises.
 
-    torch.save raises a RuntimeError when its file raises an OSError, safetensors and tokenizers raise errors of their
-    own, which quote the system's number. An error that has nothing to do with the disk goes on as it is.
+    torch.save raises a RuntimeError when its file raises an OSError; safetensors and tokenizers raise errors of their
+    own, which quote the system's error number. An error that has nothing to do with the disk passes unchanged.
     """
     try:
         yield
@@ -33,7 +33,7 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a file of text beside its place and moves it there, so that no reader sees half of it.
 
     Raises:
-        OSError: it cannot be written; what was there before is as it was.
+        OSError: the file cannot be written; its earlier content is unchanged.
     """
     part = path.with_name(f"{path.name}.part")
     with writing(path):

@@ -1,4 +1,4 @@
-"""Whether a run's task is still what the run was made with: its rows, and of its spec what the numbers depend on."""
+"""Whether a task has changed since a run was made: its rows, and the parts of its spec that scores depend on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from experiments.run.runlog import read_result
+from experiments.run.folder import read_result
 from tasks.spec import SPLITS
 from tasks.splits import TaskData
 
@@ -14,7 +14,7 @@ Fingerprint = dict[str, str]  # part of the task -> hash
 
 
 def fingerprint(data: TaskData) -> Fingerprint:
-    """A hash of each part; other rows, another seed or another template give another."""
+    """A hash of each part of the task; the hashes of rows also change with the seed that draws them."""
     spec = data.spec
     parts = {
         "template": spec.template,
@@ -27,11 +27,11 @@ def fingerprint(data: TaskData) -> Fingerprint:
 
 
 def differing(before: object, now: Fingerprint) -> str:
-    """The parts that differ from what was written down before, by name; empty if none does."""
+    """The names of the parts that differ from the stored fingerprint `before`; empty if none does."""
     known = before if isinstance(before, Mapping) else {}
     return ", ".join(name for name in now if known.get(name) != now[name])
 
 
 def changed_since(folder: Path, now: Fingerprint) -> str:
-    """The parts that are not as they were when a finished run was made; empty if all are, or if it did not say."""
+    """The names of the parts that changed since a finished run was made; empty if none did, or it stored no hashes."""
     return differing(read_result(folder).get("fingerprint", now), now)

@@ -18,7 +18,7 @@ from experiments.config import LAB, LAB_DIR, RunConfig
 from experiments.run.files import writing
 
 OWN_CODE = (
-    "it comes with code of its own, which runs if the command line has trust_remote_code=true, --trust-remote-code"
+    "it comes with code of its own, which runs if the command line has trust_remote_code=true or --trust-remote-code"
 )
 NO_NUMBERS = "its logits are not numbers; the weights are damaged, or too large for their dtype"
 TRIAL = "Input : a Output : b"
@@ -29,9 +29,9 @@ class ModelError(ValueError):
 
 
 def load_model(config: RunConfig, role: Literal["agent", "target"]) -> CausalLM:
-    """The model that `config.agent` or `config.target` names, on its device, tried on a few tokens.
+    """The model that `config.agent` or `config.target` names, on its device, after a trial on a few tokens.
 
-    The agent's weights are float32 whatever it computes in; the target's are what it computes in, and frozen.
+    The agent's weights are float32, whatever dtype it computes in; the target's have its compute dtype, and are frozen.
 
     Raises:
         ModelError: no such folder or hub id, a folder without config or safetensors weights, no such device, a model
@@ -69,20 +69,20 @@ def load_model(config: RunConfig, role: Literal["agent", "target"]) -> CausalLM:
 
 
 def save_agent(policy: Policy, folder: Path) -> None:
-    """The agent as a plain model folder, that `AutoModelForCausalLM` loads; its value head is in the checkpoints.
+    """Writes the agent as a plain model folder for `AutoModelForCausalLM`; only checkpoints hold its value head.
 
     Raises:
         OSError: it cannot be written.
     """
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)  # transformers would pass over a file in its place without an error
+        folder.mkdir(parents=True, exist_ok=True)  # raises if a file is there; transformers would skip saving
         policy.model.save_pretrained(folder)
         policy.lm.tokenizer.save_pretrained(folder)
 
 
 @contextmanager
 def _explaining(what: str) -> Iterator[None]:
-    """Turns whatever a foreign model's files make transformers raise into a ModelError; a lack of memory is none."""
+    """Turns any error that a model's files cause in transformers into a ModelError, except running out of memory."""
     try:
         yield
     except Exception as error:
@@ -98,14 +98,14 @@ def _explaining(what: str) -> Iterator[None]:
 
 @torch.inference_mode()
 def _check_runs(role: str, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Runs a few tokens: a model may load and have sizes that do not fit together, or weights that are no numbers."""
+    """Runs a few tokens: a model that loads may still have sizes that do not match, or weights that are not numbers."""
     with _explaining(f"{role}: {name!r} does not run"):
         ids = list(tokenizer(TRIAL)["input_ids"])
         rows = model.get_input_embeddings().weight.shape[0]
         if not ids or max(ids) >= rows:
             raise ValueError(f"its tokenizer makes {ids[:8]} of {TRIAL!r}, and the model knows {rows} tokens")
         logits = model(input_ids=torch.tensor([ids], device=model.device)).logits
-        if logits.isnan().any() or logits.isposinf().any():  # -inf may stand for a token that is never to come
+        if logits.isnan().any() or logits.isposinf().any():  # -inf is sound: a token may be forbidden
             raise ValueError(NO_NUMBERS)
 
 
@@ -139,7 +139,7 @@ def _nearest(path: Path) -> str:
 def compute_dtype(name: str, device: torch.device, role: Literal["agent", "target"]) -> torch.dtype:
     """The type that "float32", "bfloat16" or "auto" stands for on a device.
 
-    On a CPU, auto leaves the agent in float32: in bfloat16 the ratios of PPO would start near 1 only.
+    On a CPU, auto leaves the agent in float32: in bfloat16 PPO's ratios would start near 1, not at 1.
     """
     if name != "auto":
         found: torch.dtype = getattr(torch, name)
@@ -151,7 +151,7 @@ def compute_dtype(name: str, device: torch.device, role: Literal["agent", "targe
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; auto: the GPU if there is one.
+    """The device of that name; auto: the GPU if there is one, else the CPU.
 
     Raises:
         ModelError: there is no such device.
@@ -160,7 +160,7 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         one = torch.ones(1, device=name)
-        one.item()  # which the device "meta", that has no numbers, cannot do
+        one.item()  # fails on the device "meta", whose tensors hold no numbers
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ModelError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return one.device

@@ -19,8 +19,8 @@ from appo.policy import Policy
 from experiments.config import RunConfig, data_source, read_config
 from experiments.config.strict import ConfigError
 from experiments.run.fingerprint import Fingerprint, fingerprint
+from experiments.run.folder import CONFIG, RESULT, RunFolder, RunFolderError, read_result
 from experiments.run.models import ModelError, load_model
-from experiments.run.runlog import CONFIG, RESULT, RunFolderError, RunLog, read_result
 from rewards.local import LocalTarget
 from rewards.reward import ClassificationReward, GenerationReward, Reward
 from rewards.target import Remembered, Target
@@ -35,14 +35,14 @@ SHORTER = "use shorter inputs, a shorter prompt, or a lower sampling.max_new_tok
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run; what changes from iteration to iteration is an arm's."""
+    """The parts of a run; the state that changes between iterations belongs to an arm."""
 
     config: RunConfig
     data: TaskData
     policy: Policy
     target: Remembered
     reward: Reward
-    log: RunLog
+    folder: RunFolder
     fingerprint: Fingerprint  # of the task
 
     @property
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def instruction(self) -> str:
-        """What the agent is to edit for each input in mode tte; "": it writes from nothing."""
+        """The prompt that the agent edits for each input in mode tte; "": it writes from scratch."""
         return self.data.spec.manual_prompt if self.config.edit_manual else ""
 
     def environment(self) -> dict[str, Any]:
@@ -73,16 +73,16 @@ class Run:
 
 
 def stream(seed: int, name: str) -> random.Random:
-    """The random numbers of a run for one purpose; those for another are independent of it."""
+    """A stream of random numbers for one purpose of a run, independent of those for other purposes."""
     return random.Random(f"{seed} {name}")
 
 
 def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
-    """A run that is done, with the agent that it left behind, to be used.
+    """Opens a finished run for use, with the agent that it saved.
 
     Args:
-        folder: the run's.
-        trust_remote_code: run code that comes with a model; what the folder says about it does not count.
+        folder: the run's folder.
+        trust_remote_code: run code that comes with a model; the folder's own setting is ignored.
 
     Raises:
         RunFolderError: the folder holds no finished run, or files of two different ones.
@@ -95,9 +95,9 @@ def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
         )
     agent = folder / "agent"
     if not agent.is_dir():
-        raise RunFolderError(f"{str(folder)!r} holds no folder 'agent'; expected that of a run that came to its end")
+        raise RunFolderError(f"{str(folder)!r} holds no folder 'agent'; expected the folder of a finished run")
     config = replace(config, agent=str(agent.absolute()), trust_remote_code=trust_remote_code)
-    return _assemble(config, RunLog(folder, new=False))
+    return _assemble(config, RunFolder(folder, new=False))
 
 
 def stored_config(folder: Path) -> RunConfig:
@@ -115,10 +115,10 @@ def stored_config(folder: Path) -> RunConfig:
 def prepare(config: RunConfig, resume: bool = False) -> Run:
     """Loads data and models, and refuses what cannot work, before anything is written."""
     folder = Path(config.run or f"runs/{Path(config.task).stem}-{datetime.now():%Y%m%d-%H%M%S}")
-    return _assemble(config, RunLog(folder, new=not resume))
+    return _assemble(config, RunFolder(folder, new=not resume))
 
 
-def _assemble(config: RunConfig, log: RunLog) -> Run:
+def _assemble(config: RunConfig, folder: RunFolder) -> Run:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     data = _load_data(config)
@@ -129,7 +129,7 @@ def _assemble(config: RunConfig, log: RunLog) -> Run:
     except ValueError as error:  # a label word that its tokenizer does not know, or cannot tell from another
         raise ModelError(f"target: {error}") from error
     target = Remembered(local)
-    run = Run(config, data, policy, target, _reward(config, data, target), log, fingerprint(data))
+    run = Run(config, data, policy, target, _reward(config, data, target), folder, fingerprint(data))
     _check_agent_fits(run)
     _check_target_fits(run, answering)
     return run
@@ -153,7 +153,7 @@ def _reward(config: RunConfig, data: TaskData, target: Target) -> Reward:
 
 
 def _check_agent_fits(run: Run) -> None:
-    """Refuses meta-prompts that do not fit the agent with the longest prompt behind them."""
+    """Refuses meta-prompts that leave no room in the agent's context for the longest prompt."""
     pairs = _by_length(run.policy.lm, run.data.train)[: run.config.examples.pairs]
     asked = meta_prompt(pairs)
     if run.config.mode == "tte":
@@ -180,6 +180,6 @@ def _every(data: TaskData) -> list[Example]:
 
 
 def _by_length(lm: CausalLM, examples: Sequence[Example]) -> list[Example]:
-    """The examples, those of most tokens first: of two texts the longer one may well have fewer."""
+    """The examples, most tokens first; characters would mislead, as a longer text may have fewer tokens."""
     tokens = lm.tokenizer([f"{example.input} {example.answer}" for example in examples])["input_ids"]
     return [examples[i] for i in sorted(range(len(examples)), key=lambda i: -len(tokens[i]))]

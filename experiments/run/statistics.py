@@ -1,4 +1,4 @@
-"""How sure a score is: intervals, and what two or more prompts on the same rows can show. numpy only.
+"""Intervals of scores, and tests of whether prompts differ on the same rows. numpy only.
 
 `values` are the scores of single rows, between 0 and 1: 0 or 1 where an answer is right or wrong, anything between for
 a metric such as F1.
@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-DRAWS = 2_000  # of a bootstrap or permutation: p-values to about 0.005
+DRAWS = 2_000  # of a bootstrap or permutation; the standard error of p = 0.05 is about 0.005
 Z = 1.959963984540054  # of a 95 % interval
-LEVEL = 0.05  # below this p-value a difference is called one
+LEVEL = 0.05  # a difference counts if its p-value is below this
 
 
 class Interval(NamedTuple):
@@ -25,7 +25,7 @@ class Interval(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """How much the mean scores of K prompts differ, and how much chance alone would make them."""
+    """How much the mean scores of K prompts differ, and how much they would by chance alone."""
 
     between: float  # standard deviation of the K means
     noise: float  # the same, expected where prompts have no effect
@@ -41,7 +41,7 @@ def wilson(right: int, n: int) -> Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Of the mean: Wilson's where rows are right or wrong, else a percentile bootstrap over rows."""
+    """The interval of the mean: Wilson's where rows are right or wrong, else a percentile bootstrap over rows."""
     rows = np.asarray(values)
     if _binary(rows):
         return wilson(int(rows.sum()), len(rows))
@@ -71,7 +71,7 @@ def paired_p(one: Sequence[float], other: Sequence[float]) -> float:
 def spread(table: Sequence[Sequence[float]]) -> Spread:
     """What K prompts on the same N rows show: do they differ by more than chance?
 
-    A permutation test: where prompts have no effect, the K values of a row may be swapped among them.
+    A permutation test: where prompts have no effect, any order of the K values of a row is as likely.
 
     Args:
         table: [K][N] values.
@@ -85,7 +85,7 @@ def spread(table: Sequence[Sequence[float]]) -> Spread:
 
 
 def compared(best: Sequence[float], manual: Sequence[float]) -> str:
-    """In words: what the rows of the test split say of a prompt against the manual one."""
+    """The verdict on a prompt against the manual one, in words, from their values on the same test rows."""
     p = paired_p(best, manual)
     lead = float(np.mean(best) - np.mean(manual))
     rows = f"{abs(lead):.3f} on {len(best)} test rows, p = {p:.2g}"

@@ -1,6 +1,6 @@
-"""How a command ends: what a user's input can cause is one line and an exit code, a fault of ours is a traceback.
+"""How a command ends: an error that a user's input can cause is one line and an exit code, a bug is a traceback.
 
-Every command's `main` is `in_order`, so that none has to think of it. This module imports nothing that takes long.
+`in_order` wraps the `main` of every command and sees to this. This module imports nothing that takes long.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PACKAGES = ("appo", "rewards", "tasks", "experiments")
 LONGEST = 2000  # characters of an error that are shown
 FAULT = "This is a fault of the program, not of what you asked for. Please report it: the lines above, and the command."
 LESS_MEMORY = "use dtype=bfloat16, gradient_checkpointing=true, fewer prompts or a lower sampling.max_new_tokens"
-OUT_OF_MEMORY, MISTAKE, UNSOUND, OUR_FAULT, DISK = 1, 2, 3, 70, 74  # exit codes; of signals it is 128 + number
+OUT_OF_MEMORY, MISTAKE, UNSOUND, OUR_FAULT, DISK = 1, 2, 3, 70, 74  # exit codes; for a signal: 128 + its number
 
 Main = Callable[[Sequence[str]], int]
 
@@ -37,7 +37,7 @@ class UsageError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line like any other error."""
+    """A parser whose errors are one line, like any other error."""
 
     def error(self, message: str) -> NoReturn:
         """Raises UsageError."""
@@ -45,15 +45,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def in_order(main: Main) -> Program:
-    """Lets `main` end in an exit code, whatever happens in it."""
+    """Wraps `main` so that it returns an exit code, whatever is raised in it."""
 
     @wraps(main)
     def ending_in_order(argv: Sequence[str] | None = None) -> int:
         raise_instead()
         try:
             code = main(_text(sys.argv[1:] if argv is None else argv))
-            sys.stdout.flush()  # here, where a failure is still told
-        except (Exception, KeyboardInterrupt) as error:  # SystemExit, of --help, passes
+            sys.stdout.flush()  # here, where a failure is still reported
+        except (Exception, KeyboardInterrupt) as error:  # SystemExit, from --help, passes
             return _told(error)
         return code
 
@@ -63,7 +63,7 @@ def in_order(main: Main) -> Program:
 def exit_code(error: BaseException) -> int | None:
     """The exit code that an error stands for; None for a fault of the program.
 
-    An error class of our own that is a ValueError is about what was given; any other is about a run that cannot go on.
+    A ValueError of our own means that the input is wrong; any other error of our own, that a run cannot go on.
     """
     ours = type(error).__module__.partition(".")[0] in PACKAGES
     if isinstance(error, KeyboardInterrupt):
@@ -78,7 +78,7 @@ def exit_code(error: BaseException) -> int | None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line that no terminal obeys; of a file that cannot be used, its name first."""
+    """An error's message on one line, with control characters escaped; for an OSError the file's name comes first."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = ": ".join([*([str(error.filename)] if error.filename else []), error.strerror])
@@ -88,9 +88,9 @@ def one_line(error: BaseException) -> str:
 
 
 def _text(arguments: Sequence[str]) -> Sequence[str]:
-    """The arguments, all of them text: bytes that are no UTF-8 come from the system as halves of characters.
+    """The arguments, or UsageError if one is not text: bytes that are not UTF-8 arrive as halves of characters.
 
-    A null character cannot come from a shell, but from a program that calls `main`; no file's name may hold one.
+    A null character, which no file's name may hold, cannot come from a shell but can from a program that calls `main`.
     """
     for argument in arguments:
         if "\0" in argument:
@@ -101,9 +101,9 @@ def _text(arguments: Sequence[str]) -> Sequence[str]:
 
 
 def _told(error: BaseException) -> int:
-    """Says what happened, in one line if it is no fault of ours; returns the exit code."""
+    """Reports an error, in one line unless it is a bug; returns the exit code."""
     code = exit_code(error)
-    if isinstance(error, BrokenPipeError):  # nobody reads on, as with `| head`: nothing to be said
+    if isinstance(error, BrokenPipeError):  # nobody reads on, as with `| head`: nothing to report
         _end_stdout()
         return 141
     if isinstance(error, OSError):
@@ -121,7 +121,7 @@ def _told(error: BaseException) -> int:
 
 
 def _end_stdout() -> None:
-    """Lets go of an output that cannot be written to, or Python would try once more at its end, and complain."""
+    """Drops a stdout that cannot be written to; else Python would flush it again at exit, and complain."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -129,7 +129,7 @@ def _end_stdout() -> None:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    if "torch" not in sys.modules:  # which takes seconds to load, and no error is one of its own
+    if "torch" not in sys.modules:  # not loaded, as that takes seconds, so this is no error of torch's
         return isinstance(error, MemoryError)
     from appo.lm.model import out_of_memory
 

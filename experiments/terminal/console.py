@@ -11,24 +11,24 @@ from typing import Any
 
 from tqdm import tqdm
 
-WARNINGS = (  # statistic, from where on it is worth a word, the word
+WARNINGS = (  # statistic, lowest value to warn of, warning
     ("empty_rate", 0.9, "nearly all prompts are empty; the agent has collapsed: lower appo.learning_rate"),
     ("duplicate_rate", 0.9, "nearly all prompts are the same; the agent no longer explores: lower appo.learning_rate"),
     ("truncated_rate", 0.9, "nearly all prompts are cut off: raise sampling.max_new_tokens"),
-    ("skipped_steps", 1.0, "an iteration taught nothing: loss, gradient or reward was not finite; see metrics.jsonl"),
+    ("skipped_steps", 1.0, "no update: reward, loss or gradient not finite, or ratio too large; see metrics.jsonl"),
 )
 
 
 class Progress:
     """A progress bar with reward, accuracy and KL, and the best prompt so far below it.
 
-    Where stderr is no terminal (a log file, CI), a plain line now and then instead.
+    Where stderr is no terminal (a log file, CI), it prints a plain line now and then.
 
     Args:
         steps: iterations in all.
-        metric: the name of what prompts are judged by.
+        metric: the name of the score that prompts are judged by.
         quiet: show nothing.
-        done: iterations that were made before, of a run that goes on.
+        done: iterations that a resumed run has already made.
     """
 
     def __init__(self, steps: int, metric: str = "accuracy", quiet: bool = False, done: int = 0) -> None:
@@ -53,7 +53,7 @@ class Progress:
             print(f"{iteration:4d}/{self._steps}  {line}  {clip(best, 100)}", file=sys.stderr, flush=True)
 
     def _warn(self, iteration: int, stats: Mapping[str, float]) -> None:
-        """Says once, in plain words, that something is going wrong."""
+        """Warns, once for each statistic, that something is going wrong."""
         for name, bound, words in WARNINGS:
             if stats.get(name, 0.0) >= bound and name not in self._warned:
                 self._warned.add(name)
@@ -99,7 +99,7 @@ def _score(result: Mapping[str, Any], name: str) -> str:
 
 
 def _answers(result: Mapping[str, Any]) -> list[str]:
-    """How the answers on test are spread over the labels: a target that always says the same has learnt nothing."""
+    """How the answers on test are spread over the labels, which reveals a target that always gives the same answer."""
     spread = result.get("answers_on_test") or {}
     shares = {name: ", ".join(f"{word} {share:.2f}" for word, share in spread[name].items()) for name in spread}
     return [f"answers on test: {shares['best']} (right: {shares['right']})"] if shares else []

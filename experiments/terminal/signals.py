@@ -1,4 +1,4 @@
-"""Stopping a run in good order."""
+"""Stops a command cleanly on SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class StoppedError(KeyboardInterrupt):
 
 
 def end_at_once() -> None:
-    """Lets SIGINT and SIGTERM end the process without a traceback: for as long as a command is only being loaded."""
+    """Lets SIGINT and SIGTERM end the process without a traceback, while a command is still being loaded."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
 
 
 def raise_instead() -> None:
-    """Takes `end_at_once` back, if it was called: from now on SIGINT and SIGTERM raise StoppedError."""
+    """Undoes `end_at_once`, if it was called: from now on SIGINT and SIGTERM raise StoppedError."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is _end:
             signal.signal(number, _raise)
@@ -36,12 +36,12 @@ def _raise(number: int, frame: object) -> None:
 
 
 def _end(number: int, frame: object) -> None:
-    os.write(2, b"stopped\n")  # imports are under way, so no more of Python than need be
+    os.write(2, b"stopped\n")  # imports are under way, so use as little of Python as possible
     os._exit(128 + number)
 
 
 class Signals:
-    """Takes note of SIGINT and SIGTERM while a block runs; the second one ends it at once."""
+    """Notes a first SIGINT or SIGTERM while a block runs; a second one raises StoppedError at once."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -60,5 +60,5 @@ class Signals:
         if self.received:
             raise StoppedError(number)
         self.received = number
-        with suppress(RuntimeError):  # the signal came amidst another print
+        with suppress(RuntimeError):  # the signal came during another print
             print("\nfinishing this iteration; once more to stop at once", file=sys.stderr, flush=True)

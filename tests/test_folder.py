@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments.arms.pool import PoolEntry, PromptPool
-from experiments.run.runlog import RunExistsError, RunFolderError, RunLog, read_jsonl
+from experiments.run.folder import RunExistsError, RunFolder, RunFolderError, read_jsonl
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -30,7 +30,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
     with pytest.raises(RunExistsError) as caught:
-        RunLog(tmp_path)
+        RunFolder(tmp_path)
     assert str(caught.value) == f"{str(tmp_path)!r} exists and is not empty; name another run folder"
 
 
@@ -38,36 +38,39 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_holds_anything_at_all_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
     with pytest.raises(RunExistsError):
-        RunLog(tmp_path)
+        RunFolder(tmp_path)
 
 
 def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(RunExistsError):
-        RunLog(tmp_path / "run")
+        RunFolder(tmp_path / "run")
 
 
 def test_a_refused_folder_is_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "best_prompt.json").write_text("mine", encoding="utf-8")
     with pytest.raises(RunExistsError):
-        RunLog(tmp_path)
+        RunFolder(tmp_path)
     assert contents(tmp_path) == {"best_prompt.json": b"mine"}
 
 
 def test_an_empty_folder_will_do(tmp_path: Path) -> None:
-    RunLog(tmp_path).write_text("a.txt", "a")
+    RunFolder(tmp_path).write_text("a.txt", "a")
     assert contents(tmp_path) == {"a.txt": b"a"}
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
-    log = RunLog(tmp_path)
-    log.append("metrics.jsonl", [{"iteration": 1}])
+    folder = RunFolder(tmp_path)
+    folder.append("metrics.jsonl", [{"iteration": 1}])
     before = contents(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
         much = "x" * 20_000
-        for write in (lambda: log.append("metrics.jsonl", [{"text": much}]), lambda: log.write_text("a.txt", much)):
+        for write in (
+            lambda: folder.append("metrics.jsonl", [{"text": much}]),
+            lambda: folder.write_text("a.txt", much),
+        ):
             with pytest.raises(OSError, match="too large") as caught:
                 write()
             assert str(caught.value.filename).startswith(str(tmp_path))
@@ -82,22 +85,22 @@ def test_half_a_last_line_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_nothing_is_made_before_the_first_write(tmp_path: Path) -> None:
-    RunLog(tmp_path / "runs" / "new")
+    RunFolder(tmp_path / "runs" / "new")
     assert list(tmp_path.iterdir()) == []
 
 
 # Every kind of write, and the file that it makes.
-WRITES: dict[str, Callable[[RunLog], None]] = {
-    "config.yaml": lambda log: log.write_config({"seed": 1}),
-    "best_prompt.json": lambda log: log.write_json("best_prompt.json", {"seed": 1}),
-    "report.html": lambda log: log.write_text("report.html", "<p>"),
-    "metrics.jsonl": lambda log: log.append("metrics.jsonl", [{"seed": 1}]),
+WRITES: dict[str, Callable[[RunFolder], None]] = {
+    "config.yaml": lambda folder: folder.write_config({"seed": 1}),
+    "best_prompt.json": lambda folder: folder.write_json("best_prompt.json", {"seed": 1}),
+    "report.html": lambda folder: folder.write_text("report.html", "<p>"),
+    "metrics.jsonl": lambda folder: folder.append("metrics.jsonl", [{"seed": 1}]),
 }
 
 
 @pytest.mark.parametrize("name", WRITES)
 def test_the_first_write_makes_folder_and_file_and_nothing_else(name: str, tmp_path: Path) -> None:
-    WRITES[name](RunLog(tmp_path / "runs" / "new"))
+    WRITES[name](RunFolder(tmp_path / "runs" / "new"))
     assert list(contents(tmp_path / "runs" / "new")) == [name]
 
 
@@ -110,24 +113,24 @@ ROWS = [
 
 
 def test_rows_read_back_as_they_were_appended(tmp_path: Path) -> None:
-    RunLog(tmp_path).append("prompts.jsonl", ROWS)
+    RunFolder(tmp_path).append("prompts.jsonl", ROWS)
     assert read_jsonl(tmp_path / "prompts.jsonl") == ROWS
 
 
 def test_rows_are_added_behind_those_that_are_there(tmp_path: Path) -> None:
-    log = RunLog(tmp_path)
-    log.append("prompts.jsonl", ROWS[:1])
-    log.append("prompts.jsonl", ROWS[1:])
+    folder = RunFolder(tmp_path)
+    folder.append("prompts.jsonl", ROWS[:1])
+    folder.append("prompts.jsonl", ROWS[1:])
     assert read_jsonl(tmp_path / "prompts.jsonl") == ROWS
 
 
 def test_appending_no_rows_makes_no_line(tmp_path: Path) -> None:
-    RunLog(tmp_path).append("prompts.jsonl", [])
+    RunFolder(tmp_path).append("prompts.jsonl", [])
     assert read_jsonl(tmp_path / "prompts.jsonl") == []
 
 
 def test_each_row_is_one_line_of_plain_json(tmp_path: Path) -> None:
-    RunLog(tmp_path).append("prompts.jsonl", ROWS)
+    RunFolder(tmp_path).append("prompts.jsonl", ROWS)
     lines = (tmp_path / "prompts.jsonl").read_bytes().split(b"\n")
     assert [json.loads(line) for line in lines[:-1]] == ROWS and lines[-1] == b""
 
@@ -135,7 +138,7 @@ def test_each_row_is_one_line_of_plain_json(tmp_path: Path) -> None:
 # What str.splitlines, but no JSON reader, takes for the end of a line; of these JSON escapes the first three only.
 @pytest.mark.parametrize("mark", ["\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"])
 def test_prompts_may_hold_any_kind_of_line_break(mark: str, tmp_path: Path) -> None:
-    RunLog(tmp_path).append("prompts.jsonl", [{"prompt": f"a{mark}b"}])
+    RunFolder(tmp_path).append("prompts.jsonl", [{"prompt": f"a{mark}b"}])
     assert read_jsonl(tmp_path / "prompts.jsonl") == [{"prompt": f"a{mark}b"}]
 
 
@@ -147,7 +150,7 @@ rows = st.lists(st.dictionaries(text, text | st.integers() | st.floats(allow_nan
 @given(rows)
 def test_any_rows_read_back_as_they_were_appended(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     (tmp_path / "any.jsonl").unlink(missing_ok=True)
-    RunLog(tmp_path).append("any.jsonl", rows)
+    RunFolder(tmp_path).append("any.jsonl", rows)
     assert read_jsonl(tmp_path / "any.jsonl") == rows
 
 
@@ -159,20 +162,20 @@ def test_a_number_that_no_float_holds_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
 def test_numbers_that_json_does_not_know_become_null(value: float, tmp_path: Path) -> None:
-    RunLog(tmp_path).append("metrics.jsonl", [{"kl": value, "reward_mean": 1.0}])
+    RunFolder(tmp_path).append("metrics.jsonl", [{"kl": value, "reward_mean": 1.0}])
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"kl": None, "reward_mean": 1.0}]
 
 
 def test_numbers_that_json_does_not_know_become_null_wherever_they_stand(tmp_path: Path) -> None:
-    RunLog(tmp_path).append("metrics.jsonl", [{"review": {"scores": [NAN, 0.5], "both": (INFINITY,)}}])
+    RunFolder(tmp_path).append("metrics.jsonl", [{"review": {"scores": [NAN, 0.5], "both": (INFINITY,)}}])
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"review": {"scores": [None, 0.5], "both": [None]}}]
 
 
 def test_a_refused_row_leaves_the_file_as_it_was(tmp_path: Path) -> None:
-    log = RunLog(tmp_path)
-    log.append("metrics.jsonl", [{"kl": 1.0}])
+    folder = RunFolder(tmp_path)
+    folder.append("metrics.jsonl", [{"kl": 1.0}])
     with pytest.raises(TypeError, match="JSON"):
-        log.append("metrics.jsonl", [{"kl": 2.0}, {"review": tmp_path}])
+        folder.append("metrics.jsonl", [{"kl": 2.0}, {"review": tmp_path}])
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"kl": 1.0}]
 
 
@@ -181,42 +184,42 @@ def test_a_refused_row_leaves_the_file_as_it_was(tmp_path: Path) -> None:
 
 def test_json_reads_back_as_it_was_written(tmp_path: Path) -> None:
     result = {"prompt": "Sag »ja«\n", "test_score": 0.1, "verbalizer": {"b": "yes", "a": "no"}, "run": None}
-    RunLog(tmp_path).write_json("best_prompt.json", result)
+    RunFolder(tmp_path).write_json("best_prompt.json", result)
     assert json.loads((tmp_path / "best_prompt.json").read_text(encoding="utf-8")) == result
 
 
 def test_json_keeps_the_order_of_keys(tmp_path: Path) -> None:
-    RunLog(tmp_path).write_json("a.json", {"b": 1, "a": 2})
+    RunFolder(tmp_path).write_json("a.json", {"b": 1, "a": 2})
     assert list(json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))) == ["b", "a"]
 
 
 def test_json_that_is_refused_leaves_the_old_file(tmp_path: Path) -> None:
-    log = RunLog(tmp_path)
-    log.write_json("a.json", {"score": 1})
+    folder = RunFolder(tmp_path)
+    folder.write_json("a.json", {"score": 1})
     with pytest.raises(TypeError, match="JSON"):
-        log.write_json("a.json", {"score": tmp_path})
+        folder.write_json("a.json", {"score": tmp_path})
     assert {name: json.loads(data) for name, data in contents(tmp_path).items()} == {"a.json": {"score": 1}}
 
 
 def test_a_config_reads_back_as_it_was_written_in_its_order(tmp_path: Path) -> None:
     config = {"task": "mnli", "run": None, "appo": {"lam": 0.95, "gamma": 1.0}, "agent": "größer/modell", "on": "yes"}
-    RunLog(tmp_path).write_config(config)
+    RunFolder(tmp_path).write_config(config)
     read = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
     assert (read, list(read)) == (config, list(config))
 
 
 def test_a_file_that_is_written_again_is_replaced(tmp_path: Path) -> None:
-    log = RunLog(tmp_path)
-    log.write_text("report.html", "a longer old text")
-    log.write_text("report.html", "new é")
+    folder = RunFolder(tmp_path)
+    folder.write_text("report.html", "a longer old text")
+    folder.write_text("report.html", "new é")
     assert contents(tmp_path) == {"report.html": "new é".encode()}
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    log = RunLog(tmp_path)
-    log.write_text("report.html", "old")
+    folder = RunFolder(tmp_path)
+    folder.write_text("report.html", "old")
     with pytest.raises(UnicodeEncodeError):
-        log.write_text("report.html", "new \ud800")  # half a character has no bytes
+        folder.write_text("report.html", "new \ud800")  # half a character has no bytes
     assert contents(tmp_path)["report.html"] == b"old"
 
 

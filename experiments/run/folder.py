@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, its JSON lines, and the pool of its best prompts."""
+"""The folder of a run: how its files are written, and how they are read and checked again."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import yaml
 
 from experiments.run.files import write_whole, writing
 
-LOCK = ".lock"  # who is at work in a run's folder
+LOCK = ".lock"  # names the process that is using a run's folder
 CONFIG, RESULT, HEADROOM = "config.yaml", "best_prompt.json", "headroom.json"
 SCORES = tuple(f"{which}{split}" for which in ("", "manual_") for split in ("validation", "test"))
-UNBEGUN = {LOCK, f"{CONFIG}.part"}  # all that a run can leave that was killed before it wrote its configuration down
+UNBEGUN = {LOCK, f"{CONFIG}.part"}  # all that a run leaves if killed before it wrote its configuration
 NUMBER = (int, float, type(None))  # a score; None where it was not finite
 Kind = type | tuple[type, ...]
 RESULT_KEYS: dict[str, Kind] = {
@@ -33,50 +33,50 @@ RESULT_KEYS: dict[str, Kind] = {
 
 
 class RunExistsError(ValueError):
-    """The run's folder is there already, or another process is at work in it; nothing in it has been touched."""
+    """The run's folder is there already, or another process is using it; nothing in it has been changed."""
 
 
 class RunFolderError(ValueError):
     """A file in a run's folder is not what a run writes; the message names it."""
 
 
-class RunLog:
-    """The folder of one run. Made by the first write, never over an existing one.
+class RunFolder:
+    """The folder of one run. Created by the first write; an existing run is never overwritten.
 
     Args:
-        folder: where; must not exist, or be an empty folder.
-        new: False: the folder is that of a run that is done.
+        path: must not exist, or be an empty folder, if `new`.
+        new: False for the folder of a run that was begun before.
 
     Raises:
-        RunExistsError: the folder holds something.
+        RunExistsError: the folder of a new run holds something.
     """
 
-    def __init__(self, folder: Path, new: bool = True) -> None:
-        if new and folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= UNBEGUN):
-            raise RunExistsError(f"{str(folder)!r} exists and is not empty; name another run folder")
-        self.folder = folder
+    def __init__(self, path: Path, new: bool = True) -> None:
+        if new and path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= UNBEGUN):
+            raise RunExistsError(f"{str(path)!r} exists and is not empty; name another run folder")
+        self.path = path
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps other processes from writing here while a block runs; the system lets go when this one dies, however.
+        """Keeps other processes from writing here while a block runs; if this process dies, the system frees the lock.
 
         Raises:
-            RunExistsError: another process is at work here.
+            RunExistsError: another process is using the folder.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / LOCK).open("a+", encoding="utf-8") as file:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / LOCK).open("a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 file.seek(0)
-                raise RunExistsError(f"{str(self.folder)!r} is in use by {file.read() or 'another process'}") from error
+                raise RunExistsError(f"{str(self.path)!r} is in use by {file.read() or 'another process'}") from error
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
             file.flush()
             try:
                 yield
             finally:
-                (self.folder / LOCK).unlink(missing_ok=True)
+                (self.path / LOCK).unlink(missing_ok=True)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """config.yaml: everything that shaped the run."""
@@ -88,27 +88,27 @@ class RunLog:
 
     def write_text(self, name: str, text: str) -> None:
         """A file of text, such as the report."""
-        write_whole(self.folder / name, text)
+        write_whole(self.path / name, text)
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Adds rows to a .jsonl file, all or (but for a crash of the machine) none; NaN and infinity become null."""
+        """Adds rows to a .jsonl file, all or (unless the machine crashes) none; NaN and infinity become null."""
         lines = "".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        path = self.folder / name
+        path = self.path / name
         with writing(path):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 size = file.tell()
                 try:
                     file.write(lines)
                     file.flush()
-                except OSError:  # the disk is full: no half line stays
+                except OSError:  # the disk is full: leave no half line
                     os.truncate(path, size)
                     raise
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each .jsonl file, all of them on the disk."""
+        """The size of each .jsonl file in bytes, after syncing it to the disk."""
         sizes = {}
-        for path in sorted(self.folder.glob("*.jsonl")):
+        for path in sorted(self.path.glob("*.jsonl")):
             with writing(path), path.open("rb") as file:
                 os.fsync(file.fileno())
             sizes[path.name] = path.stat().st_size
@@ -118,9 +118,9 @@ class RunLog:
         """Cuts the .jsonl files back to these sizes.
 
         Raises:
-            RunFolderError: one of them is shorter, so that rows are missing; all are as they were.
+            RunFolderError: a file is shorter than that, so rows are missing; no file is changed.
         """
-        paths = {self.folder / name: size for name, size in sizes.items()}
+        paths = {self.path / name: size for name, size in sizes.items()}
         for path, size in paths.items():
             found = path.stat().st_size if path.is_file() else 0
             if found < size:
@@ -132,12 +132,12 @@ class RunLog:
 
     def clear(self) -> None:
         """Removes the .jsonl files, for a run that begins anew."""
-        for path in self.folder.glob("*.jsonl"):
+        for path in self.path.glob("*.jsonl"):
             path.unlink()
 
 
 def _finite(value: Any) -> Any:
-    """The value as JSON can hold it, which knows no NaN."""
+    """The value with NaN and infinity as None, since JSON has neither."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -146,7 +146,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file that `RunLog.append` wrote; half a last line, left by a kill, is none.
+    """The rows of a .jsonl file that `RunFolder.append` wrote; half a last line, left by a kill, is skipped.
 
     Raises:
         RunFolderError: a line is no JSON object.
@@ -163,7 +163,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     """
     path = folder / RESULT
     if not path.is_file():
-        raise RunFolderError(f"{str(folder)!r} holds no {RESULT}; expected the folder of a run that came to its end")
+        raise RunFolderError(f"{str(folder)!r} holds no {RESULT}; expected the folder of a finished run")
     result = _object(path.read_bytes(), str(path))
     _check(result, RESULT_KEYS, str(path))
     for name in SCORES:
@@ -185,7 +185,7 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def read_headroom(folder: Path) -> list[str]:
-    """The lines of headroom.json; none where the run was begun without a look.
+    """The lines of headroom.json; none if the run has no such file, as with headroom=0.
 
     Raises:
         RunFolderError: the file is not what a run writes.
@@ -211,7 +211,7 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         found = json.loads(line.decode(), parse_int=_integer)
         if b"\\u" in line:
-            json.dumps(found, ensure_ascii=False).encode()  # half a character, written as an escape, is no text
+            json.dumps(found, ensure_ascii=False).encode()  # raises for half a character written as an escape
     except (ValueError, RecursionError) as error:
         raise RunFolderError(f"{where}: not JSON: {error}") from error
     if not isinstance(found, dict):
@@ -220,7 +220,7 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int:
-    """A whole number that a float can hold, as all that a run writes."""
+    """A whole number that a float can hold; a run writes no larger ones."""
     number = int(digits)
     if abs(number) > sys.float_info.max:
         raise ValueError(f"a number of {len(digits)} digits")

@@ -1,0 +1,100 @@
+"""Saves the state of a run as a checkpoint, and restores it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from appo.lm.model import out_of_memory
+from experiments.config import to_dict
+from experiments.run import checkpoint
+from experiments.run.checkpoint import CheckpointError
+from experiments.run.fingerprint import differing
+from experiments.run.folder import RESULT, RunFolderError, read_jsonl
+from experiments.run.run import Run, stored_config
+
+
+class Stateful(Protocol):
+    """What has a state to save and restore: an arm."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def begin(run: Run, arm: Stateful, resume: bool) -> tuple[int, list[str]]:
+    """Writes config.yaml; on a resume, first restores the last checkpoint.
+
+    A run that was killed before its first checkpoint begins anew.
+
+    Returns:
+        How many iterations are done, and notes for the user.
+
+    Raises:
+        CheckpointError: no checkpoint can be restored; the logs are unchanged.
+    """
+    done, notes = 0, list[str]()
+    folder = run.folder.path / "checkpoint"
+    checkpoint.tidy(folder)
+    if resume and _killed_early(run):
+        run.folder.clear()
+        notes = ["the run was stopped before its first checkpoint, and begins anew"]
+    elif resume:
+        try:
+            done, notes = restore(run, arm)
+        except (CheckpointError, RunFolderError):
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise
+            raise CheckpointError(f"{folder}: the newest holds no state of this run ({error!r})") from error
+    run.folder.write_config(to_dict(run.config) | {"environment": run.environment()})
+    return done, notes
+
+
+def save(run: Run, arm: Stateful, iteration: int) -> None:
+    """Writes a checkpoint.
+
+    Raises:
+        OSError: it cannot be written; the one before is unchanged.
+    """
+    state = {
+        "iteration": iteration,
+        "arm": arm.state_dict(),
+        "target": run.target.state_dict(),
+        "data": run.fingerprint,
+        "environment": run.environment(),
+        "log": run.folder.sizes(),
+    }
+    checkpoint.save(run.folder.path / "checkpoint", iteration, state)
+
+
+def restore(run: Run, arm: Stateful) -> tuple[int, list[str]]:
+    """Restores the last checkpoint that is whole, and drops the rows that were logged after it.
+
+    Returns:
+        The iteration of the checkpoint, and notes for the user: damaged checkpoints that were skipped, a changed
+        environment.
+
+    Raises:
+        CheckpointError: no checkpoint is whole, or it was made with other data.
+    """
+    state, notes = checkpoint.load(run.folder.path / "checkpoint")
+    if parts := differing(state["data"], run.fingerprint):
+        raise CheckpointError(f"the data are not those that the run was begun with; changed: {parts}")
+    now, before = run.environment(), state["environment"]
+    changed = [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]
+    if changed:
+        notes = [*notes, f"not bit for bit the same run: {'; '.join(changed)}"]
+    arm.load_state_dict(state["arm"])
+    run.target.load_state_dict(state["target"])
+    run.folder.truncate(state["log"])
+    return state["iteration"], notes
+
+
+def _killed_early(run: Run) -> bool:
+    """Whether the run was stopped before its first checkpoint; False if its checkpoints were lost."""
+    folder = run.folder.path
+    if checkpoint.any_in(folder / "checkpoint") or (folder / RESULT).exists():
+        return False
+    metrics = folder / "metrics.jsonl"
+    return not metrics.exists() or len(read_jsonl(metrics)) <= stored_config(folder).checkpoint_every
