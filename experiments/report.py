@@ -35,7 +35,7 @@ figure { margin: 0; } figcaption { font-weight: 600; } svg { width: 100%; height
 """
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 220, 52, 28, 10, 10
 SHOWN_PROMPTS = 10
-LONGEST = 10**9  # rows with a higher iteration number are not read
+LONGEST = 10**9  # rows from this iteration number on are not read
 CURVES = (  # title, caption, columns of metrics.jsonl
     ("Reward", "mean and best of the prompts of an iteration", ("reward_mean", "reward_max")),
     ("Score", "mean over the prompts of an iteration, on its training examples", ("{metric}_mean",)),

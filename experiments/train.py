@@ -138,7 +138,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
     parser.add_argument("--agent", help="model that writes the prompts: folder or hub id of a causal LM (default: lab)")
     parser.add_argument("--target", help="model that is prompted: folder or hub id of a causal LM (default: lab)")
     parser.add_argument("--data", help="lab, hub, or a folder of files (default: lab)")
-    parser.add_argument("--steps", type=int, help="iterations (default: in the lab 100 (tte: 200), else 100 epochs)")
+    parser.add_argument("--steps", type=int, help="iterations (default: lab 100, or 200 in mode tte; else 100 epochs)")
     parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
     parser.add_argument("--run", help="the run's folder, which must not exist yet (default: runs/TASK-DATE-TIME)")
     parser.add_argument("--resume", action="store_true", help="resume the run in --run from its last checkpoint")

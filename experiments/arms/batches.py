@@ -11,7 +11,7 @@ from tasks.spec import Example
 class Batches:
     """Endless epochs of shuffled batches; the last of an epoch may be smaller.
 
-    Each batch has the right labels (or letters) in nearly the shares of all examples. Small targets prefer one label: a
+    Each batch has nearly the shares of right labels (or letters) of all examples. Small targets prefer one label: a
     batch with 11 of 16 examples of that label would reward every prompt that makes the target say it.
     """
 

@@ -107,7 +107,7 @@ def _parse(text: str) -> Any:
         return parse_yaml(text)
     except yaml.YAMLError:
         raise
-    except Exception as error:  # the loader raises others for invalid dates, numbers or tags, and deep nesting
+    except Exception as error:  # the loader raises other errors for bad dates, numbers or tags, and deep nesting
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
 
 

@@ -30,7 +30,7 @@ class Headroom:
         empty: score of the empty prompt.
         sampled: scores of the agent's distinct prompts.
         spread, noise, p: standard deviation of these scores, its size by chance alone, and the p-value of a
-            permutation test of no effect of prompts; null for fewer than two distinct prompts.
+            permutation test of "prompts have no effect"; null for fewer than two distinct prompts.
         verdict: the same in words.
     """
 

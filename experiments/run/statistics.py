@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-DRAWS = 2_000  # of a bootstrap or permutation; the standard error of p = 0.05 is about 0.005
+DRAWS = 2_000  # of a bootstrap or permutation; the standard error of p near 0.05 is about 0.005
 Z = 1.959963984540054  # of a 95 % interval
 LEVEL = 0.05  # a difference counts if its p-value is below this
 
@@ -71,7 +71,7 @@ def paired_p(one: Sequence[float], other: Sequence[float]) -> float:
 def spread(table: Sequence[Sequence[float]]) -> Spread:
     """What K prompts on the same N rows show: do they differ by more than chance?
 
-    A permutation test: where prompts have no effect, any order of the K values of a row is as likely.
+    A permutation test: where prompts have no effect, all orders of the K values of a row are equally likely.
 
     Args:
         table: [K][N] values.
