@@ -192,15 +192,20 @@ class CausalLM:
         positions = packed.real_positions(mask)
         if shared:
             beginning = torch.tensor([list(contexts[0][:shared])], device=self.device)
-            self._step(beginning, mask[:1, :shared], positions[:1, :shared], cache)
+            self._read(beginning, mask[:1, :shared], positions[:1, :shared], cache)
             if len(contexts) > 1:
                 cache.reorder_cache(torch.zeros(len(contexts), dtype=torch.long, device=self.device))
         if ids.shape[1] > 1:
-            self._step(ids[:, :-1], mask[:, :-1], positions[:, shared:-1], cache)
+            self._read(ids[:, :-1], mask[:, :-1], positions[:, shared:-1], cache)
         rows = torch.arange(len(contexts), device=self.device).repeat_interleave(copies)
         if copies > 1:
             cache.reorder_cache(rows)
         return _Prefix(cache, mask[rows, :-1], ids[rows, -1:], mask.sum(1)[rows])
+
+    def _read(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> None:
+        """Takes the ids into the cache; nobody wants the logits, so a single token's are computed."""
+        with _only_rows(self.model, [0]):
+            self._step(ids, mask, positions, cache)
 
     def _step(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache) -> Output:
         """What the model says to the last of the ids, [B, 1, *]; the cache takes in all."""

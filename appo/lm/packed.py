@@ -109,8 +109,12 @@ def run(model: PreTrainedModel, batch: Branches, keep: Sequence[int] | None = No
 def call(model: PreTrainedModel, **inputs: Any) -> Output:
     """One forward pass of the model as it is: its logits, and the hidden states that its head made them from."""
     seen: list[Tensor] = []
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _module, arguments: seen.append(arguments[0]))
+
+    def see(_head: nn.Module, states: tuple[Tensor]) -> tuple[Tensor]:
+        seen.append(states[0].contiguous())  # torch multiplies a slice row by row, with a copy of the weights for each
+        return (seen[0],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(see)
     try:
         return Output(model(**inputs).logits, seen[0])
     finally:

@@ -46,7 +46,7 @@ def begin(run: Run, arm: Stateful, resume: bool) -> tuple[int, list[str]]:
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             if out_of_memory(error):
                 raise
-            raise CheckpointError(f"{folder}: the newest holds no state of this run ({error!r})") from error
+            raise CheckpointError(f"{folder}: the newest one holds no state of this run ({error!r})") from error
     run.folder.write_config(to_dict(run.config) | {"environment": run.environment()})
     return done, notes
 
