@@ -23,6 +23,7 @@ from transformers import (
 from appo.lm import attention, packed
 from appo.lm.attention import NAME, Branches
 from appo.lm.cache import RoomyLayer, new_cache, surviving_rows
+from appo.lm.packed import Output
 from appo.rollout import Batch, Query, Scored
 from appo.trainer import APPOTrainer
 from experiments.bench.plain import as_plain, plain_loss, plain_sample, plain_scores
@@ -171,6 +172,31 @@ def test_a_saved_model_knows_nothing_of_ours(tmp_path: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert not packed.is_installed(again)
     assert_close(alone(again, BATCH), packed.run(model, BATCH).logits, rtol=1e-4, atol=1e-4)
+
+
+# -- the head ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bloom"])
+def test_the_head_reads_one_block(name: str) -> None:
+    """In bfloat16 torch multiplies a slice of the states row by row, with a copy of the head's weights for each row."""
+    model, whole = build(name), []
+    packed.install(model)
+    model.get_output_embeddings().register_forward_hook(lambda _, args, __: whole.append(args[0].is_contiguous()))
+    packed.run(model, BATCH, [1] * len(BATCH.branches))
+    packed.call(model, input_ids=torch.ones(3, 4, dtype=torch.long), logits_to_keep=1)
+    assert whole == [True, True]
+
+
+def test_reading_contexts_makes_no_logits(tokenizer: PreTrainedTokenizerBase) -> None:
+    lm, seen = target_of(build("llama"), tokenizer, TEMPLATE, WORDS).lm, []
+    lm.model.get_output_embeddings().register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:2]))
+
+    def choose(output: Output, alive: Tensor) -> tuple[Tensor, Tensor]:
+        return output.logits.argmax(-1), torch.ones(len(alive), dtype=torch.bool)
+
+    lm.decode([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6, 7]], choose, budget=2)
+    assert seen == [(3, 1), (3, 1)]
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------
