@@ -26,7 +26,7 @@ from appo.rollout import Rollout
 
 
 class AnchorDecision(StrEnum):
-    """What a review ends in; the value is what metrics.jsonl records."""
+    """The outcome of a review; metrics.jsonl records its value."""
 
     PROMOTE = "promote"
     ROLLBACK = "rollback"
@@ -50,7 +50,7 @@ def decide(
 
 
 class Health(NamedTuple):
-    """What some prompts are like, whatever they are worth."""
+    """Statistics of some prompts that do not depend on their scores."""
 
     length: float  # mean, in tokens
     empty_rate: float  # share of prompts without a word
@@ -60,9 +60,9 @@ class Health(NamedTuple):
 
 
 def collapse(policy: Health, anchor: Health) -> str | None:
-    """What shows that the policy has died where the anchor has not; None if nothing does.
+    """The sign that the policy has collapsed while the anchor has not; None if there is none.
 
-    Ours, the paper has no such rule. Short prompts that win are no collapse: see `APPOTrainer.review_anchor`.
+    The paper has no such rule. Short prompts that score higher are no collapse: see `APPOTrainer.review_anchor`.
     """
     if policy.empty_rate > 0.5 >= anchor.empty_rate:
         return f"{policy.empty_rate:.0%} of its prompts are empty (the anchor's: {anchor.empty_rate:.0%})"
@@ -120,9 +120,9 @@ class Anchor:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """For the length of the block the policy *is* the anchor; nothing is copied, storage changes hands.
+        """Inside the block the policy *is* the anchor; their tensors are swapped, not copied.
 
-        Not to be entered between a forward pass and its backward pass.
+        Do not enter it between a forward pass and its backward pass.
         """
         self._exchange()
         try:
@@ -147,13 +147,13 @@ class Anchor:
 class Reference(NamedTuple):
     """What the KL penalty is measured against, and how it enters: all that `APPOConfig.reference` decides."""
 
-    fixed: bool  # against the anchor's weights; else against the policy that samples, where it is 0 at sampling time
+    fixed: bool  # against the anchor's weights; else against the sampling policy, so that it is 0 at sampling time
     moves: bool  # the anchor may be promoted
     in_loss: bool  # as k3 in the loss; else as k1 in each token's reward
 
     @property
     def reviewed(self) -> bool:
-        """Whether reviews have a point: only where the anchor may move."""
+        """Whether there is anything to review: whether the anchor may move."""
         return self.fixed and self.moves
 
     @classmethod
@@ -163,7 +163,7 @@ class Reference(NamedTuple):
         return cls(fixed, name != "initial", name == "previous" or (fixed and kl_in_loss))
 
     def logprobs(self, anchor_logprobs: Tensor, logprobs: Tensor) -> Tensor:
-        """Of the anchor's log-probabilities and those at sampling, the ones that the penalty compares with."""
+        """The log-probabilities that the penalty compares with: the anchor's, or those at sampling."""
         return anchor_logprobs if self.fixed else logprobs
 
 

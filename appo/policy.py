@@ -1,8 +1,8 @@
 """The agent: a causal LM and a value head that starts at zero.
 
 Two verbs. `sample` writes responses and records log-probabilities and values as it goes; `evaluate` gives the
-same numbers, differentiably, for responses that are given. Both run each query once, however many responses to it
-there are: the K responses to one meta-prompt cost one meta-prompt.
+same numbers, differentiably, for given responses. Both run each query once, however many responses it has: K
+responses to one meta-prompt run that meta-prompt once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from appo.rollout import Query, Rollout
 
 
 class Evaluation(NamedTuple):
-    """What the policy says of given responses; each [B, T] float32, 0 on padding."""
+    """The policy's log-probabilities, values and entropies of given responses; each [B, T] float32, 0 on padding."""
 
     logprobs: Tensor
     values: Tensor
@@ -73,11 +73,11 @@ class Policy(nn.Module):
         return self.value_head.weight.device
 
     def train(self, mode: bool = True) -> Policy:
-        """Stays in eval mode, whatever is asked: see the class's docstring."""
+        """Stays in eval mode for any `mode`: see the class's docstring."""
         return super().train(False)
 
     def query(self, request: str, opening: str) -> Query:
-        """The token ids of a meta-prompt: `request`, then the `opening` of the answer for the agent to go on with."""
+        """The token ids of a meta-prompt: `request`, then the `opening` of the answer, which the agent continues."""
         return Query(self.lm.encode(request, opening))
 
     def check_fits(self, query: Query) -> None:
@@ -89,8 +89,8 @@ class Policy(nn.Module):
     def decode(self, rollout: Rollout) -> list[str]:
         """The responses as clean text: no special tokens, no control characters, no white space around.
 
-        With `sampling.whole_sentences` a response that was cut off at the limit loses the sentence that it did not
-        end, if it has a whole one before. What is trained on is still all that was sampled.
+        With `sampling.whole_sentences` a response that was cut off at the limit loses its last, unfinished
+        sentence if a whole one precedes it. Training still uses every sampled token.
         """
         texts = [clean(self.lm.decode_text(response.tokens)) for response in rollout.responses()]
         if not self.sampling.whole_sentences:
@@ -99,7 +99,7 @@ class Policy(nn.Module):
         return [text if whole else whole_sentences(text) for text, whole in zip(texts, ended, strict=True)]
 
     def ended(self, rollout: Rollout) -> Tensor:
-        """[B], True where a response came to an end of its own, False where it was cut off at `max_new_tokens`."""
+        """[B], True where a response ended by itself, False where it was cut off at `max_new_tokens`."""
         return self.ends.ended(rollout.tokens, rollout.mask)
 
     @torch.no_grad()
@@ -112,17 +112,17 @@ class Policy(nn.Module):
     ) -> Rollout:
         """Samples responses from the softmax of logits / temperature and nothing else.
 
-        A response ends with an end token of the model or, with `sampling.one_line`, a line break after some text;
-        either belongs to it. Else it is cut off at `max_new_tokens`.
+        A response ends with an end token of the model or, with `sampling.one_line`, a line break after some text,
+        which is part of it. Otherwise it is cut off at `max_new_tokens`.
 
         Args:
             queries: M of them.
             generator: on the policy's device.
             copies: responses to each query.
-            greedy: take the likeliest token instead: for use, not for training.
+            greedy: take the likeliest token instead of sampling; for using an agent, not for training it.
 
         Returns:
-            A rollout of B = M * copies responses, those to one query side by side.
+            A rollout of B = M * copies responses, with those to one query side by side.
 
         Raises:
             FloatingPointError: the model's logits are not numbers.
@@ -158,7 +158,7 @@ class Policy(nn.Module):
         return Rollout(tuple(queries), owner, tokens, mask, logprobs, values)
 
     def evaluate(self, rollout: Rollout) -> Evaluation:
-        """Log-probabilities, values and entropies of the rollout's tokens under the policy as it is now."""
+        """Log-probabilities, values and entropies of the rollout's tokens under the current policy."""
         owner, lengths = rollout.owner.tolist(), rollout.mask.sum(1).tolist()
         # The state in which token t is emitted ends with token t - 1, hence the inputs shifted by one.
         branches = [

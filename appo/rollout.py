@@ -1,10 +1,10 @@
-"""What the agent was asked, what it wrote, what that was worth, and the minibatches made of it. Needs no model.
+"""What the agent was asked, what it wrote, how it was scored, and the minibatches made of it. Needs no model.
 
 Time alignment, stated here for the whole package: index t of logprobs, values, rewards, advantages and returns
 refers to response token t, and `values[:, t]` is the value of the state *before* token t is emitted.
 
 Responses are right-padded to a common T, and everything outside `mask` is zero. A rollout holds each query once; its
-`owner` says which of them a response is to.
+`owner` says which query a response answers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Rollout:
 
     Attributes:
         queries: M of them.
-        owner: [B] int64, the number of the query that each response is to.
+        owner: [B] int64, the index of the query that each response answers.
         tokens: [B, T] int64.
         mask: [B, T] bool, True on real tokens.
         logprobs: [B, T], log-probability of each token under the policy that sampled it.
@@ -80,7 +80,7 @@ class Rollout:
         return cls(tuple(queries), torch.tensor(owner, device=responses[0].tokens.device), *padded)
 
     def select(self, rows: Tensor) -> Self:
-        """The given rows with the queries that they are to, cut to the longest response among them."""
+        """The given rows with the queries that they answer, cut to the longest response among them."""
         width = max(int(self.mask[rows].sum(1).max()), 1)
         used, owner = self.owner[rows].unique(return_inverse=True)
         picked = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("queries", "owner")}
@@ -103,7 +103,7 @@ class Scored(Rollout):
 
     @classmethod
     def of(cls, rollout: Rollout, scores: Tensor, ref_logprobs: Tensor) -> Scored:
-        """The rollout with its scores; nothing of the caller's is kept by reference.
+        """The rollout with its scores, all copied from the caller's tensors.
 
         Raises:
             ValueError: shapes that do not fit the rollout, or a score that is not finite.
@@ -124,7 +124,7 @@ class Scored(Rollout):
 
 @dataclass(frozen=True)
 class Batch(Scored):
-    """All that the losses need: a scored rollout with its advantages and returns, each [B, T]."""
+    """Everything the losses need: a scored rollout with its advantages and returns, each [B, T]."""
 
     advantages: Tensor
     returns: Tensor
@@ -151,7 +151,7 @@ class RolloutBuffer:
         return sum(map(len, self._parts))
 
     def add(self, rollout: Rollout, scores: Tensor, ref_logprobs: Tensor) -> None:
-        """Takes in one collect; see `Scored.of`."""
+        """Adds the rollout of one collect; see `Scored.of`."""
         self._parts.append(Scored.of(rollout, scores, ref_logprobs))
 
     def stacked(self) -> Scored:

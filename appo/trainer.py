@@ -29,7 +29,7 @@ from appo.update import FAULTS, Updater, mean
 
 
 class Rewarded(Protocol):
-    """What prompts are worth: scores [B], and what they are made of by name, each [B]."""
+    """The rewards of B prompts: scores [B], and the metrics that they are made of, by name, each [B]."""
 
     @property
     def scores(self) -> Tensor: ...
@@ -43,7 +43,7 @@ ScoreFn = Callable[[list[str]], Sequence[float]]
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards that are nothing but numbers."""
+    """Rewards without metrics."""
 
     scores: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Collected:
-    """One collect: the rollout, its prompts as text, and what the reward function said of them."""
+    """One collect: the rollout, its prompts as text, and their rewards."""
 
     rollout: Rollout
     prompts: list[str]
@@ -77,7 +77,7 @@ class Collected:
 
 @dataclass(frozen=True)
 class AnchorReview:
-    """The record of one review: the decision, its reason in words, and all that it was made from."""
+    """The record of one review: the decision, its reason in words, and the numbers behind it."""
 
     decision: AnchorDecision
     reason: str
@@ -99,7 +99,7 @@ class Iteration:
 
 
 class DivergedError(ArithmeticError):
-    """Training has come to a state that it cannot leave; `iteration` is the one that showed it."""
+    """Training has diverged and cannot recover; `iteration` is the one that showed it."""
 
     def __init__(self, message: str, iteration: Iteration) -> None:
         super().__init__(message)
@@ -113,8 +113,8 @@ class APPOTrainer:
         policy: the agent; its parameters with requires_grad are trained.
         config: PPO, the penalty and its reference.
         anchor: when the anchor is reviewed, and by how much.
-        generator: of the sampling of rollouts, on the policy's device; its seed also begins the streams of reviews and
-            of the minibatch order, so that none of the three moves another.
+        generator: for sampling rollouts, on the policy's device. Reviews and the minibatch order have generators of
+            their own, made from its seed, so that none of the three changes what another draws.
 
     Raises:
         ValueError: the policy has nothing to train.
@@ -150,11 +150,11 @@ class APPOTrainer:
 
         Args:
             queries: what the agent is asked in every iteration, or a function of the iteration's number, from 1.
-            reward_fn: prompts to rewards, those to one query side by side.
+            reward_fn: maps prompts, with those for one query side by side, to rewards.
             steps: iterations.
             copies: prompts for each query, K.
-            score_fn: prompts to accuracies in [0, 1] on *validation* data; with it the anchor is reviewed every
-                `period` iterations, as `AnchorConfig` has it. Without it the anchor stays the initial agent.
+            score_fn: maps prompts to accuracies in [0, 1] on *validation* data. With it the anchor is reviewed every
+                `AnchorConfig.period` iterations; without it the anchor stays the initial agent.
         """
         ask = queries if callable(queries) else lambda _number: queries
         for number in range(1, steps + 1):
@@ -190,7 +190,7 @@ class APPOTrainer:
     def collect(self, queries: Sequence[Query], reward_fn: RewardFn, copies: int = 1) -> Collected:
         """Samples `copies` responses to each query, scores them, and adds them to the buffer; may be called repeatedly.
 
-        Rewards that are not all finite teach nothing: they are returned, but do not enter the buffer.
+        A rollout with a reward that is not finite is returned, but does not enter the buffer.
         """
         rollout = self.policy.sample(queries, self.generator, copies)
         prompts = self.policy.decode(rollout)
@@ -211,7 +211,7 @@ class APPOTrainer:
         return self.updater.update(scored, self.kl_controller.coef)
 
     def _guard(self, iteration: Iteration) -> None:
-        """Counts iterations without a single sound optimizer step: after some back to the anchor, after more an end."""
+        """Counts iterations in a row without a sound step; `max_bad_steps` of them roll back, twice as many end."""
         stats = iteration.stats
         self.bad_steps = self.bad_steps + 1 if stats["skipped_steps"] == 1.0 else 0
         if self.bad_steps == self.config.max_bad_steps and self.anchor_config.rollback:
@@ -233,7 +233,7 @@ class APPOTrainer:
 
         Args:
             queries: built from training examples, like any query.
-            score_fn: prompts to accuracies in [0, 1] on the *validation* split.
+            score_fn: maps prompts to accuracies in [0, 1] on the *validation* split.
             copies: prompts to sample for each query, from each side.
         """
         config = self.anchor_config
@@ -260,7 +260,7 @@ class APPOTrainer:
         return AnchorReview(decision, reason, *sides)
 
     def _written(self, queries: Sequence[Query], copies: int) -> tuple[list[str], Health]:
-        """What the policy as it is now writes to the queries, for a review."""
+        """What the current policy writes to the queries of a review."""
         rollout = self.policy.sample(queries, self.review_generator, copies)
         prompts = self.policy.decode(rollout)
         return prompts, _health(rollout, prompts)
@@ -268,7 +268,7 @@ class APPOTrainer:
     # -- going on from a saved state -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on, randomness included, to be saved; tensors and plain values only."""
+        """Everything the next step depends on, random states included, as tensors and plain values."""
         return {
             "policy": self.policy.state_dict(),
             "optimizer": self.updater.optimizer.state_dict(),
@@ -280,7 +280,7 @@ class APPOTrainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a saved state, bit for bit on the same machine."""
+        """Restores a saved state; on the same machine, training goes on bit for bit."""
         self.policy.load_state_dict(state["policy"])
         self.updater.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # or both would share their moments
         self.anchor.load_state_dict(state["anchor"])
@@ -303,7 +303,7 @@ def _stream(parent: torch.Generator | None, name: str, device: torch.device) -> 
 
 
 def _rewarded(found: Rewarded | Tensor | Sequence[float], count: int) -> Rewarded:
-    """What a reward function returned, if it is a number for each prompt."""
+    """What a reward function returned, checked to have a number for each prompt."""
     plain = isinstance(found, Tensor | Sequence)
     rewarded: Any = Scores(torch.as_tensor(found, dtype=torch.float32, device="cpu")) if plain else found
     if rewarded.scores.shape != (count,):
@@ -312,7 +312,7 @@ def _rewarded(found: Rewarded | Tensor | Sequence[float], count: int) -> Rewarde
 
 
 def _health(rollout: Rollout, prompts: Sequence[str]) -> Health:
-    """What the prompts of a rollout are like."""
+    """The health of a rollout's prompts; see `Health`."""
     return Health(
         length=rollout.mask.sum(1).float().mean().item(),
         empty_rate=prompts.count("") / len(prompts),

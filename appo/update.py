@@ -40,7 +40,7 @@ def advantages(scored: Scored, config: APPOConfig, kl_coef: float, mean_score: f
         scored: a scored rollout.
         config: leave_one_out, gamma, lam, whiten_advantages.
         kl_coef: weight of the k1 penalty on each token's reward; 0 for none.
-        mean_score: the baseline of a response that is the only one to its query: the mean of earlier scores.
+        mean_score: the mean of earlier scores, the baseline of a response that is the only one to its query.
     """
     scores = scored.scores
     if config.leave_one_out:
@@ -84,7 +84,7 @@ class Updater:
     def update(self, scored: Scored, kl_coef: float) -> dict[str, float]:
         """PPO epochs on a scored rollout. Returns means over the optimizer steps.
 
-        With a `target_kl` no further epoch is begun once the policy has moved that far.
+        With a `target_kl`, training on this rollout stops after the epoch whose mean approx_kl exceeds it.
         """
         config = self.config
         penalty = 0.0 if self.reference.in_loss else kl_coef
@@ -101,7 +101,7 @@ class Updater:
         return {name: mean([step[name] for step in steps if name in step]) for name in names} | faults
 
     def _follow(self, scores: Tensor) -> float:
-        """The mean of earlier scores, which takes these in; at the first time, theirs."""
+        """The running mean of scores, updated with these; on the first call, the mean of these."""
         now = (scores[0] + (scores - scores[0]).mean()).item()  # exact where all scores are equal
         before = now if self.mean_score is None else self.mean_score
         self.mean_score = before + MEAN_RATE * (now - before)
@@ -132,7 +132,7 @@ class Updater:
         return {**totals, "grad_norm": norm, "skipped_steps": 0.0}
 
     def _fault(self, stats: Mapping[str, float], grad_norm: float) -> str | None:
-        """What makes a step unsound, if anything does; one of FAULTS."""
+        """The fault, one of FAULTS, that makes a step unsound; None if there is none."""
         if not all(math.isfinite(stats[name]) for name in ("policy_loss", "value_loss")):
             return "nonfinite_loss"
         if not math.isfinite(grad_norm):
@@ -169,5 +169,5 @@ class Updater:
 
 
 def mean(scores: Sequence[float]) -> float:
-    """Of at least one number."""
+    """The mean of at least one number."""
     return sum(scores) / len(scores)

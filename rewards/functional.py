@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def accuracy(class_logits: Tensor, labels: Tensor) -> Tensor:
-    """1 where the likeliest class is the label, else 0; of equal logits the first class wins, of NaN none: NaN.
+    """1 where the likeliest class is the label, else 0. In a tie the first class wins; a row with NaN gives NaN.
 
     Args:
         class_logits: [N, C], over the verbalizer's classes, not the vocabulary.
@@ -51,12 +51,12 @@ def softmax_margin(class_logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def best(metric: Callable[[str, str], float], prediction: str, answers: Sequence[str]) -> float:
-    """The metric against the accepted answer that it likes best."""
+    """The best value of the metric over the accepted answers."""
     return max(metric(prediction, answer) for answer in answers)
 
 
 def exact_match(prediction: str, answer: str) -> float:
-    """1 where both are the same after `normalise` (Instruction Induction, Honovich et al. 2022)."""
+    """1 if both are the same after `normalise` (Instruction Induction, Honovich et al. 2022)."""
     return float(normalise(prediction) == normalise(answer))
 
 
@@ -87,7 +87,7 @@ def f1(prediction: str, answer: str) -> float:
 def normalise(text: str) -> str:
     """What Instruction Induction compares: the first line up to a full stop, lower case, without "and" and punctuation.
 
-    A hyphen becomes a space. Text of which nothing is left by that (brackets, say) is only stripped of white space.
+    A hyphen becomes a space. Text of which this leaves nothing (brackets, say) is only stripped of white space.
     """
     first = text.replace(" and ", " ").replace("Sentence 1:", " ").replace("Sentence 2:", " ").strip()
     first = first.split("\n")[0].split(".")[0].lower().replace("-", " ")

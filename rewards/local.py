@@ -1,6 +1,6 @@
-"""A target that runs here: a frozen causal LM, scored over a few label words or left to speak.
+"""A target that runs on this machine: a frozen causal LM that chooses among label words or generates text.
 
-Two things are easy to get wrong here and decide every number above. Which token is a label word? It depends on
+Two things are easy to get wrong here, and every score depends on them. Which token is a label word? It depends on
 what precedes it (a space or none, a newline, a chat turn), so the words are tokenised *in place*, behind the
 filled template. And where does the answer begin? At the template's last token, whatever the padding.
 """
@@ -38,12 +38,12 @@ class Verbalizer:
 
     @classmethod
     def build(cls, lm: CausalLM, context: str, words: Sequence[str]) -> Verbalizer:
-        """Tokenises each word behind `context`, a filled template, after a space where none stands there yet.
+        """Tokenises each word behind `context`, a filled template, after a space if the context does not end in one.
 
         Raises:
             ValueError: two words have the same tokens, or a word has none or an unknown one.
         """
-        if not words:  # the answer is text: there is nothing to choose from
+        if not words:  # the answer is text: there are no label words
             return cls((), (), 0)
         base, *full = lm.tokens([context, *(lm.continued(context, word) for word in words)])
         shared = min(common_prefix([base, ids]) for ids in full)
@@ -59,7 +59,7 @@ class Verbalizer:
 
 
 class _Job(NamedTuple):
-    """A filled template as tokens: what it shares with others, and the rest, which is not empty."""
+    """A filled template as tokens: the prefix that it shares with others, and the rest, which is not empty."""
 
     prefix: tuple[int, ...]
     rest: list[int]
@@ -69,7 +69,7 @@ class LocalTarget:
     """A frozen causal LM under prompts; see `rewards.target.Target`.
 
     The tokens that a prompt's inputs share (the prompt itself, mostly) are run once, no token is run for padding,
-    and of the vocabulary only the label words are looked at.
+    and logits are computed for the label words only.
 
     Args:
         lm: the model, with none of its weights trainable.
@@ -95,7 +95,7 @@ class LocalTarget:
             raise ValueError("the target has trainable weights; freeze it, and give the agent a model of its own")
         self.lm, self.template, self.words = lm, template, tuple(words)
         self.max_batch_tokens = max_batch_tokens or (2048 if lm.device.type == "cpu" else 32_768)
-        # The words are tokenised as they will stand there: behind a filled template, not an empty one.
+        # The words are tokenised where they will stand: behind a filled template, not an empty one.
         self.verbalizer, *others = {Verbalizer.build(lm, self.context("prompt", text), words): None for text in inputs}
         if others:
             raise ValueError("behind different inputs a label word is different tokens; let the template end in a text")
@@ -112,7 +112,7 @@ class LocalTarget:
         return {"computes_in": computes_in, "chat": self.lm.chat, "packed": self.lm.packed}
 
     def check_fits(self, prompt: str | int, text: str) -> None:
-        """Refuses an input that leaves no room for the prompt, or for one of so many tokens.
+        """Refuses an input that leaves no room for the prompt (or, given a number, for a prompt of so many tokens).
 
         Raises:
             ContextTooLongError: the context holds less.
@@ -130,7 +130,7 @@ class LocalTarget:
     def class_logits(self, asked: Sequence[Asked]) -> Tensor:
         """Log-likelihoods of the label words behind each filled template, up to a constant of each row.
 
-        Where words are single tokens, what normalises them all is never computed.
+        If all words are single tokens, the softmax over the vocabulary is never computed.
 
         Returns:
             [B, C] float32, on the CPU.
@@ -141,13 +141,13 @@ class LocalTarget:
         return self._run(self._jobs(asked))
 
     def _jobs(self, asked: Sequence[Asked]) -> list[_Job]:
-        """The filled templates as tokens, each cut where what it shares with the others of its prompt ends."""
+        """The filled templates as tokens, each split after the prefix that all inputs of its prompt share."""
         texts = [self.context(prompt, text) for prompt, inputs in asked for text in inputs]
         contexts = iter([ids[: len(ids) - self.verbalizer.overlap] for ids in self.lm.tokens(texts)])
         jobs = []
         for _, inputs in asked:
             many = [next(contexts) for _ in inputs]
-            # What is not shared keeps at least the last token, the one that predicts the answer.
+            # The rest keeps at least the last token, the one that predicts the answer.
             shared = common_prefix([ids[:-1] for ids in many]) if len(many) > 1 else 0
             jobs += [_Job(tuple(ids[:shared]), ids[shared:]) for ids in many]
         longest = max(len(job.prefix) + len(job.rest) for job in jobs)
@@ -193,7 +193,7 @@ class LocalTarget:
     def generate(self, asked: Sequence[Asked], budget: int, stop: Sequence[str]) -> list[str]:
         """Greedy answers: the likeliest token, until an end token, a stop string or the budget.
 
-        Nothing of the model's generation_config is used but its end tokens. A stop string is no part of the answer.
+        Of the model's generation_config only the end tokens are used. A stop string is not part of the answer.
 
         Returns:
             B texts, stripped.
@@ -211,7 +211,7 @@ class LocalTarget:
         texts = [""] * len(contexts)
 
         def choose(output: Output, alive: Tensor) -> tuple[Tensor, Tensor]:
-            if output.logits.isnan().any():  # which argmax would prefer to any number
+            if output.logits.isnan().any():  # argmax would prefer NaN to any number
                 raise FloatingPointError(NO_NUMBERS)
             tokens = output.logits.argmax(-1)
             going = []
@@ -253,7 +253,7 @@ class LocalTarget:
         return torch.tensor(self._batched(list(map(len, after)), means), device="cpu")
 
     def _batched(self, widths: Sequence[int], work: Callable[[list[int]], list[T]]) -> list[T]:
-        """Does the work on rows of similar width together, each padded batch within the budget, or one row.
+        """Does the work in padded batches of rows of similar width, each within the token budget or a single row.
 
         The budget is halved whenever memory runs out.
         """
@@ -276,7 +276,7 @@ class LocalTarget:
 
 
 def _cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """The text up to the first stop string, and whether there is one; white space it begins with stops nothing."""
+    """The text up to the first stop string, and whether there is one; leading white space does not stop it."""
     lead = len(text) - len(text.lstrip())
     places = [place for word in stop if (place := text.find(word, lead)) >= 0]
     return (text[: min(places)], True) if places else (text, False)

@@ -16,26 +16,26 @@ from rewards.target import Asked, Target, grid, pairs
 from tasks.spec import Example
 
 TEXT_METRICS = {metric.__name__: metric for metric in (exact_match, exact_string, exact_set, contains, f1)}
-STOPS = ("\n", "Input :")  # an answer is one line, and the template's next example is none of it
+STOPS = ("\n", "Input :")  # an answer is one line, and ends before a further example
 
 
 @dataclass(frozen=True)
 class RewardResult:
-    """What prompts are worth: scores [K], what they are made of by name, each [K]; all on the CPU."""
+    """The rewards of K prompts: scores [K], and the metrics that they are made of, by name, each [K]; on the CPU."""
 
     scores: Tensor
     metrics: dict[str, Tensor]
 
 
 class Reply(NamedTuple):
-    """What the target says to an input; where it chooses, the probability of each word that it could choose."""
+    """The target's answer to an input and, if it chooses, the probability of each word that it could choose."""
 
     answer: str
     probabilities: dict[str, float]
 
     @property
     def sound(self) -> bool:
-        """Whether it rests on numbers."""
+        """Whether all probabilities are numbers."""
         return not any(map(math.isnan, self.probabilities.values()))
 
 
@@ -58,14 +58,14 @@ class Reward(ABC):
 
     @abstractmethod
     def reply(self, prompts: Sequence[str], inputs: Sequence[str], choices: Sequence[int | None]) -> list[Reply]:
-        """What the target says to each input under its own prompt; `choices`: how many letters each offers, if any."""
+        """The target's reply to each input under its own prompt; `choices`: how many letters each offers, if any."""
 
     @abstractmethod
     def right(self, answer: str, example: Example) -> float:
         """The metric of an answer to an example."""
 
     def __call__(self, prompts: Sequence[str], examples: Sequence[Example]) -> RewardResult:
-        """Scores K prompts on the same examples; a prompt that occurs twice is run once."""
+        """Scores K prompts on the same examples; repeated prompts are run once."""
         distinct = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
         rows = [distinct[prompt] for prompt in prompts]
         found = self.table(list(distinct), examples)
@@ -86,7 +86,7 @@ class Reward(ABC):
         return {name: values.view(len(prompts), len(examples)) for name, values in found.items()}
 
     def weighed(self, metrics: dict[str, Tensor]) -> RewardResult:
-        """The metrics with the score that they add up to."""
+        """The metrics and their weighted sum, the score."""
         terms = [weight * metrics[name] for name, weight in self.weights.items() if name in metrics]
         return RewardResult(torch.stack(terms).sum(0), metrics)
 
@@ -125,11 +125,11 @@ class ClassificationReward(Reward):
 
 
 class GenerationReward(Reward):
-    """R = metric_weight * metric + likelihood_weight * likelihood; the paper's F1 and its kin.
+    """R = metric_weight * metric + likelihood_weight * likelihood; the paper's F1, or another text metric.
 
-    The metric compares what the target generates with the accepted answer that it is nearest to. The likelihood is the
-    mean probability per token of the first accepted answer. It is ours, and 0 by default: rewards that are mostly 0
-    teach nothing, and the likelihood breaks their ties.
+    The metric compares the generated text with each accepted answer and takes the best value. The likelihood is the
+    mean probability per token of the first accepted answer. The paper has no such term, and its default weight is 0;
+    it breaks ties where most rewards are 0.
 
     Args:
         target: answers the examples.
@@ -165,7 +165,7 @@ class GenerationReward(Reward):
         return [Reply(text, {}) for text in self.target.generate(pairs(prompts, inputs), self.answer_tokens, STOPS)]
 
     def right(self, answer: str, example: Example) -> float:
-        """The metric against the accepted answer that it likes best."""
+        """The best value of the metric over the accepted answers."""
         return best(TEXT_METRICS[self.metric], answer, example.answers)
 
 
@@ -179,19 +179,19 @@ def _offered(logits: Tensor, choices: Sequence[int | None]) -> Tensor:
 
 
 def _settle(logits: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Leaves each example the classes that it offers and, of several right ones, the one the target prefers.
+    """Masks classes that an example does not offer and, of several right ones, all but the one the target prefers.
 
     Args:
         logits: [B, C].
         examples: B of them.
 
     Returns:
-        [B, C] logits, -inf for classes out of question, and [B] labels.
+        [B, C] logits, -inf for masked classes, and [B] labels.
     """
     right = torch.zeros(logits.shape, dtype=torch.bool, device="cpu")
     for row, example in enumerate(examples):
         right[row, [example.label, *example.also]] = True
-    lowest = torch.finfo(logits.dtype).min  # an impossible right class still goes before the wrong ones
+    lowest = torch.finfo(logits.dtype).min  # a right class of probability 0 still goes before the wrong ones
     labels = torch.where(right, logits.clamp(min=lowest), -torch.inf).argmax(-1)
     others = right & ~torch.zeros_like(right).scatter(-1, labels.unsqueeze(-1), True)
     return _offered(logits, [example.choices for example in examples]).masked_fill(others, -torch.inf), labels

@@ -1,4 +1,4 @@
-"""What a target is to the rewards: a frozen model that answers inputs under a prompt, wherever it runs."""
+"""The target as rewards see it: a frozen model that answers inputs under a prompt, wherever it runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NO_NUMBERS = "the target's logits are not numbers; its weights are damaged, or o
 
 
 class Asked(NamedTuple):
-    """A prompt, and the rendered inputs that are to be answered under it."""
+    """A prompt, and the rendered inputs to answer under it."""
 
     prompt: str
     inputs: tuple[str, ...]
@@ -37,7 +37,7 @@ def fill(template: str, prompt: str, text: str) -> str:
 
 
 class Target(Protocol):
-    """Answers in the order of what is asked: B is the number of inputs under all prompts.
+    """Answers B inputs, in the order asked; B counts the inputs under all prompts.
 
     Attributes:
         words: the label words in class order; none where the answer is text.
@@ -58,18 +58,18 @@ class Target(Protocol):
         ...
 
     def check_fits(self, prompt: str | int, text: str) -> None:
-        """Refuses an input that leaves no room for the prompt, or for one of so many tokens."""
+        """Refuses an input that leaves no room for the prompt (or, given a number, for a prompt of so many tokens)."""
         ...
 
     def described(self) -> dict[str, Any]:
-        """What else its answers depend on, as plain values."""
+        """The settings that its answers depend on, as plain values."""
         ...
 
 
 class Remembered:
-    """A target that gives the class logits of a prompt and an input once, and remembers them.
+    """A target that computes the class logits of a prompt and an input once, and remembers them.
 
-    Computed again, in other company, logits differ in their last bits: what is remembered belongs to a run's state.
+    In another batch the same logits differ in their last bits, so what is remembered is part of a run's state.
     """
 
     def __init__(self, target: Target) -> None:
@@ -79,14 +79,14 @@ class Remembered:
         self._known: dict[tuple[str, str], Tensor] = {}
 
     def class_logits(self, asked: Sequence[Asked]) -> Tensor:
-        """As the target's; only what is not known yet is asked."""
+        """As the target's; it is asked only for pairs that are not known yet."""
         wanted = [(prompt, text) for prompt, inputs in asked for text in inputs]
         missing: dict[str, dict[str, None]] = {}
         for prompt, text in wanted:
             if (prompt, text) not in self._known:
                 missing.setdefault(prompt, {})[text] = None
         if missing:
-            # In an order of their own: in other company logits differ in their last bits.
+            # In a fixed order: in another batch logits differ in their last bits.
             new = [Asked(prompt, tuple(missing[prompt])) for prompt in sorted(missing)]
             named = [(prompt, text) for prompt, inputs in new for text in inputs]
             self._known |= zip(named, self.target.class_logits(new), strict=True)
@@ -96,9 +96,9 @@ class Remembered:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """What is known, to be saved."""
+        """What is remembered, to be saved."""
         return {"pairs": list(self._known), "logits": torch.stack(list(self._known.values())) if self._known else None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what was known before."""
+        """Restores what was remembered."""
         self._known = dict(zip(state["pairs"], state["logits"], strict=True)) if state["pairs"] else {}

@@ -1,7 +1,7 @@
-"""The tasks there are: specs read from YAML, checked by one schema.
+"""The catalogue of tasks: specs read from YAML and checked against one schema.
 
-A file of `tasks/specs` holds a task or, with `members`, a family: everything outside `members` holds for each of
-them, {member} standing for the last part of its name and {subject} for the same in words.
+A file of `tasks/specs` holds a task or, with `members`, a family: everything outside `members` holds for each
+member; {member} stands for the last part of its name and {subject} for the same in words.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ANSWERS = ("verbalizer", "choices", "answers")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Plain values only, as the safe loader, and no key twice: YAML would let the last one win in silence."""
+    """The safe loader, but a repeated key is an error: YAML would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[Any, int] = {}
@@ -55,7 +55,7 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        yaml.YAMLError: it is none, holds anything but plain values, a key twice, or more than can be read.
+        yaml.YAMLError: it is not YAML, holds anything but plain values, repeats a key, or is too large or deep.
     """
     loader = _StrictLoader(text)
     try:
@@ -132,7 +132,7 @@ def _member(data: dict[str, Any], name: str) -> dict[str, Any]:
     member = name.rsplit("/", 1)[-1]
     merged = {key: value for key, value in data.items() if key != "members"} | {"name": name} | (own or {})
     kinds = [key for key in ANSWERS if key in (own or {})]
-    if kinds:  # a member of another kind than the family has its own way to answer only
+    if kinds:  # a member of another kind drops the family's way to answer
         merged = {key: value for key, value in merged.items() if key not in ANSWERS or key in kinds}
     filled: dict[str, Any] = _substitute(merged, {"{member}": member, "{subject}": member.replace("_", " ")})
     return filled
@@ -196,7 +196,7 @@ def _check_known(key: str, known: Collection[str], what: str) -> None:
 
 
 def _check_verbalizer(verbalizer: object) -> None:
-    """Says where quotes are missing: YAML reads a bare no as false, and 0 as a number."""
+    """A hint that quotes are missing: YAML reads a bare no as false, and 0 as a number."""
     for label, word in verbalizer.items() if isinstance(verbalizer, dict) else ():
         for role, value in (("label", label), ("word", word)):
             if not isinstance(value, str):

@@ -1,7 +1,7 @@
-"""What the cells of a raw row say: texts, labels, answers, choices.
+"""Reads the cells of a raw row: texts, labels, answers, choices.
 
-Cells come from files, so that they may hold anything: each function here takes any value, and reads it or refuses it
-with a TaskError that says what is wrong with it. Where it stands the caller adds.
+Cells come from files and may hold anything: each function here takes any value, and reads it or raises a TaskError
+that says what is wrong. The caller adds the file and the row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from tasks.errors import TaskError, listed, shown
 
 LETTERS = tuple(ascii_uppercase)
-LONGEST_TEXT = 1_000_000  # characters; more fit no model's context, which a tokenizer takes half a minute to find out
+LONGEST_TEXT = 1_000_000  # characters; longer texts fit no model's context, and tokenising one takes half a minute
 
 Row = Mapping[str, Any]  # column -> value
 
@@ -25,7 +25,7 @@ Row = Mapping[str, Any]  # column -> value
 
 
 def find(row: Row, name: str) -> Any:
-    """The column's value, or that of a dotted path into one; None if there is no such thing."""
+    """The column's value, or the value at a dotted path into one; None if there is none."""
     if name in row:
         return row[name]
     value: Any = row
@@ -91,7 +91,7 @@ def best(scores: Mapping[str, Any]) -> list[str]:
 
 
 def told_apart(scores: Mapping[str, Any]) -> list[str]:
-    """As `best`, of scores that set some names apart from the others."""
+    """As `best`, but refuses scores that are all equal."""
     names = best(scores)
     if len(names) == len(scores) > 1:
         raise TaskError(f"the scores are {shown(scores)}; expected a highest one")
@@ -174,11 +174,11 @@ def lettered(text: str) -> int:
 
 
 def right_choices(answer: Any, choices: Choices) -> list[int]:
-    """The places of the right choices.
+    """The indices of the right choices.
 
     Args:
         answer: the name of a choice, or its index; or a score for each choice, by its text or by its name.
-        choices: what there is to choose from.
+        choices: all choices of the row.
     """
     if isinstance(answer, Mapping):
         return _scored_choices(answer, choices)
@@ -204,5 +204,5 @@ def _scored_choices(scores: Mapping[str, Any], choices: Choices) -> list[int]:
 
 
 def drawn_order(texts: Sequence[str]) -> list[int]:
-    """An order of the texts that depends on nothing but the texts."""
+    """A shuffled order of the texts that depends only on the texts."""
     return random.Random("\n".join(texts)).sample(range(len(texts)), len(texts))

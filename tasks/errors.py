@@ -1,4 +1,4 @@
-"""What a person is told whose spec or data are not as they should be: always one printable line, never a long one."""
+"""Errors about a spec or data, for the person who wrote it: one printable line each, never a long one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ NAMED = 30  # columns and the like in it
 
 
 class TaskError(ValueError):
-    """A spec or a data file is not as it should be; the message names file, key or row, and what was expected.
+    """A spec or a data file is invalid; the message names the file, the key or row, and what was expected.
 
-    A message quotes what stands in files, and a terminal obeys escape sequences, so that the message escapes them.
+    A message quotes files, and a terminal obeys escape sequences, so the message escapes them.
     """
 
     def __init__(self, message: str) -> None:
@@ -26,16 +26,16 @@ class MissingFilesError(TaskError):
 
 
 class TooFewRowsError(TaskError):
-    """The data have fewer rows than are to be drawn."""
+    """The data have fewer rows than the run has to draw."""
 
 
 def printable(text: str) -> str:
-    """The text on one line, with an escape for every character that a terminal would not print as itself."""
+    """The text on one line, with every unprintable character escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def shown(value: object) -> str:
-    """A value as messages quote it: cut where it is long or deep."""
+    """A value as messages quote it, shortened where it is long or deep."""
     short = Repr()
     short.maxlevel, short.maxstring, short.maxother, short.maxlong = 3, QUOTED, QUOTED, QUOTED
     try:

@@ -1,4 +1,4 @@
-"""The meta-prompts: what shows the agent a task's examples and asks it for an instruction."""
+"""The meta-prompts, which show the agent a task's examples and ask it for an instruction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NUMBER_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "ei
 
 
 class MetaPrompt(NamedTuple):
-    """What the agent is asked, and the opening of the answer that it is to go on with."""
+    """What the agent is asked, and the opening of the answer, which it continues."""
 
     request: str
     opening: str
@@ -30,7 +30,7 @@ def meta_prompt(pairs: Sequence[Example]) -> MetaPrompt:
 
 
 def rewrite_prompt(pairs: Sequence[Example], text: str, instruction: str = "") -> MetaPrompt:
-    """The meta-prompt of test-time editing (Figure 6): pairs, then the one input that the instruction is to be for.
+    """The meta-prompt of test-time editing (Figure 6): pairs, then the one input that the instruction is for.
 
     Args:
         pairs: examples to show.

@@ -1,4 +1,4 @@
-"""Files of rows: .jsonl, .json, .tsv, .csv and .parquet, each row as columns and values with the place it stands at."""
+"""Files of rows: .jsonl, .json, .tsv, .csv and .parquet, each row as columns and values, with the file and row number."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
 Row = dict[str, Any]
 
 
-csv.field_size_limit(2**31 - 1)  # a cell may be a document; the csv module stops at 128 kB of itself
+csv.field_size_limit(2**31 - 1)  # a cell may be a document; the csv module's own limit is 128 kB
 
 
 def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
@@ -51,7 +51,7 @@ def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, Ro
 
 
 def read_text(path: Path) -> str:
-    """All of a text file.
+    """The whole text of a file.
 
     Raises:
         TaskError: it cannot be read, or is not UTF-8.
@@ -118,7 +118,7 @@ def _parse_json(text: str, path: Path, line: int) -> Any:
         raise TaskError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
         raise TaskError(f"{path}:{line}: values are nested too deeply") from error
-    except ValueError as error:  # Python reads no whole numbers of more than 4300 digits
+    except ValueError as error:  # Python refuses whole numbers of more than 4300 digits
         raise TaskError(f"{path}:{line}: a number has too many digits") from error
 
 

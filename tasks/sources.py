@@ -44,7 +44,7 @@ def load_task(name: str, data: str, shots: int = 16, seed: int = 0, test_limit: 
         return build_data(spec, rows, shots, seed, test_limit)
     except TooFewRowsError as error:
         raise TooFewRowsError(f"{source}: {error}") from None
-    except OSError as error:  # a path that no system takes, a folder that may not be looked into
+    except OSError as error:  # an invalid path, or a folder that may not be read
         raise TaskError(f"{spec.name}: {error}") from error
 
 
@@ -52,7 +52,7 @@ def load_task(name: str, data: str, shots: int = 16, seed: int = 0, test_limit: 
 
 
 def _task_folder(spec: TaskSpec, data: Path) -> Path:
-    """The folder of the task's files: the data folder, or the one in it that the spec or the task's name says."""
+    """The folder of the task's files: the data folder, or the subfolder named by the spec or by the task."""
     if not data.is_dir():
         raise TaskError(f"no data folder {str(data.absolute())!r}; expected a folder, 'lab' or 'hub'")
     within = (data / (spec.folder or spec.name), data / spec.name, data / spec.short_name, data)
@@ -63,7 +63,7 @@ def _task_folder(spec: TaskSpec, data: Path) -> Path:
 def _file_rows(spec: TaskSpec, folder: Path) -> dict[str, list[Example]]:
     found = {split: _find(spec, folder, split) for split in SPLITS}
     for split, path in found.items():
-        # Without a word on files there are train and test; a spec that names one training file may have only that.
+        # A spec without `files` needs train and test; one that names a training file may have only that.
         needed = spec.files.get(split) or split == "train" or (split == "test" and not spec.files.get("train"))
         if path is None and needed:
             raise MissingFilesError(_missing(spec, folder, split))
@@ -72,7 +72,7 @@ def _file_rows(spec: TaskSpec, folder: Path) -> dict[str, list[Example]]:
 
 
 def _find(spec: TaskSpec, folder: Path, split: str) -> Path | None:
-    """The split's file: one that the spec names, else one with a usual name, the least nested, then the first."""
+    """The split's file: one that the spec names, else one with a usual name; the least nested, then the first."""
     for name in spec.files.get(split, []):
         if (folder / name).is_file():
             return folder / name
@@ -82,9 +82,9 @@ def _find(spec: TaskSpec, folder: Path, split: str) -> Path | None:
 
 
 def _is_own(spec: TaskSpec, folder: Path) -> bool:
-    """Whether all that lies below a folder is the task's: it has the task's name, and the spec names no training file.
+    """Whether files in subfolders count: the folder has the task's name, and the spec names no training file.
 
-    In any other folder, what lies further down may belong to something else.
+    In any other folder, a file further down may belong to something else.
     """
     return folder.resolve().name == spec.short_name and not spec.files.get("train")
 
@@ -98,7 +98,7 @@ def _missing(spec: TaskSpec, folder: Path, split: str) -> str:
 
 
 def _manual_prompt(spec: TaskSpec, folder: Path) -> str:
-    """The folder's own instruction, if it has one: its inputs may want another baseline than the spec's."""
+    """The folder's own manual prompt, if it has one: its inputs may need another baseline than the spec's."""
     for name in (MANUAL_PROMPT_FILE, *spec.files.get("manual", [])):
         path = folder / name
         if path.is_file() and path.suffix == ".json":
@@ -126,7 +126,7 @@ def _examples(spec: TaskSpec, rows: Iterable[tuple[str, Row]], source: str) -> l
 
 
 def _hub_rows(spec: TaskSpec) -> dict[str, list[Example]]:
-    import datasets  # seconds to import, and not needed for files
+    import datasets  # takes seconds to import, and files do not need it
 
     if not spec.hub:
         raise MissingFilesError(f"{spec.name}: the task has no hub data set; use data=DIR")

@@ -1,4 +1,4 @@
-"""What a task is: a declarative spec, and how it makes an example of a raw row.
+"""What a task is: a declarative spec, and how it turns a raw row into an example.
 
 Knows no model and no tokenizer. There are three kinds of tasks, by what an answer is: one of the task's own label
 words (`verbalizer`), the letter of one of the choices that each input offers (`choices`), or text (`answers`).
@@ -27,7 +27,7 @@ class Example:
         label: index of the right class; None where the answer is text.
         answer: the right answer as meta-prompts show it: a label word, a letter, a text.
         also: indices of further classes that are right as well.
-        choices: how many classes this example offers, the first ones; None: all that the task has.
+        choices: this example offers the first so many classes; None: all classes of the task.
         answers: every accepted answer, where it is text.
     """
 
@@ -46,13 +46,13 @@ class TaskSpec:
     Attributes:
         name: what `--task` takes.
         description: one line, with the source.
-        fields: the columns that the input is made of, each with other names it goes by in data files. A dot goes
+        fields: the columns that the input is made of, each with its other names in data files. A dot reaches
             into a column ("question.stem"). A list of texts is joined by commas.
         input: how an input is rendered from the fields, in braces; {choices} stands for the lettered choices.
         manual_prompt: the instruction a person would write; the baseline.
         label: the names that the column of the right answer goes by, for a verbalizer or choices. Integers index the
             classes; names with a score each (BIG-bench's target_scores) mean the highest, by label, text or letter.
-        verbalizer: label as it stands in the data -> word the target answers with, in class order.
+        verbalizer: label in the data -> word that the target answers with, in class order.
         choices: the names that the column of the choices goes by: 2 to 26 texts, which may have labels of their own
             or scores. Without such a column they are the columns A, B, C, ..., or the lines (A), (B), ... of the input.
         answers: names of the columns that hold accepted answers; what the first one that is there says comes first.
@@ -60,12 +60,13 @@ class TaskSpec:
         template: what the target reads; {prompt} and {input}. Ends where the answer begins.
         shuffle: the order of choices (or of the fields, where there are none) gives the answer away, so it is drawn
             anew for every row, always the same for the same row.
-        max_shots: examples per label at most, for data sets with few rows of one.
+        max_shots: the most examples per label, for data sets with few rows of a label.
         hub: path, name, revision and, for each split, the data set's name of it.
         folder: the folder of the task's files within a data folder; by default the task's name.
-        files: for each split, file names to look for in there, before the usual ones (train.jsonl, dev.tsv, ...).
+        files: for each split, file names to look for in that folder, before the usual ones (train.jsonl, dev.tsv, ...).
             Where no test file is named or found, train is cut into all three splits. Where none is named for train,
-            a folder of the task's name is searched to its bottom. "manual": a file of instructions; the first counts.
+            a folder of the task's name is searched with all its subfolders. "manual": a file of instructions, of which
+            the first counts.
         columns: names of the columns of a .csv or .tsv without header.
         drop_labels: labels of rows to leave out (SNLI's -1: the annotators did not agree).
     """
@@ -96,7 +97,7 @@ class TaskSpec:
 
     @property
     def short_name(self) -> str:
-        """The name without that of the family."""
+        """The name without the family's name."""
         return self.name.rsplit("/", 1)[-1]
 
     @property
@@ -112,7 +113,7 @@ class TaskSpec:
             where: file and row, for the error.
 
         Raises:
-            TaskError: a column is missing or empty, or the answer is none of those there are.
+            TaskError: a column is missing or empty, or the answer is not one of the possible answers.
         """
         try:
             values = {
@@ -137,7 +138,7 @@ class TaskSpec:
         return Example(text, places[0], self.words[places[0]], also=tuple(places[1:]))
 
     def _place(self, label: str | None) -> int | None:
-        """The class of a label by its name or, if there is none of that name, by its index."""
+        """The class of a label by its name or, if no class has that name, by its index."""
         for known in (list(self.verbalizer), list(map(str, range(len(self.words))))):
             if label in known:
                 return known.index(label)
@@ -147,7 +148,7 @@ class TaskSpec:
         column = next((value for name in self.choices if (value := cells.find(row, name)) is not None), None)
         choices = cells.offered(column, row)
         order = None
-        if choices is None:  # they stand in the input itself
+        if choices is None:  # the input itself contains the choices
             letters = list(LETTERS[: cells.lettered(fill(self.input, values | {"choices": ""}))])
             if not letters:
                 raise TaskError(f"no column {' or '.join(map(repr, self.choices))}, no columns A and B")

@@ -119,7 +119,7 @@ MUTANTS = (
     Mutant("packed: the last layer asks with other tokens", T, "queries = first + asked", "queries = first + steps", "test_packed.py"),
     Mutant("packed: order of blocks", T, "_take(torch.cat(parts), layout.restore)", "torch.cat(parts)", "test_packed.py"),
     Mutant("packed: MLP of other tokens", P, "index_select(1, wanted)", "index_select(1, wanted - 1)", "test_packed.py"),
-    Mutant("packed: cache keeps rows that left", C, "            self.room = []  # of the rows that were\n", "", "test_packed.py"),
+    Mutant("packed: cache keeps rows that left", C, "            self.room = []  # of the rows before reordering\n", "", "test_packed.py"),
     Mutant("packed: rows of the cache not moved", C, "room[moved, :, :held] = room[beam_idx[moved], :, :held]", "pass", "test_packed.py"),
     Mutant("packed: no triangle where none is given", T, ".tril(lengths[1] - lengths[0])", "", "test_packed.py"),
     Mutant("sampling: times not exponential", PO, "-uniform.log()", "uniform", "test_policy.py"),

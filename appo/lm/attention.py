@@ -1,7 +1,7 @@
-"""The attention of packed sequences: the function in transformers' table, and the layouts that it goes by.
+"""The attention of packed sequences: the function for transformers' table, and the layouts that it follows.
 
-All tokens of a pass stand in one row of S: prefixes, then the branches that go on from them. A layout says which of
-them each token sees, in blocks of sequences of about the same length.
+All tokens of a pass stand in one row of S: prefixes, then the branches that go on from them. A layout says which
+tokens each token sees, in blocks of sequences of about the same length.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class Branches(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Some sequences of about the same length: places of their tokens and of what these may see, and the mask."""
+    """Sequences of about the same length: the places of their queries and keys, and the mask between them."""
 
     queries: Tensor  # [n, R]
     keys: Tensor  # [n, W]
-    age: Tensor  # [n, R, W]: how many positions the key is behind the query; negative where it must not be seen
+    age: Tensor  # [n, R, W]: positions from the key to the query; negative where the query must not see the key
     mask: Tensor  # [n, 1, R, W], 0 or -inf
 
 
 class Layout(NamedTuple):
-    """Which tokens see which, of all that stand in one row."""
+    """Which of the S tokens in one row see which."""
 
     blocks: list[_Block]
-    restore: Tensor  # [S]: where in the blocks' queries, one after another, each token is
+    restore: Tensor  # [S]: the place of each token in the concatenated queries of all blocks
 
 
 def layout_of(
@@ -51,9 +51,9 @@ def layout_of(
     """Blocks of sequences that see equally long prefixes, sorted by length, so that little of a block is padding.
 
     Args:
-        batch: of which the sequences are, prefixes and branches.
-        starts: where each of them begins, and at last the number of tokens S.
-        asking: how many of the last tokens of each attend; the others get what another token gets.
+        batch: its prefixes and branches are the sequences.
+        starts: where each sequence begins, followed by S, the number of tokens.
+        asking: how many of each sequence's last tokens attend; the output of the others is arbitrary.
     """
     length = [len(row) for row in (*batch.prefixes, *batch.branches)]
     parent = [-1] * len(batch.prefixes) + list(batch.owner)
@@ -103,7 +103,7 @@ def _attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of a model: [1, heads, S, D] by `layout`; without one, an ordinary batch as SDPA has it.
+    """The attention function of a model: [1, heads, S, D] by `layout`; without a layout, SDPA on an ordinary batch.
 
     Returns:
         [B, S, heads, D], as Hugging Face wants it, and no weights.
@@ -111,7 +111,7 @@ def _attention(
     if layout is None:
         if softcap is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        if attention_mask is None:  # SDPA's way to say that nothing is hidden but what comes later
+        if attention_mask is None:  # how SDPA is told that only later tokens are hidden
             lengths = query.shape[2], key.shape[2]
             attention_mask = torch.ones(lengths, dtype=torch.bool, device=key.device).tril(lengths[1] - lengths[0])
         return _attend(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None

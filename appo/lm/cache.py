@@ -1,4 +1,4 @@
-"""Keys and values of one token after another: a cache with room to grow, and rows that leave it when they end."""
+"""The cache of keys and values in decoding: it has room to grow, and rows leave it when their response ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of a layer, with room for more: new ones are written there, where DynamicLayer copies all."""
+    """A layer's keys and values with spare room: new ones are written into it, while DynamicLayer copies all."""
 
     ROOM = 128  # tokens
     keys: Tensor | None
@@ -41,7 +41,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         rows = len(beam_idx)
         if not self.room or rows > len(self.room[0]):
             super().reorder_cache(beam_idx)
-            self.room = []  # of the rows that were
+            self.room = []  # of the rows before reordering
             return
         assert self.keys is not None
         held = self.keys.shape[2]
@@ -53,14 +53,14 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache for the model; as transformers has it, but that a token more does not copy all those before."""
+    """An empty cache for the model: transformers' own, except that a new token does not copy all earlier ones."""
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 def surviving_rows(going: Tensor) -> Tensor:
-    """Indices of the rows that go on, of [R] booleans. The last of them fill the gaps, so that few have to move."""
+    """Indices of the rows that go on, given [R] booleans. The last rows fill the gaps, so that few rows move."""
     rows = going.nonzero()[:, 0]
     order = torch.arange(len(rows), device=going.device)
     order[~going[: len(rows)]] = rows[rows >= len(rows)]

@@ -1,8 +1,8 @@
-"""Linear layers by oneDNN, on CPUs where it multiplies matrices faster than what torch takes for them.
+"""Linear layers by oneDNN, on CPUs where it multiplies matrices faster than torch's default.
 
-torch leaves float32 products to MKL, which uses AVX-512 on Intel's CPUs only: on others it reaches half of what they
-can do. torch ships oneDNN as well, which uses AVX-512 on all of them, but calls it for other types only. So this file
-calls the operator itself, a private one of torch, by giving `nn.Linear` layers another class. Nothing outside of
+torch leaves float32 products to MKL, which uses AVX-512 on Intel's CPUs only: on others it reaches half of their
+rate. torch also ships oneDNN, which uses AVX-512 on all CPUs, but calls it for other types only. So this file calls
+that operator, a private one of torch, by giving `nn.Linear` layers another class. Nothing outside of
 `CausalLM(onednn=...)` knows of it; the numbers are those of `nn.Linear` but for rounding.
 """
 
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FEW = 64  # rows: for fewer the time goes into reading the weights, and MKL is quicker to begin
-MANY = 2**25  # weights: of more, a vocabulary's, oneDNN makes the gradient no faster and takes more memory
+FEW = 64  # rows: with fewer, reading the weights takes the time, and MKL has less overhead
+MANY = 2**25  # weights: for more (a vocabulary), oneDNN computes the gradient no faster and takes more memory
 
 
 @cache
 def is_faster() -> bool:
-    """Whether this machine has a CPU on which oneDNN is the faster of the two."""
+    """Whether oneDNN is faster than MKL on this machine's CPU."""
     cpu = torch.cpu.get_capabilities()
     built = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return built and bool(cpu.get("avx512_f")) and "intel" not in str(cpu.get("cpu_name", "intel")).lower()
@@ -30,7 +30,7 @@ def install(model: nn.Module) -> None:
     """Lets the model's linear layers use oneDNN on a CPU where that is faster; their weights and names stay."""
     if is_faster():
         for module in model.modules():
-            if type(module) is nn.Linear:  # not one that computes something of its own
+            if type(module) is nn.Linear:  # not a subclass, which may compute something else
                 module.__class__ = OneDNNLinear
 
 
@@ -42,7 +42,7 @@ def uninstall(model: nn.Module) -> None:
 
 
 class OneDNNLinear(nn.Linear):
-    """A linear layer that leaves float32 products of many rows to oneDNN; all else is as in `nn.Linear`."""
+    """A linear layer that leaves float32 products of many rows to oneDNN; otherwise `nn.Linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         many = x.numel() >= FEW * self.in_features and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")

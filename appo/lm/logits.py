@@ -1,4 +1,4 @@
-"""What PPO wants of logits, without the memory that autograd would take for it.
+"""Log-probabilities and entropies of logits, without the memory that autograd would take.
 
 Logits are by far the largest tensor of PPO on language models. Log-probabilities and entropies are computed some rows
 at a time, and only the logits are kept for the gradient; `appo.functional` has the plain forms, which they equal.
@@ -37,7 +37,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         tokens = tokens.unsqueeze(-1)
-        ctx.set_materialize_grads(False)  # None for the entropies where they are only looked at
+        ctx.set_materialize_grads(False)  # None for the entropies if the loss does not use them
         chosen, entropies = [], []
         for rows, token in _chunks(logits, tokens):
             logprobs = at_least_float32(rows).log_softmax(-1)
@@ -63,6 +63,6 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _chunks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows at a time of logits [n, V], and the same rows of the others [n, *]."""
+    """Yields some rows of logits [n, V] at a time, with the same rows of the others [n, *]."""
     rows = max(1, AT_ONCE // logits.shape[-1])
     return zip(*(x.split(rows) for x in (logits, *others)), strict=True)

@@ -1,6 +1,6 @@
-"""A bare causal LM and its tokenizer: text to tokens, passes over what is given, and one token after another.
+"""A bare causal LM and its tokenizer: text to tokens, passes over given tokens, and decoding token by token.
 
-Whatever is particular to running a Hugging Face model is here or beside it in `appo/lm`, for agents and targets alike.
+Everything specific to running a Hugging Face model is in `appo/lm`, for agents and targets alike.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ContextTooLongError(ValueError):
 
 
 class CausalLM:
-    """A causal LM, as it is asked for everything; built once, where models are loaded.
+    """A causal LM, the one object through which a model is run; built once, where models are loaded.
 
     This is the only place that alters a model. It puts the model into eval mode and, where the model allows it, enters
     an attention that runs shared prefixes once (`packed`), products by oneDNN (`linear`) and a gradient of a tied
@@ -40,10 +40,10 @@ class CausalLM:
         chat: put requests into the tokenizer's chat template; None: if it has one.
         compute_dtype: what the layers compute in, by autocast; weights stay as they are.
         gradient_checkpointing: keep only the layers' inputs for the backward pass; saves memory, costs a third of time.
-        onednn: leave large products to oneDNN on CPUs where it is the faster.
+        onednn: use oneDNN for large matrix products on CPUs where it is faster.
 
     Attributes:
-        context: how many tokens it can see; None: it does not say.
+        context: the most tokens it can see; None if its configuration does not say.
         ends: tokens that end a text.
         packed: whether shared prefixes are run once; else every sequence is a padded row.
     """
@@ -68,14 +68,14 @@ class CausalLM:
         self.packed = packed.install(model)
         self._checkpoints = gradient_checkpointing
         if gradient_checkpointing:
-            # The name that transformers has now, else the one it had before.
+            # transformers' present name for it, else its former one.
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         embedding = model.get_input_embeddings()
         if embedding.weight is model.get_output_embeddings().weight and embedding.weight.requires_grad:
             # The head's gradient is as large as the vocabulary: that of the few tokens read is added to it, where a
             # dense one would be made beside it.
             embedding.sparse = True
-            embedding.weight.register_post_accumulate_grad_hook(_make_dense)  # of a loss that does not use the head
+            embedding.weight.register_post_accumulate_grad_hook(_make_dense)  # a loss that does not use the head
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +90,7 @@ class CausalLM:
     # -- text --------------------------------------------------------------------------------------------------------
 
     def text(self, request: str, opening: str = "") -> str:
-        """What the model reads: the request, then the opening of the answer that it is to go on with.
+        """What the model reads: the request, then the opening of the answer, which it continues.
 
         In a chat the request is the user's turn and the opening begins an assistant's turn that is left open: closed,
         the model would be asked to speak after it had ended its turn.
@@ -104,7 +104,7 @@ class CausalLM:
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True))
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of what `text` made.
+        """Token ids of texts that `text` made.
 
         A chat template has written its special tokens already. In plain text they are added here, and one that is spelt
         out ("</s>") is a few characters like any others: requests come from a model and from data, and neither may end
@@ -122,7 +122,7 @@ class CausalLM:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def continued(self, text: str, answer: str) -> str:
-        """What `text` made, with an answer behind it, after a space where none stands there yet."""
+        """A text that `text` made, followed by an answer, with a space between them if there is none."""
         return f"{text}{'' if self.chat or not text or text[-1].isspace() else ' '}{answer}"
 
     def check_fits(self, count: int, what: str) -> None:
@@ -145,7 +145,7 @@ class CausalLM:
         """Logits and hidden states of the branches' tokens, in order, from one pass.
 
         Args:
-            batch: prefixes, each run once, and what goes on from them.
+            batch: prefixes, each run once, and the branches that continue them.
             keep: how many of each branch's last tokens are wanted; default: all of them.
             only: the few tokens of the vocabulary whose logits are wanted, in float32; default: all, as they come.
         """
@@ -155,18 +155,18 @@ class CausalLM:
 
     @torch.no_grad()
     def decode(self, contexts: Sequence[Sequence[int]], choose: Choose, budget: int, copies: int = 1) -> None:
-        """One token after another, for `copies` responses to each context, until `choose` lets none go on.
+        """Decodes `copies` responses to each context, token by token, until `choose` lets none go on.
 
         Args:
-            contexts: token ids, at least one each. Each is run once, and what all begin with once for all.
-            choose: called with what the model says to the responses that go on; see `Choose`.
+            contexts: token ids, at least one each. Each is run once; a prefix that all share is run once for all.
+            choose: called with the model's output for the responses that go on; see `Choose`.
             budget: tokens of a response, at most.
             copies: responses to each context; response r is to context r // copies.
         """
         with self._computing():
             cache, mask, inputs, lengths = self._prefill(contexts, copies)
             position = lengths - 1
-            padded = not mask.all()  # else no mask is needed, nor made from step to step
+            padded = not mask.all()  # without padding no mask is needed
             alive = torch.arange(len(inputs), device=self.device)
             for _ in range(budget):
                 mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1) if padded else mask
@@ -182,9 +182,9 @@ class CausalLM:
                     alive, inputs, mask, position = alive[rows], inputs[rows], mask[rows], position[rows]
 
     def _prefill(self, contexts: Sequence[Sequence[int]], copies: int) -> _Prefix:
-        """Runs each context but for its last token, and gives every response its own view of it."""
+        """Runs each context except its last token, and gives every response its own rows of the cache."""
         cache = new_cache(self.model)
-        # A window that slides would count the padding between the common beginning and the rest.
+        # A sliding window would count the padding between the shared prefix and the rest.
         sharing = self.packed and not any(cache.is_sliding)
         shared = common_prefix([context[:-1] for context in contexts]) if sharing else 0
         ids, mask = packed.pad_left([context[shared:] for context in contexts], self.device)  # all end in one column
@@ -203,12 +203,12 @@ class CausalLM:
         return _Prefix(cache, mask[rows, :-1], ids[rows, -1:], mask.sum(1)[rows])
 
     def _read(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> None:
-        """Takes the ids into the cache; nobody wants the logits, so a single token's are computed."""
+        """Adds the ids to the cache. Nobody reads their logits, so only one column of them is computed."""
         with _only_rows(self.model, [0]):
             self._step(ids, mask, positions, cache)
 
     def _step(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache) -> Output:
-        """What the model says to the last of the ids, [B, 1, *]; the cache takes in all."""
+        """The model's output for the last of the ids, [B, 1, *]; all ids are added to the cache."""
         return packed.call(
             self.model,
             input_ids=ids,
@@ -268,11 +268,11 @@ def _make_dense(weight: Tensor) -> None:
 
 @contextmanager
 def _only_rows(model: PreTrainedModel, tokens: Sequence[int] | None) -> Iterator[list[int] | None]:
-    """Lets the model compute the logits of a few tokens only; yields the columns where they are then.
+    """Lets the model compute the logits of a few tokens only; yields the columns that hold them.
 
-    What a model does to its logits (soft-capping, scaling) it still does. A head that is no plain linear layer
-    stays as it is. The few rows are float32 also where the model is bfloat16, in which logits near 20 are 0.125 apart:
-    label words would tie, and the first one win.
+    The model still scales or soft-caps its logits. A head that is not a plain linear layer stays as it is. The few rows
+    are float32 even if the model is bfloat16, where logits near 20 are 0.125 apart: label words would tie, and the
+    first one would win.
     """
     head = model.get_output_embeddings()
     if tokens is None or type(head) not in (nn.Linear, linear.OneDNNLinear):

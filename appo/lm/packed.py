@@ -2,10 +2,10 @@
 
 The K responses to a query share the query, the inputs under an instruction share the instruction. Run as padded rows,
 most of the work is repetition. Here all tokens stand in one row of S: the prefixes, then the branches that go on
-from them. Embeddings, MLPs and heads do not care who stands next to whom; attention does, and Hugging Face models
-take theirs from a table in which ours is entered: every branch sees its prefix and itself, and nothing else.
+from them. Embeddings, MLPs and heads treat each token alone; only attention looks at neighbours. Hugging Face models
+take it from a table, to which we add ours: every branch sees its prefix and itself, and nothing else.
 
-Models that do not use that table get the padded rows after all, and give the same numbers.
+Models that do not use that table run padded rows instead, with the same results.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from appo.lm.attention import CPU, NAME, Branches, Layout, layout_of
 
 
 class Output(NamedTuple):
-    """Of the kept tokens: logits [n, V] and the hidden states [n, H] that the head read."""
+    """Logits [n, V] of the kept tokens, and the hidden states [n, H] that the head read."""
 
     logits: Tensor
     hidden: Tensor
@@ -31,17 +31,17 @@ class Output(NamedTuple):
 
 @torch.no_grad()
 def install(model: PreTrainedModel) -> bool:
-    """Makes the model's attention ours, which is SDPA for ordinary passes; False if the model does not fit it.
+    """Sets the model's attention to ours, which is SDPA for ordinary passes; False if the model cannot use it.
 
-    It does not where attention comes from elsewhere, or where other parts look at neighbours too (convolutions, state
-    spaces). Nothing says so reliably, hence a trial: packed and padded must give the same logits.
+    It cannot if its attention comes from elsewhere, or if other parts look at neighbours too (convolutions, state
+    spaces). No flag says so reliably, hence a trial: packed and padded must give the same logits.
     """
     if is_installed(model) or not model._supports_attention_backend:
         return is_installed(model)
     before = model.config._attn_implementation
     trial = Branches([[1, 2, 3, 4], [5]], [[6, 7, 8], [9], [3, 2]], [0, 0, 1])
     counts = [len(branch) for branch in trial.branches]
-    model.set_attn_implementation("eager")  # the model's definition; SDPA may leave a soft cap out without a word
+    model.set_attn_implementation("eager")  # the model's definition; SDPA may silently leave out a soft cap
     defined = _run_padded(model, trial, counts).logits
     model.set_attn_implementation(NAME)
     if is_installed(model):
@@ -92,7 +92,7 @@ def run(model: PreTrainedModel, batch: Branches, keep: Sequence[int] | None = No
     ).to(device)
     layout = layout_of(batch, starts, [len(row) for row in rows], model.dtype, device)
     reading = layout_of(batch, starts, [0] * len(batch.prefixes) + counts, model.dtype, device)
-    unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # a mask in four dimensions is not made again
+    unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # a 4-D mask is used as it is
     with _last_layer_on(model, wanted, starts[-1], reading):
         logits, hidden = call(
             model,
@@ -103,11 +103,11 @@ def run(model: PreTrainedModel, batch: Branches, keep: Sequence[int] | None = No
             use_cache=False,
             layout=layout,
         )
-    return Output(logits.squeeze(0), hidden.squeeze(0))  # as [0], but that has zeros made for the gradient
+    return Output(logits.squeeze(0), hidden.squeeze(0))  # [0] would allocate zeros for the gradient
 
 
 def call(model: PreTrainedModel, **inputs: Any) -> Output:
-    """One forward pass of the model as it is: its logits, and the hidden states that its head made them from."""
+    """One ordinary forward pass: the logits, and the hidden states that the head made them from."""
     seen: list[Tensor] = []
 
     def see(_head: nn.Module, states: tuple[Tensor]) -> tuple[Tensor]:
@@ -125,7 +125,7 @@ def call(model: PreTrainedModel, **inputs: Any) -> Output:
 def _last_layer_on(model: PreTrainedModel, wanted: Tensor, total: int, reading: Layout) -> Iterator[None]:
     """Skips work of the last layer that nobody reads: all tokens give keys and values, only `wanted` ones are queried.
 
-    Its attention goes by the layout `reading`; its MLP and the projections around its attention, all but those for
+    Its attention follows the layout `reading`; its MLP and the projections around its attention, all but those for
     keys and values, see the wanted tokens alone.
     """
     last = next(reversed(layers(model)), None)
@@ -140,7 +140,7 @@ def _last_layer_on(model: PreTrainedModel, wanted: Tensor, total: int, reading: 
         return (states[0].index_select(1, wanted),)
 
     def put_back(part: nn.Module, states: tuple[Tensor], output: Any) -> Any:
-        if isinstance(output, tuple):  # with the scores of a router
+        if isinstance(output, tuple):  # a mixture of experts also returns its router's scores
             return put_back(part, states, output[0]), *output[1:]
         return output.new_zeros(1, total, output.shape[-1]).index_copy(1, wanted, output)
 
@@ -157,7 +157,7 @@ def _last_layer_on(model: PreTrainedModel, wanted: Tensor, total: int, reading: 
 
 
 def _run_padded(model: PreTrainedModel, batch: Branches, counts: Sequence[int]) -> Output:
-    """The plain way, for models with an attention of their own: every sequence whole, in a padded row."""
+    """The plain way, for models that cannot be packed: every sequence whole, in a padded row."""
     rows = [[*batch.prefixes[m], *branch] for m, branch in zip(batch.owner, batch.branches, strict=True)]
     ids, mask = pad_left(rows, model.device)
     most = max(counts)
