@@ -1,4 +1,4 @@
-"""Files of rows: .jsonl, .json, .tsv, .csv and .parquet, each row as columns and values, with the file and row number."""
+"""Files of rows: .jsonl, .json, .tsv, .csv and .parquet, each row as columns and values, with file and number."""
 
 from __future__ import annotations
 
