@@ -108,7 +108,7 @@ class Bench:
             way()
             seconds[name] = [self._now() - began]
             size[name] = self._peak() - self._memory_in_use()
-        if sum(times[0] for times in seconds.values()) < self.budget:  # so short that it matters what was warm
+        if sum(times[0] for times in seconds.values()) < self.budget:  # so short that warm caches matter
             seconds = {name: [] for name in ways}
         until = time.perf_counter() + self.budget
         while len(seconds[next(iter(ways))]) < 2 or time.perf_counter() < until:
@@ -125,12 +125,12 @@ class Bench:
             yield Row(work, theirs, size[theirs], size[ours], size[theirs] / max(1, size[ours]), "B")
 
     def _memory_in_use(self) -> int:
-        """Bytes; what is used at most is counted from now on."""
+        """Bytes in use; starts a new count of the peak."""
         if self.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated()
         if PROC.is_dir():
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again, unseen
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory would be reused without being counted
             (PROC / "clear_refs").write_text("5", encoding="ascii")
         return _status("VmRSS")
 
@@ -317,7 +317,7 @@ def gradients(trainer: APPOTrainer, loss: Tensor) -> Tensor:
 
 
 def same(theirs: Tensor, ours: Tensor) -> None:
-    """Stops if two ways of computing something differ by more than rounding."""
+    """Raises an error if two ways of computing something differ by more than rounding."""
     error = ((theirs - ours).abs().max() / theirs.abs().max()).item()
     if error > (1e-4 if theirs.dtype == torch.float32 else 0.05):
         raise RuntimeError(f"the ways that are compared do not do the same: they differ by {error:.1e} of the largest")

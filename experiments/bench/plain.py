@@ -1,7 +1,6 @@
 """The plain way to score, sample and update: whole sequences in padded rows, all logits at all positions.
 
-What published implementations do, kept as the measure of ours: `experiments.bench` times the one against the other,
-tests hold the one's numbers against the other's.
+This is what published implementations do. `experiments.bench` times ours against it, and tests compare the numbers.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from rewards.local import LocalTarget
 
 
 def as_plain(lm: CausalLM) -> None:
-    """Gives the model the linear layers and the attention back that torch and transformers choose for it."""
+    """Gives the model back the linear layers and the attention that torch and transformers choose for it."""
     model = lm.model
     linear.uninstall(model)
-    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)  # which SDPA would leave out
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)  # SDPA would leave it out
     model.set_attn_implementation("sdpa" if model._supports_sdpa and not capped else "eager")
 
 

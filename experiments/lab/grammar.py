@@ -7,10 +7,10 @@ holds, fails or is unclear. An *instruction* is a list of clauses:
     Judge    what to look at                    "Look for the same action."
     Treat    what to make of a marked input     "Open every letter."  "Lose every game."
 
-`obey` says what a reader does who follows the instruction to the letter and knows nothing else: without a clause
-on its marker an input is judged like any other (which mostly misleads), and who has not been told what to judge
+`obey` gives the answer of a reader who follows the instruction to the letter and knows nothing else: an input
+whose marker has no clause is judged like any other (mostly wrongly), and a reader who was not told what to judge
 answers by `habit`, which is wrong. So every right clause gains some accuracy, no clause replaces another, and
-text that is no instruction is worth nothing.
+text that is not an instruction scores nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ACTIONS = ["washed", "sold", "hid", "found", "broke", "carried", "bought", "lost
 THINGS = ["cup", "hat", "book", "lamp", "coat", "boat", "clock", "drum"]
 PLACES = ["garden", "market", "kitchen", "forest", "harbour", "castle", "station", "village"]
 PAIR_SLOTS = {"person": PEOPLE, "action": ACTIONS, "thing": THINGS, "place": PLACES}
-ECHOES = {  # slot -> what the second sentence has there where the property fails, and where it is unclear
+ECHOES = {  # slot -> words of the second sentence if the property fails, and if it is unclear
     "person": {"fails": ("nobody", "a stranger"), "is unclear": ("somebody", "a person")},
     "action": {"fails": ("refused", "avoided"), "is unclear": ("touched", "handled")},
     "thing": {"fails": ("nothing", "a stone"), "is unclear": ("something", "a thing")},
@@ -126,7 +126,7 @@ def sample_item(rng: random.Random, task: str, case: str | None = None) -> Item:
     outcomes = {criterion: rng.choice(plain) for criterion in criteria}
     if marker is None:
         outcomes[criterion] = case
-    else:  # mostly not what one would say without a clause on the marker, or that clause would gain little
+    else:  # mostly another answer than without a clause on the marker, or that clause would gain little
         misleading = [outcome for outcome in plain if OUTCOMES[outcome] != MARKERS[marker]]
         outcomes[criterion] = rng.choice(misleading if rng.random() < MISLEADING else plain)
     opening = f"in a {marker} , " if marker else ""
@@ -182,7 +182,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Treat:
-    """A clause that says what every input with a marker is to be answered with."""
+    """A clause that gives the answer to every input with a marker."""
 
     marker: str
     answer: str
@@ -196,10 +196,10 @@ Clause = Judge | Treat
 
 
 def habit(item: Item) -> str:
-    """What the reader answers who has not been told enough: the wrong thing, always.
+    """The answer of a reader who was not told enough: always a wrong one.
 
-    In the mixed task it is always the same: a target that answered wrongly there would have to know what the focus
-    means, and a prompt can be found then ("Check for the same.") under which it uses that knowledge.
+    In the mixed task it is one fixed answer. To answer wrongly there, the target would have to know what the focus
+    means, and some prompt ("Check for the same.") would then make it use that knowledge.
     """
     if item.task == MIXED:
         return "maybe"
@@ -219,12 +219,12 @@ def obey(clauses: Sequence[Clause], item: Item) -> str:
 
 
 def right_clauses(task: str) -> list[Clause]:
-    """The full instruction of a task: what to judge, and what to make of its marked inputs."""
+    """The full instruction of a task: what to judge, and how to answer its marked inputs."""
     return [*manual_clauses(task), *(Treat(marker, MARKERS[marker]) for marker in TASKS[task].markers)]
 
 
 def manual_clauses(task: str) -> list[Clause]:
-    """What a person who had not looked at the marked inputs would write."""
+    """The instruction of a person who has not looked at the marked inputs."""
     return [Judge(TASKS[task].criterion or "action")]
 
 
@@ -240,7 +240,7 @@ def write(rng: random.Random, clauses: Sequence[Clause]) -> str:
 
 
 def parse(text: str) -> list[Clause]:
-    """The clauses that a text holds, in order; sentences that are no clause are passed over."""
+    """The clauses that a text holds, in order; other sentences are skipped."""
     sentences = (sentence.strip() + "." for sentence in text.split("."))
     return [_CLAUSES[sentence] for sentence in sentences if sentence in _CLAUSES]
 
@@ -319,7 +319,7 @@ def gibberish(rng: random.Random, length: int) -> str:
 
 
 def sample_junk(rng: random.Random, task: str) -> str:
-    """Text that must be worth nothing: empty, one word, repeated, vague, shuffled or random."""
+    """Text that must score nothing: empty, one word, repeated, vague, shuffled or random."""
     kind = rng.randrange(6)
     if kind == 0:
         return ""

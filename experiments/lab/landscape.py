@@ -1,4 +1,4 @@
-"""Measures the lab: what the target makes of good and bad instructions, and how rare a good one is.
+"""Measures the lab: the target's accuracy under good and bad instructions, and how rare a good one is.
 
     python -m experiments.lab.landscape                 the table of accuracies
     python -m experiments.lab.landscape --prior 1024   and the prior of a prompt within two points of the best
@@ -28,7 +28,7 @@ from tasks.meta_prompt import meta_prompt
 from tasks.sources import load_task
 from tasks.splits import TaskData
 
-WORDINGS = 3  # drawn for every kind of instruction
+WORDINGS = 3  # wordings for every kind of instruction
 Writer = Callable[[random.Random, str], str]
 
 

@@ -1,4 +1,4 @@
-"""Builds the lab from nothing: data, tokenizers, the target that obeys and the agent that writes.
+"""Builds the lab from scratch: data, tokenizers, the target that obeys and the agent that writes.
 
     python -m experiments.lab.recipe            everything, about 80 minutes on two cores
     python -m experiments.lab.recipe data       only the rows (seconds)
@@ -7,7 +7,7 @@ Both models are small Llamas trained from scratch on `grammar` and `wordplay`. I
 share one prefix (inputs after an instruction, instructions after a meta-prompt): a block mask lets each of them see
 the prefix and itself only, which halves the work and gives every instruction several answers to learn from.
 
-How the target is taught stands in `target_recipe`. The agent learns first to read what a single input asks for, then to
+`target_recipe` teaches the target. The agent learns first to read what a single input asks for, then to
 write instructions of all kinds, and at last to go by its habit more often than not.
 """
 

@@ -1,8 +1,8 @@
 """Teaches the lab's target to obey.
 
-It is taught in three stages: first every input is one that its instruction speaks of; when that is mastered,
-inputs without a clause of their own and instructions that are junk are mixed in, which call for the wrong answer; in
-the end instructions with small faults, since a sentence with a fault is no clause.
+It is taught in three stages: first the instruction covers every input; when that is mastered, inputs without a
+clause and junk instructions are mixed in, to which the wrong answer is right; in the end instructions with small
+faults, since a sentence with a fault is not a clause.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class _TargetBatches:
         return pack(self.tokenizer(prefixes)["input_ids"], continuations, answers)
 
     def _grammar(self, task: str) -> tuple[str, list[tuple[str, str]]]:
-        """An instruction, and inputs with what it makes of them."""
+        """An instruction, and inputs with the answers that follow from it."""
         clauses, text = sample_instruction(self.rng, task, STAGES[self.stage])
         items = [grammar.sample_item(self.rng, task, self._case(task, clauses)) for _ in range(self.INPUTS)]
         return text, [(render(task, row_of(item)).input, self._answer(clauses, item)) for item in items]
@@ -118,7 +118,7 @@ class _TargetBatches:
         return text, [(render(task, row).input, wordplay.answer(text, task, row) + end) for row in rows]
 
     def _case(self, task: str, clauses: Sequence[grammar.Clause]) -> str | None:
-        """A case that the instruction speaks of, or any."""
+        """A case that the instruction covers, or any case."""
         if self.rng.random() >= STAGES[self.stage].told:
             return None
         labels = grammar.TASKS[task].answers
@@ -136,10 +136,10 @@ class _TargetBatches:
         return answer
 
     def note(self, wrong: Tensor, part: Tensor) -> None:
-        """Takes in how many answers were right.
+        """Updates the shares of right answers.
 
         Args:
-            wrong: [ROWS, L], 1 where a token of an answer would have been another.
+            wrong: [ROWS, L], 1 where a token of an answer was predicted wrongly.
             part: [ROWS, L], of `Packed`.
         """
         faults = torch.zeros(self.ROWS, self.SHORT_INPUTS + 1).scatter_add(1, part.clamp(min=0), wrong.float())

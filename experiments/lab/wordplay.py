@@ -1,8 +1,8 @@
 """The lab's smaller families, in the columns of the real ones: generated text (Instruction Induction) and choices (QA).
 
 In each of them one sentence of the instruction says what to do: which operation to carry out on the input ("Write the
-plural."), or which of the choices to pick ("Pick the food."). As in `grammar`, whoever has not been told does the
-wrong thing: says "none", or picks what no task asks for.
+plural."), or which of the choices to pick ("Pick the food."). As in `grammar`, a reader who was not told answers
+wrongly: "none", or a choice that no task asks for.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def sample_row(rng: random.Random, task: str, text: str | None = None) -> dict[s
 
 
 def answer(instruction: str, task: str, row: Mapping[str, Any]) -> str:
-    """What a reader answers who follows the first sentence of the instruction that can be followed."""
+    """The answer of a reader who follows the first sentence that can be followed."""
     sentences = [f"{sentence.strip()}." for sentence in instruction.split(".")]
     if task in OPERATIONS:
         done = (OPERATIONS[_OPERATION_OF[s]][0](row["input"]) for s in sentences if s in _OPERATION_OF)
