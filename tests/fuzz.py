@@ -1,4 +1,4 @@
-"""Searches for input that is neither taken nor refused in one line: the fuzz tests on new examples, again and again.
+"""Searches for input that is neither accepted nor refused in one line: repeats the fuzz tests on new examples.
 
     python -m tests.fuzz 60        for an hour; every round takes a few minutes
 

@@ -26,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def finish(run: Run, *prompts: str) -> dict[str, Any]:
-    """The result of a run in which these prompts had the highest training rewards, whatever they are worth."""
+    """The result of a run in which these prompts had the highest training rewards."""
     arm = FixedPrompt(run)
     arm.pool.add(prompts, [10.0] * len(prompts))
     return arm.result()

@@ -1,4 +1,4 @@
-"""Arms beside one another: what is compared with what, and that one that fails does not take the others along."""
+"""Arms beside one another: what is compared with what; an arm that fails does not end the others."""
 
 from __future__ import annotations
 

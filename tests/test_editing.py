@@ -127,7 +127,7 @@ def test_each_prompt_is_scored_on_its_own_input(
 
 
 def voted(answers: list[list[tuple[float, ...]]], how: Vote) -> list[str]:
-    """What K answers to each of N inputs come to, of the probabilities [K][N] of the words a, b and c."""
+    """The votes on N inputs of K answers each, given the probabilities [K][N] of the words a, b and c."""
 
     def reply(probabilities: tuple[float, ...]) -> Reply:
         offered = dict(zip("abc", probabilities, strict=False))

@@ -1,4 +1,4 @@
-"""Whatever stands in a file: it is read, or refused in one line by the error of its layer. Nothing else gets out.
+"""Any content of a file is read, or refused in one line by the error of its layer; no other error escapes.
 
 CI draws the same examples every time; `make fuzz MINUTES=60` draws new ones for as long as one asks.
 """

@@ -1,4 +1,4 @@
-"""Whatever stands in a run's folder, and whatever is typed: a command ends in an exit code and at most one line.
+"""For any content of a run's folder and any arguments, a command ends in an exit code and at most one line.
 
 CI draws the same examples every time; `make fuzz MINUTES=60` draws new ones for as long as one asks.
 """
