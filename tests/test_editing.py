@@ -191,7 +191,7 @@ def test_every_prompt_of_an_iteration_is_logged(finished: Path) -> None:
 
 def test_the_report_quotes_instructions_with_their_inputs(finished: Path) -> None:
     page = (finished / "report.html").read_text()
-    assert page.count("<blockquote>") == 5 and "a prompt for each input" in page
+    assert page.count("<blockquote>") == 5 and "the likeliest prompt for each input" in page
 
 
 def test_reviews_see_validation_and_the_test_split_is_read_once_at_the_end(
