@@ -3,7 +3,7 @@
     for each iteration:
         step(queries, reward_fn)          collect: sample prompts, score them, reference log-probabilities
                                           update:  advantages, then PPO epochs on both losses
-        every `period` epochs:
+        every `period` iterations:
         review_anchor(queries, score_fn)  promote, roll back, or keep
 
 `fit` does all of it. Where queries and rewards come from, and what is logged, is the caller's business.

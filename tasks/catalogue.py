@@ -1,7 +1,7 @@
 """The catalogue of tasks: specs read from YAML and checked against one schema.
 
-A file of `tasks/specs` holds a task or, with `members`, a family: everything outside `members` holds for each
-member; {member} stands for the last part of its name and {subject} for the same in words.
+A file of `tasks/specs` describes a task or, with `members`, a family, whose other keys apply to every member;
+{member} stands for the last part of the member's name, {subject} for that part with spaces for underscores.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tasks.errors import TaskError, shown
 from tasks.spec import SPLITS, TaskSpec
 
 SPEC_DIR = Path(__file__).parent / "specs"
-METRICS = ("exact_match", "exact_string", "exact_set", "contains", "f1")  # of text
+METRICS = ("exact_match", "exact_string", "exact_set", "contains", "f1")  # for answers that are text
 ANSWERS = ("verbalizer", "choices", "answers")
 
 
@@ -32,10 +32,10 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
             if not isinstance(key, Hashable):
-                continue  # the safe loader has an error for it
+                continue  # the safe loader raises an error for it
             if key in lines:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands in line {lines[key]} and again in line {line}", None
+                    None, None, f"the key {key!r} is given in line {lines[key]} and again in line {line}", None
                 )
             lines[key] = line
         return super().construct_mapping(node, deep)
@@ -43,10 +43,10 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-            try:  # JSON, which is YAML as well, writes some characters as two halves
+            try:  # JSON, which is valid YAML, writes some characters as surrogate pairs
                 return value.encode("utf-16", "surrogatepass").decode("utf-16")
             except UnicodeDecodeError:
-                problem = "half a character, which is no text"
+                problem = "half a character, which is not text"
                 raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
         return value
 
@@ -55,7 +55,7 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        yaml.YAMLError: it is not YAML, holds anything but plain values, repeats a key, or is too large or deep.
+        yaml.YAMLError: the text is not YAML, holds anything but plain values, repeats a key, or is too large or deep.
     """
     loader = _StrictLoader(text)
     try:
@@ -84,27 +84,27 @@ def _catalogue() -> dict[str, Path]:
 
 
 def is_spec_file(name: str) -> bool:
-    """Whether a task is named by the path of its spec."""
+    """Whether the name of a task is the path of a spec file."""
     return name.lower().endswith((".yaml", ".yml"))
 
 
 def load_spec(name: str) -> TaskSpec:
-    """The spec of a task by name, or from a YAML file of the same form by its path.
+    """The spec of a task of the catalogue by its name, or of a user's own YAML file by its path.
 
     Raises:
-        TaskError: no such task (the nearest names are in the message), or a spec that is not well formed.
+        TaskError: there is no such task (the message suggests the nearest name), or the spec is malformed.
     """
     if is_spec_file(name):
         path = Path(name)
         data = _read(path)
         if "members" in data:
-            raise TaskError(f"{path}: a family of tasks; name one of its members in a file of its own")
+            raise TaskError(f"{path}: a family of tasks; expected the spec of a single task")
         return _check_spec(path, data)
     if name not in _catalogue():
         known = task_names()
         near = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        names = [task for task in known if "/" not in task]  # families' members with a prefix are many
+        names = [task for task in known if "/" not in task]  # the members of mmlu/ are too many to list
         raise TaskError(f"unknown task {shown(name)}; {hint}tasks are {', '.join(names)} and those of mmlu/")
     path = _catalogue()[name]
     data = _read(path)
@@ -126,13 +126,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _member(data: dict[str, Any], name: str) -> dict[str, Any]:
-    """The spec of one member of a family: the family's keys, then its own."""
+    """The spec of one member of a family: the family's keys, overridden by the member's own."""
     members = data["members"]
     own = members[name] if isinstance(members, dict) else {}
     member = name.rsplit("/", 1)[-1]
     merged = {key: value for key, value in data.items() if key != "members"} | {"name": name} | (own or {})
     kinds = [key for key in ANSWERS if key in (own or {})]
-    if kinds:  # a member of another kind drops the family's way to answer
+    if kinds:  # a member's own kind of answer replaces the family's
         merged = {key: value for key, value in merged.items() if key not in ANSWERS or key in kinds}
     filled: dict[str, Any] = _substitute(merged, {"{member}": member, "{subject}": member.replace("_", " ")})
     return filled
@@ -148,13 +148,13 @@ def _substitute(value: Any, names: Mapping[str, str]) -> Any:
 
 # -- what a spec must be -----------------------------------------------------------------------------------------
 
-KINDS = {  # type of a key of TaskSpec -> what its value is called
+KINDS = {  # declared type of a key of TaskSpec -> what messages call its value
     "str": "text",
     "bool": "true or false",
     "int | None": "a whole number",
     "list[str]": "a list of texts",
-    "dict[str, str]": "names with a text each",
-    "dict[str, list[str]]": "names with a list of texts each",
+    "dict[str, str]": "a mapping of names to texts",
+    "dict[str, list[str]]": "a mapping of names to lists of texts",
 }
 REQUIRED = ("name", "description", "fields", "input", "manual_prompt")
 INNER_KEYS = {"files": (*SPLITS, "manual"), "hub": ("path", "name", "revision", *SPLITS)}
@@ -196,7 +196,7 @@ def _check_known(key: str, known: Collection[str], what: str) -> None:
 
 
 def _check_verbalizer(verbalizer: object) -> None:
-    """A hint that quotes are missing: YAML reads a bare no as false, and 0 as a number."""
+    """Tells the user where quotes are missing: YAML reads a bare no as false, and 0 as a number."""
     for label, word in verbalizer.items() if isinstance(verbalizer, dict) else ():
         for role, value in (("label", label), ("word", word)):
             if not isinstance(value, str):
@@ -207,7 +207,7 @@ def _check_verbalizer(verbalizer: object) -> None:
 
 
 def _is_a(kind: str, value: object) -> bool:
-    """Whether a value is of the type that a key of TaskSpec is declared with."""
+    """Whether a value has the type `kind`, as a key of TaskSpec declares it."""
     if kind.startswith("dict"):
         inner = kind.removeprefix("dict[str, ").removesuffix("]")
         return isinstance(value, dict) and all(isinstance(k, str) and _is_a(inner, v) for k, v in value.items())
@@ -219,9 +219,9 @@ def _is_a(kind: str, value: object) -> bool:
 
 
 def _check_name(name: str) -> None:
-    parts = name.split("/")  # the name is that of the task's folder too
+    parts = name.split("/")  # the task's data folder has the same name
     if not name.isprintable() or any(part.strip(". ") == "" for part in parts):
-        raise TaskError(f"the name {name!r} cannot be that of a folder")
+        raise TaskError(f"the name {name!r} cannot be the name of a folder")
 
 
 def _check_answers(spec: TaskSpec, data: Mapping[str, Any]) -> None:

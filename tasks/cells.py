@@ -25,7 +25,7 @@ Row = Mapping[str, Any]  # column -> value
 
 
 def find(row: Row, name: str) -> Any:
-    """The column's value, or the value at a dotted path into one; None if there is none."""
+    """The value of a column, or at a dotted path into a column; None if there is no such value."""
     if name in row:
         return row[name]
     value: Any = row
@@ -37,7 +37,7 @@ def find(row: Row, name: str) -> Any:
 
 
 def column(row: Row, names: Sequence[str]) -> Any:
-    """The value of the first of these columns that is there and not null."""
+    """The value of the first of these columns that is present and not null."""
     for name in names:
         if (value := find(row, name)) is not None:
             return value
@@ -53,13 +53,13 @@ def written(value: Any) -> str | None:
 
 
 def text_of(value: Any, name: str) -> str:
-    """The text of a field: text, a number, or a list of these, which commas join."""
+    """The text of a field: text, a number, or a list of these, joined by commas."""
     items = value if isinstance(value, list) else [value]
     if items and all(isinstance(item, str) or _is_number(item) for item in items):
         joined = ", ".join(map(str, items)).strip()
         if len(joined) > LONGEST_TEXT:
             raise TaskError(f"field {name!r} has {len(joined)} characters; expected at most {LONGEST_TEXT}")
-        if joined and not re.search("[\ud800-\udfff]", joined):  # half a character, which no tokenizer takes
+        if joined and not re.search("[\ud800-\udfff]", joined):  # a lone surrogate, which no tokenizer takes
             return joined
     raise TaskError(f"field {name!r} is {shown(value)}; expected some text")
 
@@ -74,7 +74,7 @@ def _is_number(value: Any) -> bool:
 
 
 def is_scores(value: Any) -> bool:
-    """Whether a cell holds names with a score each."""
+    """Whether a cell maps names to scores."""
     return isinstance(value, Mapping) and bool(value) and all(map(_is_score, value.values()))
 
 
@@ -99,7 +99,7 @@ def told_apart(scores: Mapping[str, Any]) -> list[str]:
 
 
 def accepted(row: Row, names: Sequence[str]) -> tuple[str, ...]:
-    """All accepted answers, each once: columns of a text, of a list of texts, or of scored texts (the highest)."""
+    """All accepted answers, each once; a column holds a text, a list of texts, or scored texts (the highest count)."""
     column(row, names)  # one of them must be there
     answers: list[str] = []
     for name in names:
@@ -117,18 +117,18 @@ def accepted(row: Row, names: Sequence[str]) -> tuple[str, ...]:
 
 
 class Choices(NamedTuple):
-    """The choices of a row, and what an answer calls each of them: its letter, unless the row names them itself."""
+    """The choices of a row, and the names by which an answer refers to them: letters, or the row's own names."""
 
     texts: list[str]
     names: list[str]
 
 
 def offered(value: Any, row: Row) -> Choices | None:
-    """The choices that a row has in a column, or else in the columns A, B, C, ...; None: it has none.
+    """The choices of a row, from a column or else from the columns A, B, C, ...; None if it has none.
 
     Args:
-        value: of the column; a list of texts or of {text, label}, a {text: [...], label: [...]}, scored texts, or
-            texts by letter. None: there is no such column.
+        value: of the column: a list of texts or of {text, label}, a {text: [...], label: [...]}, scored texts, or
+            texts by letter; None if there is no such column.
         row: the row.
     """
     names: Any = None
@@ -155,15 +155,15 @@ def offered(value: Any, row: Row) -> Choices | None:
 def _lettered_columns(row: Row) -> list[Any]:
     present = [letter for letter in LETTERS if row.get(letter) is not None]
     if present != list(LETTERS[: len(present)]):
-        raise TaskError(f"the columns of choices are {listed(present)}; expected none left out")
+        raise TaskError(f"the columns of choices are {listed(present)}; expected no gaps")
     return [row[letter] for letter in present]
 
 
 def _names(given: Any, count: int) -> list[str]:
-    """The row's own names of its choices, where it has a different one for each; else letters."""
+    """The row's own names for its choices if each choice has a different one, else letters."""
     names = [written(name) for name in given] if isinstance(given, list) else []
     own = [name.strip() for name in names if name is not None]
-    return own if len(set(own)) == count else list(LETTERS[:count])
+    return own if len(own) == len(set(own)) == count else list(LETTERS[:count])
 
 
 def lettered(text: str) -> int:

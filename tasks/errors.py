@@ -7,8 +7,8 @@ from itertools import islice
 from reprlib import Repr
 
 LONGEST = 2_000  # characters of a message
-QUOTED = 100  # characters of a value in it
-NAMED = 30  # columns and the like in it
+QUOTED = 100  # characters of each value that a message quotes
+NAMED = 30  # names (of columns, of choices) that a message lists
 
 
 class TaskError(ValueError):
@@ -40,11 +40,11 @@ def shown(value: object) -> str:
     short.maxlevel, short.maxstring, short.maxother, short.maxlong = 3, QUOTED, QUOTED, QUOTED
     try:
         return short.repr(value)
-    except ValueError:  # Python writes no whole number of more than 4300 digits
+    except ValueError:  # Python refuses to write integers of more than 4300 digits
         return "a number of thousands of digits"
 
 
 def listed(names: Iterable[object]) -> str:
-    """Names with commas between them; the first ones of many."""
+    """Names joined by commas; of many, only the first ones."""
     first = [str(name)[:QUOTED] for name in islice(names, NAMED + 1)]
     return ", ".join(first[:NAMED]) + (", ..." if len(first) > NAMED else "")

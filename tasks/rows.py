@@ -1,4 +1,4 @@
-"""Files of rows: .jsonl, .json, .tsv, .csv and .parquet, each row as columns and values, with file and number."""
+"""Reads .jsonl, .json, .tsv, .csv and .parquet files: each row as column -> value, with its file and number."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ csv.field_size_limit(2**31 - 1)  # a cell may be a document; the csv module's ow
 
 
 def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
-    """Yields (file and row, columns -> values) of a .jsonl, .json, .tsv, .csv or .parquet file.
+    """Yields ("file:number", column -> value) for each row of a .jsonl, .json, .tsv, .csv or .parquet file.
 
     Args:
         path: the file.
         columns: the names of the columns of a .tsv or .csv without header.
 
     Raises:
-        TaskError: the file cannot be read, has no rows, or one of them is malformed.
+        TaskError: the file cannot be read, has no rows, or has a malformed row.
     """
     readers: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
         ".jsonl": _read_jsonl,
@@ -81,7 +81,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _bad_byte(path: Path) -> int:
-    """Where a file stops being UTF-8; the decoder of an open file counts from its last block."""
+    """The byte at which a file stops being UTF-8; the decoder of an open file counts from its last block only."""
     try:
         path.read_bytes().decode()
     except UnicodeDecodeError as error:
@@ -100,7 +100,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
-    """A list of objects, or an object with such a list, or such numbered objects, under "examples"."""
+    """A list of objects, or an object whose "examples" is such a list or maps keys to objects."""
     data = read_json(path)
     rows = data.get("examples", []) if isinstance(data, dict) else data
     if not isinstance(rows, list | dict):
@@ -132,8 +132,8 @@ def _object(row: Any, path: Path, number: int) -> Row:
 
 
 def _read_tsv(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Row]]:
-    # GLUE's files hold stray quotes, so nothing is quoted; SNLI's rows may be longer than the header, by further
-    # annotators' labels before the gold one, so the last field is always the last column.
+    # GLUE's files hold stray quotes, so quotes mean nothing here. SNLI's rows may hold more annotators' labels than the
+    # header has columns for, all before the gold label, so the last field always belongs to the last column.
     with path.open(encoding="utf-8-sig") as lines:
         table = (
             (number, line.rstrip("\n").split("\t") if line != "\n" else []) for number, line in enumerate(lines, 1)
@@ -160,7 +160,7 @@ def _read_csv(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Ro
 
 
 def _header(path: Path, table: Iterator[tuple[int, list[str]]], columns: Sequence[str]) -> list[str]:
-    """The names of the columns; those that are given, or else the table's first row."""
+    """The names of the columns: `columns` if given, else the table's first row."""
     header: list[str] | None = list(columns) or next((row for _, row in table), None)
     if header == []:
         raise TaskError(f"{path}:1: the header is an empty line")

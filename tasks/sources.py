@@ -28,7 +28,7 @@ def load_task(name: str, data: str, shots: int = 16, seed: int = 0, test_limit: 
     Args:
         name: a task's name, or the path of a spec.
         data: "hub", or a folder that holds the files of the task, directly or in a folder of the task's name.
-        shots, seed, test_limit: of `build_data`.
+        shots, seed, test_limit: as in `build_data`.
 
     Raises:
         TaskError: unknown task, missing or malformed files, unknown labels, too few rows.
@@ -72,7 +72,7 @@ def _file_rows(spec: TaskSpec, folder: Path) -> dict[str, list[Example]]:
 
 
 def _find(spec: TaskSpec, folder: Path, split: str) -> Path | None:
-    """The split's file: one that the spec names, else one with a usual name; the least nested, then the first."""
+    """The split's file: one that the spec names, else one with a usual name (the least nested, then by path)."""
     for name in spec.files.get(split, []):
         if (folder / name).is_file():
             return folder / name
@@ -84,7 +84,7 @@ def _find(spec: TaskSpec, folder: Path, split: str) -> Path | None:
 def _is_own(spec: TaskSpec, folder: Path) -> bool:
     """Whether files in subfolders count: the folder has the task's name, and the spec names no training file.
 
-    In any other folder, a file further down may belong to something else.
+    In any other folder, a file further down may belong to another task.
     """
     return folder.resolve().name == spec.short_name and not spec.files.get("train")
 
@@ -93,12 +93,12 @@ def _missing(spec: TaskSpec, folder: Path, split: str) -> str:
     names = [*spec.files.get(split, []), f"{split}.jsonl (or {', '.join(SUFFIXES[1:])})"]
     message = f"{spec.name}: no {split} file in {str(folder.absolute())!r}; looked for {', '.join(names)}"
     if not _is_own(spec, folder) and any(path.is_dir() for path in folder.iterdir()):
-        message += f"; what lies further down counts only in a folder of the name {spec.short_name!r}"
+        message += f"; files further down count only in a folder named {spec.short_name!r}"
     return message
 
 
 def _manual_prompt(spec: TaskSpec, folder: Path) -> str:
-    """The folder's own manual prompt, if it has one: its inputs may need another baseline than the spec's."""
+    """The manual prompt in the folder, else the spec's: the folder's inputs may need a baseline of their own."""
     for name in (MANUAL_PROMPT_FILE, *spec.files.get("manual", [])):
         path = folder / name
         if path.is_file() and path.suffix == ".json":
@@ -117,7 +117,7 @@ def _manual_prompt(spec: TaskSpec, folder: Path) -> str:
 
 def _examples(spec: TaskSpec, rows: Iterable[tuple[str, Row]], source: str) -> list[Example]:
     examples = [example for where, row in rows if (example := spec.example(row, where)) is not None]
-    if not examples:  # else the split would be cut from another one
+    if not examples:  # an empty split would silently be cut from train
         raise TaskError(f"{source}: no row is left; all have one of the labels {', '.join(spec.drop_labels)}")
     return examples
 

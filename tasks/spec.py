@@ -27,8 +27,8 @@ class Example:
         label: index of the right class; None where the answer is text.
         answer: the right answer as meta-prompts show it: a label word, a letter, a text.
         also: indices of further classes that are right as well.
-        choices: this example offers the first so many classes; None: all classes of the task.
-        answers: every accepted answer, where it is text.
+        choices: how many classes this example offers, the first ones of the task; None: all of them.
+        answers: every accepted answer, where the answer is text.
     """
 
     input: str
@@ -50,23 +50,23 @@ class TaskSpec:
             into a column ("question.stem"). A list of texts is joined by commas.
         input: how an input is rendered from the fields, in braces; {choices} stands for the lettered choices.
         manual_prompt: the instruction a person would write; the baseline.
-        label: the names that the column of the right answer goes by, for a verbalizer or choices. Integers index the
-            classes; names with a score each (BIG-bench's target_scores) mean the highest, by label, text or letter.
+        label: possible names of the column with the right answer, for a verbalizer or choices. Integers index the
+            classes; of scores by label, text or letter (BIG-bench's target_scores), the highest is right.
         verbalizer: label in the data -> word that the target answers with, in class order.
-        choices: the names that the column of the choices goes by: 2 to 26 texts, which may have labels of their own
-            or scores. Without such a column they are the columns A, B, C, ..., or the lines (A), (B), ... of the input.
-        answers: names of the columns that hold accepted answers; what the first one that is there says comes first.
+        choices: possible names of the column with the choices: 2 to 26 texts, which may have labels of their own or
+            scores. Without such a column, they are the columns A, B, C, ... or the lines (A), (B), ... of the input.
+        answers: names of the columns that hold accepted answers; meta-prompts show the first answer found.
         metric: "accuracy"; for text exact_match, exact_string, exact_set, contains or f1 (rewards/functional.py).
         template: what the target reads; {prompt} and {input}. Ends where the answer begins.
-        shuffle: the order of choices (or of the fields, where there are none) gives the answer away, so it is drawn
-            anew for every row, always the same for the same row.
+        shuffle: whether to shuffle the choices (or the fields, where there are none) because their order gives the
+            answer away. Each row has its own order, which is always the same for the same row.
         max_shots: the most examples per label, for data sets with few rows of a label.
-        hub: path, name, revision and, for each split, the data set's name of it.
+        hub: path, name, revision and, for each split, the data set's name for it.
         folder: the folder of the task's files within a data folder; by default the task's name.
         files: for each split, file names to look for in that folder, before the usual ones (train.jsonl, dev.tsv, ...).
-            Where no test file is named or found, train is cut into all three splits. Where none is named for train,
-            a folder of the task's name is searched with all its subfolders. "manual": a file of instructions, of which
-            the first counts.
+            If a train file is named but no test file is named or found, train is cut into all three splits. If no
+            train file is named, a folder with the task's name is searched with all its subfolders. "manual": a file
+            of instructions, the first of which is used.
         columns: names of the columns of a .csv or .tsv without header.
         drop_labels: labels of rows to leave out (SNLI's -1: the annotators did not agree).
     """
@@ -92,7 +92,7 @@ class TaskSpec:
 
     @property
     def kind(self) -> Literal["labels", "choices", "text"]:
-        """What an answer is."""
+        """What an answer is: a label word, the letter of a choice, or text."""
         return "labels" if self.verbalizer else "choices" if self.choices else "text"
 
     @property
@@ -110,7 +110,7 @@ class TaskSpec:
 
         Args:
             row: column -> value.
-            where: file and row, for the error.
+            where: file and row, for error messages.
 
         Raises:
             TaskError: a column is missing or empty, or the answer is not one of the possible answers.
@@ -159,7 +159,7 @@ class TaskSpec:
         if not cells.is_scores(column):
             if not self.label:
                 raise TaskError(
-                    "the choices have no scores, and the spec has no 'label' that names the right one's column"
+                    "the choices have no scores, and the spec has no 'label' to name the column with the answer"
                 )
             column = cells.column(row, self.label)
         right = cells.right_choices(column, choices)
@@ -177,5 +177,5 @@ class TaskSpec:
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """Puts values for {names}; braces inside a value are just braces."""
+    """Replaces each {name} by its value; braces inside a value stay as they are."""
     return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], template)

@@ -1,4 +1,4 @@
-"""The examples of a run: train and validation drawn with a seed, and all splits kept out of one another."""
+"""The examples of a run: train and validation are drawn with a seed, and no two splits share an input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TaskData:
-    """The examples of a run. Disjoint by normalised text; train and validation balanced over labels."""
+    """The examples of a run. No two splits share a normalised input; labels in train and validation are balanced."""
 
     spec: TaskSpec
     train: tuple[Example, ...]
@@ -42,21 +42,21 @@ class TaskData:
 def build_data(
     spec: TaskSpec, rows: Mapping[str, Sequence[Example]], shots: int = 16, seed: int = 0, test_limit: int | None = None
 ) -> TaskData:
-    """Draws train and validation, seeded, and keeps them out of one another and of test.
+    """Draws train and validation with a seed; no input is in two of train, validation and test.
 
-    With a verbalizer both hold `shots` examples of each label. Choices and texts have no labels to balance: there it
-    is 2 * shots examples as for two labels, fewer if the data are few, and right letters as even as can be.
+    With a verbalizer both hold `shots` examples of each label. Choices and texts have no labels to balance: there both
+    hold 2 * shots examples, as for two labels, or fewer if data are few, with right letters as balanced as possible.
 
     Args:
         spec: the task.
-        rows: examples of "train", and of "validation" and "test" if the source has them; what is missing is cut from
-            "train". Test is then all that is left.
+        rows: examples of "train", and of "validation" and "test" if the source has them; a missing split is cut from
+            "train". A missing test split gets all examples that are left.
         shots: examples per label in train, and as many in validation; no more than the spec's max_shots.
         seed: of the draw.
-        test_limit: at most so many test examples, drawn with the same seed; None keeps all.
+        test_limit: the most test examples to keep, drawn with the same seed; None keeps all.
 
     Raises:
-        TaskError: too few examples.
+        TooFewRowsError: too few examples.
     """
     rng = random.Random(seed)
     shots = min(shots, spec.max_shots or shots)
@@ -75,7 +75,7 @@ def build_data(
         if spec.kind == "labels":
             chosen = _balanced(spec, list(unique.values()), shots, split)
         else:
-            shares = 1 + (split == "train" and not rows.get("validation")) + (not test)  # splits still to be served
+            shares = 1 + (split == "train" and not rows.get("validation")) + (not test)  # splits still to be filled
             chosen = _stratified(unique.values())[: min(2 * shots, len(unique) // shares)]
         if not chosen:
             raise TooFewRowsError(f"{spec.name}: no examples left for {split}")
@@ -103,7 +103,7 @@ def _balanced(spec: TaskSpec, pool: Sequence[Example], shots: int, split: str) -
 
 
 def _stratified(pool: Iterable[Example]) -> list[Example]:
-    """The examples in such an order that every beginning of it has its right letters as even as can be."""
+    """Orders the examples so that the first n, for any n, have right letters that are as balanced as possible."""
     groups: dict[int | None, list[Example]] = {}
     for example in pool:
         groups.setdefault(example.label, []).append(example)

@@ -1,4 +1,4 @@
-"""Doubles that are real but tiny: two-layer Hugging Face models with random weights, a tokenizer of bytes."""
+"""Test doubles that are real but tiny: two-layer Hugging Face models with random weights, a byte tokenizer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from appo.policy import Policy
 from rewards.local import LocalTarget
 from rewards.target import Target, grid
 
-# CI draws the same examples in every call, `make fuzz` new ones (tests/fuzz.py).
+# CI draws the same examples in every run, `make fuzz` new ones (tests/fuzz.py).
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", max_examples=200, deadline=None, print_blob=True)
 settings.load_profile("same")
@@ -37,7 +37,7 @@ SPECIAL_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, after <s>, </s> and <pad>; adds no special tokens of itself."""
+    """One token per byte, after <s>, </s> and <pad>; adds no special tokens by itself."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIAL.values(), *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
@@ -73,7 +73,7 @@ def gpt2(vocabulary: int, seed: int = 0) -> PreTrainedModel:
 
 
 def sharpen(model: PreTrainedModel) -> PreTrainedModel:
-    """Scales the tiny random weights up, so that the answers depend on what is read, by far more than the tolerance."""
+    """Scales the tiny random weights up, so that answers depend on the input by far more than the tolerance."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -89,7 +89,7 @@ def policy_of(
     gradient_checkpointing: bool = False,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Policy:
-    """An agent of a model."""
+    """A policy on a model."""
     return Policy(CausalLM(model, tokenizer, chat, compute_dtype, gradient_checkpointing), sampling)
 
 
@@ -102,7 +102,7 @@ def target_of(
     max_batch_tokens: int | None = None,
     inputs: Sequence[str] = ("input",),
 ) -> LocalTarget:
-    """A target of a model, which is frozen."""
+    """A target on a model, whose weights it freezes."""
     lm = CausalLM(model.requires_grad_(False), tokenizer, chat)
     return LocalTarget(lm, template, words, inputs, max_batch_tokens)
 
@@ -129,5 +129,5 @@ def tiny_gpt2(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 
 @pytest.fixture(params=["llama", "gpt2"])
 def tiny_lm(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Rotary and learned positions in turn: what is wrong with padding shows in one and not in the other."""
+    """Rotary and learned positions in turn: a padding fault may show in one and not in the other."""
     return {"llama": llama, "gpt2": gpt2}[request.param](len(tokenizer))

@@ -2,8 +2,8 @@
 
     python -m tests.fuzz 60        for an hour; every round takes a few minutes
 
-CI runs the same tests on the same examples in every call. What is found here is shown with the call that failed, is
-tried first by the next search, and stays found once it is a test of its own.
+CI runs the same tests on the same examples every time. An example that fails here is printed, and the next search
+tries it first. Write it into a test to keep it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TESTS = ("tests/test_fuzz.py", "tests/test_fuzz_runs.py")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Searches until the time is over or something is found; returns 1 if it is."""
+    """Searches until the time is over or something is found; returns 1 if something was."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("minutes", nargs="?", type=float, default=5.0, help="how long (default: 5); one round at least")
     end = time.monotonic() + 60 * parser.parse_args(argv).minutes

@@ -1,4 +1,4 @@
-"""Breaks the maths on purpose, one fault at a time, and looks whether the tests notice.
+"""Breaks the maths on purpose, one fault at a time, and checks that the tests notice.
 
     make mutate
 
@@ -49,7 +49,7 @@ MUTANTS = (
     Mutant("logprobs: gradient sign", LOGITS, ".mul_(-g)", ".mul_(g)", KL),
     Mutant("logprobs: gradient without the token", LOGITS, ".scatter_add_(-1, token, g)", "", KL),
     Mutant("entropy: gradient sign", LOGITS, "part -= h", "part += h", KL),
-    Mutant("entropy: gradient of the certain", LOGITS, "logprobs.clamp(min=least)", "logprobs", KL),
+    Mutant("entropy: gradient where one token is certain", LOGITS, "logprobs.clamp(min=least)", "logprobs", KL),
     Mutant("k1: sign", F, "difference = logprobs - ref_logprobs", "difference = ref_logprobs - logprobs", KL),
     Mutant("k3: sign", F, "torch.expm1(-difference) + difference", "torch.expm1(difference) - difference", KL),
     Mutant("rewards: penalty is a bonus", F, "penalty = -kl_coef", "penalty = kl_coef", KL),
@@ -83,11 +83,11 @@ MUTANTS = (
     Mutant("collapse: the same prompt again and again passes", A, "policy.distinct < anchor.distinct / 3", "False", "test_review.py"),
     Mutant("collapse: repetition passes", A, "policy.distinct_2 < anchor.distinct_2 / 3", "False", "test_review.py"),
     Mutant("review: collapse is not looked for", TR, "if sign and not wins:", "if False:", "test_review.py"),
-    Mutant("review: any lead saves who has collapsed", TR, "policy_mean > max(anchor_scores)", "True", "test_review.py"),
-    Mutant("review: no lead saves who is short", TR, "if sign and not wins:", "if sign:", "test_review.py"),
+    Mutant("review: any lead excuses a collapse", TR, "policy_mean > max(anchor_scores)", "True", "test_review.py"),
+    Mutant("review: no lead excuses a collapse", TR, "if sign and not wins:", "if sign:", "test_review.py"),
     Mutant("review: the initial agent is promoted", TR, "config.promote and self.updater.reference.moves", "config.promote", "test_review.py"),
     Mutant("review: draws from the rollouts' stream", TR, "self.policy.sample(queries, self.review_generator, copies)", "self.policy.sample(queries, self.generator, copies)", "test_review.py"),
-    Mutant("ends: an end though nothing is written", E, "masked_fill(~written.unsqueeze(1), -torch.inf)", "masked_fill(~written.unsqueeze(1), -1.0)", "test_ends.py"),
+    Mutant("ends: allowed though nothing is written", E, "masked_fill(~written.unsqueeze(1), -torch.inf)", "masked_fill(~written.unsqueeze(1), -1.0)", "test_ends.py"),
     Mutant("ends: forbidden for ever", E, "~written.unsqueeze(1)", "torch.ones_like(written).unsqueeze(1)", "test_ends.py"),
     Mutant("ends: loss not renormalised", E, "if not self.nonempty:\n            return logprobs, entropy", "if True:\n            return logprobs, entropy", "test_ends.py"),
     Mutant("ends: white space counts as written", E, "bool(clean(text)) and token", "bool(text) and token", "test_ends.py"),
@@ -102,48 +102,48 @@ MUTANTS = (
     Mutant("advantages: gamma and lambda exchanged", U, "config.gamma, config.lam)", "config.lam, config.gamma)", ADVANTAGES),
     Mutant("advantages: whitening without mask", U, "masked_whiten(estimated, scored.mask)", "masked_whiten(estimated, torch.ones_like(scored.mask))", ADVANTAGES),
     Mutant("advantages: scores not centred", U, "    if config.leave_one_out:\n", "    if False:\n", ADVANTAGES),
-    Mutant("advantages: a lone score keeps its size", U, "otherwise=mean_score", "otherwise=0.0", ADVANTAGES),
-    Mutant("update: mean of scores by rounding", U, "scores[0] + (scores - scores[0]).mean()", "scores.mean() + 1e-6", "test_advantages.py"),
+    Mutant("advantages: a lone score has no baseline", U, "otherwise=mean_score", "otherwise=0.0", ADVANTAGES),
+    Mutant("update: mean of scores off by rounding", U, "scores[0] + (scores - scores[0]).mean()", "scores.mean() + 1e-6", "test_advantages.py"),
     Mutant("minibatches: a row lost", R, "torch.randperm(len(batch), generator", "torch.randperm(len(batch) - 1, generator", "test_rollout.py"),
-    Mutant("leave one out: itself among the others", F, "others.sum(1)", "others.sum(1) + 1", "test_functional_kl.py"),
+    Mutant("leave one out: the response among the others", F, "others.sum(1)", "others.sum(1) + 1", "test_functional_kl.py"),
     Mutant("leave one out: all groups as one", F, "groups[:, None] == groups", "groups[:, None] >= -1", "test_functional_kl.py"),
     Mutant("groups: collects take each other's queries", R, "part.owner + start for", "part.owner for", "test_rollout.py"),
     Mutant("groups: a selection keeps the old numbers", R, "owner=owner, **cut)", "owner=self.owner[rows], **cut)", "test_rollout.py"),
     Mutant("linear: gradient of the bias", L, "gradient.sum(0)", "gradient[0]", "test_linear.py"),
-    Mutant("linear: takes over what is more than a product", L, "if type(module) is nn.Linear:", "if isinstance(module, nn.Linear):", "test_linear.py"),
-    Mutant("packed: sees what comes after", T, "masked_fill(age < 0, -torch.inf)", "masked_fill(age < -1, -torch.inf)", "test_packed.py"),
+    Mutant("linear: replaces layers that do more than a product", L, "if type(module) is nn.Linear:", "if isinstance(module, nn.Linear):", "test_linear.py"),
+    Mutant("packed: later tokens are visible", T, "masked_fill(age < 0, -torch.inf)", "masked_fill(age < -1, -torch.inf)", "test_packed.py"),
     Mutant("packed: positions begin anew", P, "torch.arange(o, o + len(row), device=CPU)", "torch.arange(len(row))", "test_packed.py"),
-    Mutant("packed: the prefix of another", T, "starts[max(parent[r], 0)] for r in rows", "starts[0] for r in rows", "test_packed.py"),
+    Mutant("packed: the prefix of another row", T, "starts[max(parent[r], 0)] for r in rows", "starts[0] for r in rows", "test_packed.py"),
     Mutant("packed: window one too wide", T, "block.age >= sliding_window", "block.age > sliding_window", "test_packed.py"),
     Mutant("packed: not capped", T, "scores = softcap * torch.tanh(scores / softcap)", "pass", "test_packed.py"),
-    Mutant("packed: the last layer asks with other tokens", T, "queries = first + asked", "queries = first + steps", "test_packed.py"),
+    Mutant("packed: the last layer queries other tokens", T, "queries = first + asked", "queries = first + steps", "test_packed.py"),
     Mutant("packed: order of blocks", T, "_take(torch.cat(parts), layout.restore)", "torch.cat(parts)", "test_packed.py"),
     Mutant("packed: MLP of other tokens", P, "index_select(1, wanted)", "index_select(1, wanted - 1)", "test_packed.py"),
     Mutant("packed: cache keeps rows that left", C, "            self.room = []  # of the rows before reordering\n", "", "test_packed.py"),
     Mutant("packed: rows of the cache not moved", C, "room[moved, :, :held] = room[beam_idx[moved], :, :held]", "pass", "test_packed.py"),
-    Mutant("packed: no triangle where none is given", T, ".tril(lengths[1] - lengths[0])", "", "test_packed.py"),
+    Mutant("packed: no causal mask where none is given", T, ".tril(lengths[1] - lengths[0])", "", "test_packed.py"),
     Mutant("sampling: times not exponential", PO, "-uniform.log()", "uniform", "test_policy.py"),
     Mutant("minibatches: not shuffled", R, "torch.randperm(len(batch), generator=generator, device=\"cpu\")", "torch.arange(len(batch))", "test_rollout.py"),
     Mutant("sampling: copies not side by side", PO, ".repeat_interleave(copies)", ".repeat(copies)", "test_policy.py"),
-    Mutant("sampling: written of others", PO, "written[alive]).log_softmax", "written[: len(alive)]).log_softmax", "test_ends.py"),
-    Mutant("lm: onednn though it is not wanted", LM, "        if onednn:\n", "        if True:\n", "test_linear.py"),
+    Mutant("sampling: what other rows have written", PO, "written[alive]).log_softmax", "written[: len(alive)]).log_softmax", "test_ends.py"),
+    Mutant("lm: oneDNN though switched off", LM, "        if onednn:\n", "        if True:\n", "test_linear.py"),
     Mutant("lm: copies of the first context", LM, "arange(len(contexts), device=self.device).repeat_interleave(copies)", "zeros(len(contexts) * copies, dtype=torch.long)", "test_policy.py"),
-    Mutant("lm: special tokens of a row count", LM, "split_special_tokens=not self.chat", "split_special_tokens=False", "test_policy.py"),
-    Mutant("reference: the first agent moves", A, "name != \"initial\", name ==", "True, name ==", "test_trainer.py"),
+    Mutant("lm: special tokens in a text are parsed", LM, "split_special_tokens=not self.chat", "split_special_tokens=False", "test_policy.py"),
+    Mutant("reference: the initial agent moves", A, "name != \"initial\", name ==", "True, name ==", "test_trainer.py"),
     Mutant("reference: plain PPO against the anchor", A, "anchor_logprobs if self.fixed else logprobs", "anchor_logprobs", "test_trainer.py"),
     Mutant("update: the penalty counts twice", U, "0.0 if self.reference.in_loss else kl_coef", "kl_coef", "test_trainer.py"),
     Mutant("update: the coefficient is not passed on", U, "self.optimizer_step(part, kl_coef)", "self.optimizer_step(part)", "test_trainer.py"),
-    Mutant("collect: who is cut off is paid for it", TR, "- self.config.cut_off_penalty", "+ self.config.cut_off_penalty", "test_trainer.py"),
-    Mutant("update: certainty is paid for", U, "loss - config.entropy_coef", "loss + config.entropy_coef", "test_trainer.py"),
+    Mutant("collect: cut-off responses are rewarded", TR, "- self.config.cut_off_penalty", "+ self.config.cut_off_penalty", "test_trainer.py"),
+    Mutant("update: entropy is penalised", U, "loss - config.entropy_coef", "loss + config.entropy_coef", "test_trainer.py"),
     Mutant("fit: never reviews", TR, "number % self.anchor_config.period == 0", "False", "test_trainer.py"),
     Mutant("fit: reviews at once", TR, "number % self.anchor_config.period == 0", "number % self.anchor_config.period == 1", "test_trainer.py"),
     Mutant("explore: learns", TR, "collected = self.collect(queries, reward_fn, copies)\n        self.buffer.clear()", "collected = self.collect(queries, reward_fn, copies)\n        self.update()", "test_trainer.py"),
     Mutant("explore: keeps what it collected", TR, "collected = self.collect(queries, reward_fn, copies)\n        self.buffer.clear()", "collected = self.collect(queries, reward_fn, copies)", "test_trainer.py"),
     Mutant("batches: labels not spread", "experiments/arms/batches.py", "sorted(shuffled, key=lambda i: place[i])", "shuffled", "test_batches.py"),
-    Mutant("target: a stop string is said", "rewards/local.py", "(text[: min(places)], True)", "(text, True)", "test_generation.py"),
-    Mutant("target: a word's tokens at one place", "rewards/local.py", "logprobs[:, first + i, token]", "logprobs[:, first, token]", "test_target.py"),
+    Mutant("target: text after a stop string is kept", "rewards/local.py", "(text[: min(places)], True)", "(text, True)", "test_generation.py"),
+    Mutant("target: a word's tokens scored at one position", "rewards/local.py", "logprobs[:, first + i, token]", "logprobs[:, first, token]", "test_target.py"),
     Mutant("reward: the worst of several right labels", "rewards/reward.py", "logits.clamp(min=lowest), -torch.inf)", "-logits, -torch.inf)", "test_generation.py"),
-    Mutant("rewards: any number of them", TR, "if rewarded.scores.shape != (count,):", "if False:", "test_trainer.py"),
+    Mutant("rewards: any number is accepted", TR, "if rewarded.scores.shape != (count,):", "if False:", "test_trainer.py"),
 )  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def survives(mutant: Mutant) -> bool:
         text = path.read_text()
         if text.count(mutant.old) != 1:
             raise SystemExit(
-                f"{mutant.name}: its source occurs {text.count(mutant.old)} times in {mutant.file}, not once"
+                f"{mutant.name}: the replaced text occurs {text.count(mutant.old)} times in {mutant.file}, not once"
             )
         path.write_text(text.replace(mutant.old, mutant.new))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{mutant.tests}"]

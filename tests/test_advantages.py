@@ -1,4 +1,4 @@
-"""From scores to advantages: the whole chain against a slow twin, and that a reward equal for all moves nothing."""
+"""From scores to advantages: the whole chain equals a slow twin, and a reward that is equal for all moves nothing."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_equal_scores_give_no_advantage_to_any_token(
     lengths, queries = [n for n, _ in rows], [q for _, q in rows]
     given = scored(lengths, [score] * len(rows), queries)
     config = APPOConfig(gamma=gamma, lam=lam, whiten_advantages=whiten)
-    # What is alone in its group is measured against earlier scores, which were the same.
+    # A response alone in its group is compared with the mean of earlier scores, which were the same.
     found, returns = advantages(given, config, kl_coef=0.1, mean_score=float(torch.tensor(score)))
     assert_close(found, torch.zeros_like(found), rtol=0, atol=1e-6)
     assert_close(returns, torch.zeros_like(returns), rtol=0, atol=1e-6)

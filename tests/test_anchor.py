@@ -1,5 +1,5 @@
-"""The anchor. Pins the published code's faults: an anchor that is an alias, is never the reference of the KL, is not
-what "anchor" prompts are sampled from, and a rollback that cuts the optimizer off from the model.
+"""The anchor. Guards against the published code's faults: its anchor aliases the policy, is never the KL reference and
+never samples the "anchor" prompts, and its rollback cuts the optimizer off from the model.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def test_rollback_restores_weights_and_optimizer_exactly(policy: Policy, optimiz
 
 
 def test_training_after_a_rollback_repeats_training_before_it(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Live parameters, restored moments, and an anchor that its own rollback did not consume."""
+    """This needs live parameters, restored moments, and an anchor that its own rollback leaves whole."""
     train_a_little(policy, optimizer)
     anchor = Anchor(policy, optimizer)
     train_a_little(policy, optimizer)

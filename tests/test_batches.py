@@ -1,4 +1,4 @@
-"""Batches: every example once an epoch, and as even over the labels as the examples are."""
+"""Batches: every example once per epoch, and labels in the same proportions as in the examples."""
 
 from __future__ import annotations
 

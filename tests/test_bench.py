@@ -1,4 +1,4 @@
-"""The benchmark runs, compares like with like, and refuses to compare what is not the same."""
+"""The benchmark runs, and refuses to compare ways that give different numbers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_part_gives_rows_with_ratios(
 
 def test_ratios_are_medians_of_those_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    # Ratios 3, 4, 2; before them once each for the memory, not timed.
+    # The first times are those of the memory round, which do not count; then the ratios are 3, 4, 2.
     steps = {"slow": iter((9.0, 3.0, 8.0, 6.0)), "ours": iter((1.0, 1.0, 2.0, 3.0))}
 
     def work(name: str) -> None:

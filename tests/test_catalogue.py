@@ -1,4 +1,4 @@
-"""Specs by name and by file: what a good one gives, and what a bad one is told."""
+"""Specs by name and by file: what a good spec gives, and what the message about a bad one says."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_text(folder: Path, text: str) -> str:
 
 
 def refusal(path: str) -> str:
-    """What the loader says of a spec that it refuses."""
+    """The loader's message about a spec that it refuses."""
     with pytest.raises(TaskError) as caught:
         load_spec(path)
     return str(caught.value)
@@ -74,7 +74,7 @@ def test_an_unknown_key_like_no_other_is_refused_all_the_same(tmp_path: Path) ->
     assert refusal(path).startswith(f"{path}: unknown key 'zzz'; expected one of name, description, ")
 
 
-# YAML 1.1 reads bare yes, no, on, off as booleans, and digits as numbers: as a word and as a label.
+# YAML 1.1 reads bare yes, no, on, off as booleans, and digits as numbers, both as a word and as a label.
 @pytest.mark.parametrize(
     ("verbalizer", "fragment"),
     [
@@ -105,7 +105,7 @@ def test_a_verbalizer_needs_two_different_words(verbalizer: dict[str, str], tmp_
     assert "needs two or more different words" in refusal(write_spec(tmp_path, verbalizer=verbalizer))
 
 
-TEXT, LIST, LISTS = "text", "a list of texts", "names with a list of texts each"
+TEXT, LIST, LISTS = "text", "a list of texts", "a mapping of names to lists of texts"
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ TEXT, LIST, LISTS = "text", "a list of texts", "names with a list of texts each"
         ("manual_prompt", {"a": "b"}, TEXT),
         ("label", "label", LIST),
         ("fields", ["text"], LISTS),
-        ("verbalizer", ["no", "yes"], "names with a text each"),
-        ("hub", "nyu-mll/glue", "names with a text each"),
+        ("verbalizer", ["no", "yes"], "a mapping of names to texts"),
+        ("hub", "nyu-mll/glue", "a mapping of names to texts"),
         ("files", [], LISTS),
         ("drop_labels", "-1", LIST),
         ("max_shots", True, "a whole number"),
@@ -165,7 +165,7 @@ def test_a_template_needs_prompt_and_input_once_each(template: str, tmp_path: Pa
     assert refusal(path) == f"{path}: 'template' needs {{prompt}} and {{input}}, once each"
 
 
-# A split that the spec calls by another name would never be read, without a word.
+# A split under an unknown name would never be read, and nothing would say so.
 @pytest.mark.parametrize(
     ("key", "value", "fragment"),
     [
@@ -180,7 +180,7 @@ def test_an_unknown_split_is_refused(key: str, value: dict[str, Any], fragment: 
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", "a//b", "/etc", "a/../b", "\x1b[2J"])
 def test_a_name_is_that_of_a_folder(name: str, tmp_path: Path) -> None:
-    assert "cannot be that of a folder" in refusal(write_spec(tmp_path, name=name))
+    assert "cannot be the name of a folder" in refusal(write_spec(tmp_path, name=name))
 
 
 def test_a_field_named_like_the_lettered_choices_is_refused(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ BROKEN = [
     "name: !!python/object/apply:os.abort []\n",  # a tag that would run code
     'name: "\\ud800"\n',  # half a character
 ]
-# Texts on which PyYAML itself fails with something else than its own error.
+# Texts on which PyYAML raises something other than its own error.
 UNREADABLE = [
     "a: " + "[" * 5000,
     "".join(" " * i + "a:\n" for i in range(3000)),
@@ -235,7 +235,7 @@ def test_broken_yaml_is_one_line_that_says_where(text: str, tmp_path: Path) -> N
 
 
 def test_a_spec_may_be_json(tmp_path: Path) -> None:
-    # Which writes characters beyond the first 65536 as two halves.
+    # JSON writes characters beyond the first 65536 as surrogate pairs.
     path = write_text(tmp_path, json.dumps(SPEC | {"manual_prompt": "Is it \U0001f600?"}))
     assert load_spec(path).manual_prompt == "Is it \U0001f600?"
 
@@ -263,7 +263,7 @@ def test_a_spec_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 def test_a_key_that_stands_twice_is_named_with_both_lines(tmp_path: Path) -> None:
     path = write_text(tmp_path, "name: mood\nfields:\n  a: []\n  b: []\n  a: []\n")
-    assert refusal(path) == f"{path}: not readable as YAML: the key 'a' stands in line 3 and again in line 5"
+    assert refusal(path) == f"{path}: not readable as YAML: the key 'a' is given in line 3 and again in line 5"
 
 
 def test_a_spec_that_asks_for_a_python_object_is_refused(tmp_path: Path) -> None:

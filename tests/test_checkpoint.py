@@ -1,4 +1,4 @@
-"""Checkpoints as files: whole or not there, passed over where they are damaged, and never run as code."""
+"""Checkpoints as files: whole or absent, skipped where damaged, and never run as code."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path: Path, monk
 
 
 class Harm:
-    """Leaves a mark where it is unpickled."""
+    """Makes the folder `mark` when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -108,7 +108,7 @@ class Harm:
 
 
 def signed(folder: Path, step: int, content: bytes) -> Path:
-    """A checkpoint of any bytes, with a manifest that fits."""
+    """A checkpoint of any bytes, with a matching manifest."""
     path = folder / f"step-{step:06d}"
     path.mkdir(parents=True)
     (path / STATE).write_bytes(content)
@@ -154,7 +154,7 @@ def test_whatever_fits_its_manifest_is_passed_over_unless_it_is_a_state(
 
 
 def test_checkpoints_go_by_their_number(tmp_path: Path) -> None:
-    for step in (999_999, 1_000_000):  # as texts the other way round
+    for step in (999_999, 1_000_000):  # in alphabetical order, the other way round
         checkpoint.save(tmp_path, step, state(3))
         checkpoint.save(tmp_path, step, state(step % 7))
     assert checkpoint.load(tmp_path).state["number"] == 1_000_000 % 7

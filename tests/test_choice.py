@@ -1,4 +1,4 @@
-"""The final choice: on validation, never worse there than the manual prompt, and said in words."""
+"""The final choice: made on validation, never worse there than the manual prompt, and reported in words."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def finish(run: Run, *prompts: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def better(run: Run) -> str:
-    """The full instruction of the lab's language; the manual prompt has not all of its clauses."""
+    """The full instruction of the lab's language; the manual prompt lacks some of its clauses."""
     return grammar.write(random.Random(0), grammar.right_clauses(run.data.spec.name))
 
 

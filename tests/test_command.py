@@ -1,4 +1,4 @@
-"""How commands end: one line and an exit code for what a user does, a traceback for a fault of ours."""
+"""How commands end: one line and an exit code for what a user can cause, a traceback for a fault of ours."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_an_output_that_cannot_be_written_to_is_one_line() -> None:
 
 @pytest.fixture
 def appo(tmp_path: Path) -> Path:
-    """The script that pip makes of the entry point, in a folder where others are named like our packages."""
+    """The script that pip makes for the entry point, beside foreign packages with the names of ours."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     name, _, place = setup["options.entry_points"]["console_scripts"].strip().partition(" = ")

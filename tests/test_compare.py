@@ -1,4 +1,4 @@
-"""Arms beside one another: what is compared with what; an arm that fails does not end the others."""
+"""Arms side by side: what is compared with what, and an arm that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_row_for_each_run_and_a_mean_for_each_arm(tmp_path: Path, capsys: pyte
             assert float(mean[i]) == pytest.approx((float(one[i]) + float(other[i])) / 2, abs=0.0011)
 
 
-# What `make compare SEEDS=0 ARGS="steps=2"` and the like come to.
+# What `make compare SEEDS=0 ARGS="steps=2"` and the like expand to.
 ORDERS = [
     ["--seeds", "5", "steps=2", "--arms", "tte", "--seeds", "0", "1", "prompts=3"],  # the later seeds count
     ["--seeds", "0", "1", "steps=2", "prompts=3"],
@@ -76,10 +76,10 @@ def test_an_arm_that_diverges_is_a_row_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def diverging(self: APPOTrainer, *given: Any) -> Any:
-        collected = self.collect(*given)  # what is logged of it
+        collected = self.collect(*given)  # the run logs its statistics
         raise DivergedError("no sound step", Iteration(collected, collected.stats()))
 
-    monkeypatch.setattr(APPOTrainer, "step", diverging)  # best-of-n makes none
+    monkeypatch.setattr(APPOTrainer, "step", diverging)  # best-of-n takes no step
     assert main(arguments(tmp_path, "--seeds", "0", "--arms", "anchor", "best-of-n", *SMALL)) == 3
     captured = capsys.readouterr()
     assert captured.err == "error: anchor, seed 0: no sound step\n"

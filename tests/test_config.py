@@ -34,7 +34,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refusal(*assignments: str, file: str | None = None, options: dict[str, Any] | None = None) -> str:
-    """What is said of a configuration that is refused."""
+    """The message about a configuration that is refused."""
     with pytest.raises(ConfigError) as caught:
         build_config(options, file, assignments)
     return str(caught.value)
@@ -360,7 +360,7 @@ def test_a_value_of_the_wrong_type_in_a_file_names_the_file(tmp_path: Path) -> N
         ("appo.kl_target", "null", None),
         ("appo.kl_target", "6", 6.0),
         ("appo.reference", "none", "none"),
-        ("frozen", "yes", True),  # YAML's
+        ("frozen", "yes", True),  # YAML's spelling of it
         ("agent_chat", "false", False),
         ("run", "7", "7"),
         ("device", "cuda:1", "cuda:1"),

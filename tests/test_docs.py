@@ -1,4 +1,4 @@
-"""The docs: what they say of files, lines and names is so."""
+"""The docs: what they say about files, lines and names is true."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def voted(answers: list[list[tuple[float, ...]]], how: Vote) -> list[str]:
 
 
 def test_votes_by_majority_and_by_margin() -> None:
-    # Input 1: two of three say a, the surest (.9 - .1) says b. Input 2: one vote each; c has most in all.
+    # Input 1: two of three say a, the surest (.9 - .1) says b. Input 2: one vote each; c has the highest total.
     answers = [
         [(0.6, 0.4, 0.0), (0.5, 0.3, 0.2)],
         [(0.5, 0.4, 0.1), (0.2, 0.5, 0.3)],
@@ -208,8 +208,8 @@ def test_reviews_see_validation_and_the_test_split_is_read_once_at_the_end(
 
     monkeypatch.setattr(run.reward, "judge", noting)
     train(run, quiet=True)
-    # Nine training examples in batches of two are five iterations an epoch: one review, of both sides. At the end the
-    # agent's prompts and the manual one answer each split once.
+    # Nine training examples in batches of two make an epoch of five iterations, which ends in one review of policy and
+    # anchor. At the end, the agent's prompts and the manual one are each scored once on validation and on test.
     assert seen == ["train"] * 5 + ["validation"] * 2 + ["validation"] * 2 + ["test"] * 2
 
 

@@ -19,10 +19,10 @@ QUERY = Query((5, 6, 7))
 
 
 def make(likely: int, by: float = 6.0, length: int = 12, **sampling: bool) -> Policy:
-    """A policy with uniform logits but for one token that is likelier by `by` nats, whatever was read."""
+    """A policy with uniform logits, except that one token is likelier by `by` nats, whatever it reads."""
     tokenizer = byte_tokenizer()
     model = llama(len(tokenizer))
-    with torch.no_grad():  # a state of ones, of which the norm is ones: a row of r has the logit 32 r
+    with torch.no_grad():  # every state is 32 ones: a row filled with r has the logit 32 r
         model.model.embed_tokens.weight.fill_(1.0)
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
@@ -91,14 +91,14 @@ def test_the_end_is_taken_out_of_the_distribution_by_hand() -> None:
 def test_gradients_pass_where_the_end_is_out() -> None:
     policy = make(END, by=3.0, nonempty=True)
     (gradient,) = torch.autograd.grad(policy.evaluate(rollout("a")).logprobs.sum(), policy.model.lm_head.weight)
-    assert gradient[END].abs().max() < 1e-6  # the end has no part in it
+    assert gradient[END].abs().max() < 1e-6  # the end takes no part
     assert gradient[A].abs().max() > 0.5
 
 
 def test_a_line_break_ends_a_prompt_once_something_is_written() -> None:
     policy = make(NEWLINE, one_line=True)
     written = [text for text in texts(policy, sampled(policy)) if clean(text)]
-    lines = [text[next(i for i, c in enumerate(text) if clean(c)) :] for text in written]  # from the first that shows
+    lines = [text[next(i for i, c in enumerate(text) if clean(c)) :] for text in written]  # from the first visible one
     assert lines and not any("\n" in line[:-1] for line in lines)
 
 

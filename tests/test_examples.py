@@ -38,7 +38,7 @@ def ours() -> Updater:
 
 
 def rollout() -> tuple[Scored, minimal.Rollout]:
-    """The same made-up responses of different lengths, for either side."""
+    """The same made-up responses of different lengths, for both sides."""
     torch.manual_seed(0)
     lengths = torch.tensor([3, 6, 1, 5])
     mask = torch.arange(6) < lengths.unsqueeze(1)

@@ -1,6 +1,6 @@
 """Bad input through the real command line: one clear line, exit code 2, and nothing half-written.
 
-Each row is numbered by the kind of fault it stands for, of 64 that were listed before the program was written: 1-17
+Each row begins with the number of its kind of fault, in a list of 64 made before the program was written: 1-17
 configuration and command line, 18-32 data, 33-43 models, 44-55 training, 56-62 interruptions and disk, 63-64 output.
 Faults that are tested where they belong are in `ELSEWHERE`, those that cannot come up in `OUT_OF_REACH`.
 """
@@ -72,7 +72,7 @@ def cut_weights(folder: Path) -> None:
 
 
 def own(row: str, **keys: str) -> Callable[[Path], list[str]]:
-    """A task of one's own: `SPEC` with lines replaced or added, and one row."""
+    """A user's own task: `SPEC` with lines replaced or added, and one row."""
 
     def build(folder: Path) -> list[str]:
         write(folder / "rows.jsonl", row)

@@ -135,14 +135,14 @@ def test_each_row_is_one_line_of_plain_json(tmp_path: Path) -> None:
     assert [json.loads(line) for line in lines[:-1]] == ROWS and lines[-1] == b""
 
 
-# What str.splitlines, but no JSON reader, takes for the end of a line; of these JSON escapes the first three only.
+# Characters that end a line for str.splitlines, but for no JSON reader; JSON escapes only the first three.
 @pytest.mark.parametrize("mark", ["\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"])
 def test_prompts_may_hold_any_kind_of_line_break(mark: str, tmp_path: Path) -> None:
     RunFolder(tmp_path).append("prompts.jsonl", [{"prompt": f"a{mark}b"}])
     assert read_jsonl(tmp_path / "prompts.jsonl") == [{"prompt": f"a{mark}b"}]
 
 
-text = st.text(st.characters(exclude_categories=["Cs"]))  # no half characters: they are no text
+text = st.text(st.characters(exclude_categories=["Cs"]))  # no lone surrogates, which are not text
 rows = st.lists(st.dictionaries(text, text | st.integers() | st.floats(allow_nan=False, allow_infinity=False)))
 
 
@@ -219,7 +219,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.write_text("report.html", "old")
     with pytest.raises(UnicodeEncodeError):
-        folder.write_text("report.html", "new \ud800")  # half a character has no bytes
+        folder.write_text("report.html", "new \ud800")  # a lone surrogate cannot be encoded
     assert contents(tmp_path)["report.html"] == b"old"
 
 

@@ -132,7 +132,7 @@ OWN_QUESTION = {"question": "q", "opts": ["wrong", "right"]}
 
 @pytest.fixture
 def own(tmp_path: Path) -> TaskSpec:
-    """A questionnaire of one's own: choices in one column, the answer in another."""
+    """A user's own questionnaire: choices in one column, the answer in another."""
     return load_spec(str(write(tmp_path / "quiz.yaml", QUIZ)))
 
 
@@ -171,7 +171,7 @@ def test_scores_that_are_not_those_of_the_choices_are_refused(answer: Any, fragm
     assert str(caught.value).startswith("row 1: the scores are ") and fragment in str(caught.value)
 
 
-# ARC's choices are called "1", "2", ... in some rows: the answer "1" is the first one, not the one of index 1.
+# Some rows of ARC name their choices "1", "2", ...: there the answer "1" is the first choice, not the index 1.
 @pytest.mark.parametrize(
     "choices",
     [
@@ -182,6 +182,11 @@ def test_scores_that_are_not_those_of_the_choices_are_refused(answer: Any, fragm
 def test_an_answer_is_called_what_the_row_calls_its_choices(choices: Any, own: TaskSpec) -> None:
     found = own.example({"question": "q", "opts": choices, "ans": "1"}, "row 1")
     assert found == Example("q\n(A) one\n(B) two", 0, "A", choices=2)
+
+
+def test_more_names_than_choices_name_none_of_them(own: TaskSpec) -> None:
+    row = {"question": "q", "opts": {"text": ["one", "two"], "label": ["x", "x", "y"]}, "ans": "B"}
+    assert own.example(row, "row 1") == Example("q\n(A) one\n(B) two", 1, "B", choices=2)
 
 
 def test_choices_by_letter_are_their_texts(own: TaskSpec) -> None:

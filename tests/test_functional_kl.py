@@ -1,4 +1,4 @@
-"""KL estimates, the rewards they turn into, log-probabilities and entropies, plain and some rows at a time."""
+"""KL estimates, the rewards they turn into, log-probabilities and entropies, plain and in blocks of rows."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ TOKENS = torch.tensor([0, 4, 2, 2, 1, 1, 3, 0])
 
 @pytest.fixture(params=[1, 3, 10**6])
 def rows_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr("appo.lm.logits.AT_ONCE", 5 * request.param)  # rows of five
+    monkeypatch.setattr("appo.lm.logits.AT_ONCE", 5 * request.param)  # each row has five logits
     return int(request.param)
 
 

@@ -15,7 +15,7 @@ from appo.functional import policy_loss, value_loss
 
 F64 = torch.float64
 # ratio r, advantage A, max(-A r, -A clip(r, .8, 1.2)), and its derivative by the log-probability: -A r where the
-# unclipped term is the larger one or r is inside the range, 0 where the clipped constant is.
+# unclipped term is larger or r is inside the range, 0 where the clipped term, a constant, is larger.
 SIX_CASES = [
     (0.5, 1.0, -0.5, -0.5),  # max(-.5, -.8): unclipped
     (1.0, 1.0, -1.0, -1.0),
@@ -120,7 +120,7 @@ def test_losses_equal_their_slow_twins_whatever_is_under_the_mask(fast, slow, fi
 
 @pytest.mark.parametrize("loss", [policy_loss, value_loss])
 def test_gradients_agree_with_finite_differences(loss) -> None:
-    generator = torch.Generator().manual_seed(3)  # draws that lie off the kinks
+    generator = torch.Generator().manual_seed(3)  # its draws avoid the kinks
     old, other = (torch.randn(3, 4, generator=generator, dtype=F64) for _ in range(2))
     new = (old + 0.5 * torch.randn(3, 4, generator=generator, dtype=F64)).requires_grad_()
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])

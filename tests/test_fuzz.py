@@ -1,6 +1,6 @@
 """Any content of a file is read, or refused in one line by the error of its layer; no other error escapes.
 
-CI draws the same examples every time; `make fuzz MINUTES=60` draws new ones for as long as one asks.
+CI draws the same examples every time; `make fuzz MINUTES=60` draws new ones for an hour.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ YAML_TEXT = st.lists(st.sampled_from(YAML_PARTS), max_size=40).map("".join)
 
 
 def text_of(data: dict[str, Any]) -> str:
-    """A YAML text of keys and values. JSON is YAML, but for numbers that are none."""
+    """Keys and values as YAML text; JSON is YAML, except for infinity and NaN."""
     return json.dumps(data).replace("NaN", ".nan").replace("-Infinity", "-.inf").replace("Infinity", ".inf")
 
 
@@ -79,7 +79,7 @@ def test_a_config_of_any_text(tmp_path: Path, text: str) -> None:
 
 
 def dotted(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    """The names of all keys of a configuration, those of groups too."""
+    """The dotted names of all keys of a configuration, including groups."""
     inner = [name for key, value in tree.items() if isinstance(value, dict) for name in dotted(value, f"{key}.")]
     return [*(f"{prefix}{key}" for key in tree), *inner]
 
@@ -134,7 +134,7 @@ CELL = JSON | SCORES | LISTS | BOTH | st.sampled_from(["sad", "happy", "9" * 500
 
 
 def nearly(sound: dict[str, Any], *more: str) -> st.SearchStrategy[dict[str, Any]]:
-    """A sound row, with up to two of its cells, or others, of any value; and rows of nothing but such cells."""
+    """A sound row with up to two cells replaced or added, of any value; or a row of nothing but such cells."""
     columns = st.sampled_from([*sound, *more])
     return st.builds(lambda new: sound | new, st.dictionaries(columns, CELL, max_size=2)) | st.dictionaries(
         columns, CELL, max_size=6
@@ -248,7 +248,7 @@ def as_parquet(rows: list[dict[str, Any]]) -> bytes:
     out = io.BytesIO()
     try:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out)
-    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError):  # not every row can be one of Arrow's
+    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError):  # Arrow cannot hold every row
         pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": ["sad", "happy"]}), out)
     return out.getvalue()
 

@@ -1,6 +1,6 @@
 """For any content of a run's folder and any arguments, a command ends in an exit code and at most one line.
 
-CI draws the same examples every time; `make fuzz MINUTES=60` draws new ones for as long as one asks.
+CI draws the same examples every time; `make fuzz MINUTES=60` draws new ones for an hour.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tests.test_fuzz import KEYS, SHARED, TEXTS, YAML_TEXT, text_of
 from tests.test_own_task import SMALL, reviews
 
 SLOW = settings(max_examples=settings.default.max_examples // 4, suppress_health_check=SHARED)
-CODES = {0, 1, 2, 3, 74}  # done, out of memory, a mistake, unsound or diverged, cannot be written to
+CODES = {0, 1, 2, 3, 74}  # done, out of memory, a mistake, unsound or diverged, output cannot be written
 FILES = [
     *("config.yaml", "best_prompt.json", "metrics.jsonl", "prompts.jsonl", "agent", "checkpoint"),
     *(f"agent/{name}" for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")),
     *("agent/model.safetensors", "checkpoint/step-000001/state.pt", "checkpoint/step-000001/manifest.json"),
 ]
-FEW = st.recursive(  # numbers that make nothing large
+FEW = st.recursive(  # no value here makes a run large
     st.none() | st.booleans() | st.integers(-3, 4) | st.floats() | st.just(10**400) | TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=4,
@@ -37,12 +37,12 @@ FEW = st.recursive(  # numbers that make nothing large
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that is no folder may be one of the hub, which is not to be asked."""
+    """A name that is no folder may be taken for a hub name, and the tests must not ask the hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def ending(command: str, arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> int:
-    """The exit code of a command, which says what is wrong in one line that no terminal obeys."""
+    """The exit code of a command; checks that an error is one line without terminal control characters."""
     capsys.readouterr()
     try:
         code = import_module(f"experiments.{command}").main(list(arguments))
@@ -77,7 +77,7 @@ Harm = Callable[[Path], object]
 
 
 def spliced(place: int, written: bytes, cut: bool) -> Harm:
-    """Bytes written over a file, or the file cut behind them."""
+    """Overwrites a part of a file, and may cut off the rest."""
 
     def harm(path: Path) -> None:
         content = path.read_bytes()
@@ -88,7 +88,7 @@ def spliced(place: int, written: bytes, cut: bool) -> Harm:
 
 
 def with_value(key: int, value: object) -> Harm:
-    """One of the keys of a file of keys and values set to any value."""
+    """Sets one key of a file of keys and values to any value."""
 
     def harm(path: Path) -> None:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -117,7 +117,7 @@ def replaced(content: bytes) -> Harm:
     return harm
 
 
-JUNK = st.binary(max_size=8).filter(lambda written: not any(48 <= byte < 58 for byte in written))  # no larger numbers
+JUNK = st.binary(max_size=8).filter(lambda written: not any(48 <= byte < 58 for byte in written))  # adds no digits
 HARMS: st.SearchStrategy[tuple[str, Harm]] = (
     st.tuples(st.sampled_from(FILES[6:] + FILES[:4]), st.builds(spliced, st.integers(0, 10**6), JUNK, st.booleans()))
     | st.tuples(
@@ -201,7 +201,7 @@ def command_lines(draw: st.DrawFn) -> tuple[str, list[str]]:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of its own to be called in, so that nothing is written anywhere else."""
+    """An empty working directory, so that commands write nowhere else."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path
 

@@ -51,7 +51,7 @@ def test_generation_equals_the_plain_loop(
 
 
 def always(model: PreTrainedModel, token: int) -> PreTrainedModel:
-    """A model that says one token, whatever it reads: its head's rows are zero but for a bias by the norm."""
+    """A model that says one token, whatever it reads: its head has zero weights and a bias of 1 for the token."""
     model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
     bias = torch.zeros(model.lm_head.out_features)
     bias[token] = 1.0
@@ -100,7 +100,7 @@ def test_what_does_not_fit_into_the_context_is_refused_before_it_is_run(
     with pytest.raises(ContextTooLongError, match="up to 513 tokens"):
         target.generate(pairs(["p", "p" * (512 - 19 - BUDGET + 1)], ["x", "x"]), BUDGET, ())
     with pytest.raises(ContextTooLongError, match="up to 514 tokens"):
-        target.answer_logprobs(pairs(["p" * (512 - 19)], ["x"]), ["a"])  # and a space before the answer
+        target.answer_logprobs(pairs(["p" * (512 - 19)], ["x"]), ["a"])  # the answer is two tokens, " a"
 
 
 @pytest.mark.parametrize("max_batch_tokens", [16_384, 1])
@@ -190,8 +190,8 @@ def test_generation_reward_is_the_weighted_mean_metric(
 
 
 def test_likelihood_is_added_on_every_example(tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    # q = 1 / (e + V - 1) is the probability of every token but "a", which has e q. " a" is two tokens, the mean log
-    # is that of sqrt(q * e q); " b" is two tokens of q each.
+    # q = 1 / (e + V - 1) is the probability of every token but "a", which has e q. " a" is two tokens, with the mean
+    # log-probability log sqrt(q * e q); " b" is two tokens of q each.
     vocabulary = len(tokenizer)
     target = target_of(always(tiny_llama, tokenizer.convert_tokens_to_ids("a")), tokenizer, TEMPLATE, ())
     reward = GenerationReward(target, "exact_match", likelihood_weight=0.1, answer_tokens=1)
@@ -200,7 +200,7 @@ def test_likelihood_is_added_on_every_example(tiny_llama: PreTrainedModel, token
 
 
 def table_target(table: list[list[float]]) -> Target:
-    """A target whose class logits are given, for each prompt the same rows; only what the reward calls."""
+    """A stub of a target, with only what the reward calls: the given class logits, the same for every prompt."""
 
     def class_logits(asked: Sequence[Asked]) -> torch.Tensor:
         return torch.tensor(table * len(asked)).log()

@@ -117,7 +117,7 @@ def test_bad_iterations_in_a_row_lead_back_to_the_anchor_and_then_to_the_end() -
     step(appo, bad)
     with pytest.raises(DivergedError, match=r"4 iterations in a row without a sound step.*nonfinite_reward") as found:
         step(appo, bad)
-    assert found.value.iteration.stats["nonfinite_reward"] == 1.0  # what a run writes down at its end
+    assert found.value.iteration.stats["nonfinite_reward"] == 1.0  # the run records these when it ends
 
 
 def test_logits_that_are_no_numbers_are_named_before_anything_is_sampled() -> None:

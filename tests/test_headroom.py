@@ -1,4 +1,4 @@
-"""The look before training, on the lab and on a target that does not listen."""
+"""The look at the headroom before training, on the lab and on a target that ignores the prompt."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def deaf(run: Run) -> Run:
-    """The same run with a target whose answers depend on the input alone: it is shown no prompt."""
+    """The same run with a target whose answers depend on the input alone: it always reads the same prompt."""
     heard = run.target.target
     assert isinstance(heard, LocalTarget)
     target = LocalTarget(heard.lm, heard.template, heard.words)

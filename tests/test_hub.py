@@ -1,4 +1,4 @@
-"""Rows from the hub: what it is asked for, and how it fails."""
+"""Rows from the hub: what it is asked for, and what is said when it fails."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rows_of(split: str, count: int) -> datasets.Dataset:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """A hub where every split has four rows of each label, with integer labels; the list of what it is asked."""
+    """A hub where every split has four rows of each label, with integer labels; returns the list of calls to it."""
     calls: Calls = []
 
     def load_dataset(*args: Any, **options: Any) -> datasets.Dataset:
@@ -43,7 +43,7 @@ def hub_fails(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 
 
 def hub_spec(folder: Path, hub: dict[str, str]) -> str:
-    """A user's spec with this hub entry; its path."""
+    """Writes a user's spec with this hub entry; returns its path."""
     spec = {
         "name": "mood",
         "description": "Is it happy?",
@@ -75,7 +75,7 @@ def test_a_revision_and_a_validation_split_are_passed_on(hub: Calls, tmp_path: P
 
 
 def test_a_large_training_split_is_sampled_and_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The first 5500 rows have label 0 and the last 500 label 1: the first 5000 would hold none of these.
+    # The first 5500 rows have label 0 and the last 500 label 1: the first 5000 would hold no label 1.
     large = datasets.Dataset.from_dict({"sentence": [f"s {i}" for i in range(6000)], "label": [0] * 5500 + [1] * 500})
     splits = {"train": large, "validation": rows_of("validation", 2)}
     monkeypatch.setattr(datasets, "load_dataset", lambda *_args, split, **_options: splits[split])

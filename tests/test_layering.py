@@ -20,7 +20,7 @@ SOURCES = {
 LIMIT = 400  # lines: "a file over about 400 lines is two files"
 CORE_LIMIT = 1500  # lines of appo without appo/lm: what a reader of the algorithm has to read
 
-# Which of the four packages may import which. Of appo, rewards needs the ways models are run, and nothing else.
+# Which of the four packages may import which. From appo, rewards needs only appo.lm, which runs models.
 MAY_IMPORT = {
     "appo": set(),
     "rewards": {"tasks", "appo.lm"},
@@ -43,7 +43,7 @@ PLACES = {
     "transformers": {"appo/lm", "experiments"},
     "datasets": {"tasks"},
     "pyarrow": {"tasks"},
-    "yaml": {"experiments", "tasks/catalogue.py"},  # which reads the specs
+    "yaml": {"experiments", "tasks/catalogue.py"},  # the catalogue reads the specs
     "argparse": {"experiments"},
     "tqdm": {"experiments/compare.py", "experiments/lab", "experiments/terminal"},
     "torch": {"appo", "rewards", "experiments"},
@@ -72,14 +72,14 @@ def imports(source: str) -> Iterator[tuple[str, str]]:
 
 
 def calls(source: str) -> Iterator[tuple[str, ast.Call]]:
-    """Every call, with what is called as it stands there: print, Path("a").open, torch.load."""
+    """Every call, with the source of what is called: print, Path("a").open, torch.load."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), node
 
 
 def given(call: ast.Call, name: str) -> object:
-    """The constant that a keyword of a call is given; None without it."""
+    """The constant passed for a keyword of a call; None if there is none."""
     return next((getattr(k.value, "value", None) for k in call.keywords if k.arg == name), None)
 
 
@@ -87,7 +87,7 @@ def given(call: ast.Call, name: str) -> object:
 
 
 def wrong_rank(path: str, source: str) -> Iterator[str]:
-    """Imports of our own packages that go the wrong way."""
+    """Imports of one of our packages by another that may not import it."""
     allowed = MAY_IMPORT[package(path)] | {package(path)}
     for module, name in imports(source):
         other = module.split(".")[0]
@@ -97,7 +97,7 @@ def wrong_rank(path: str, source: str) -> Iterator[str]:
 
 
 def wrong_room(path: str, source: str) -> Iterator[str]:
-    """Imports of a room from beside or above it."""
+    """Imports by a room of modules beside or above it that it may not use."""
     if room(path) not in ROOMS:
         return
     allowed = ROOMS[room(path)] | {room(path).replace("/", ".")}
@@ -113,7 +113,7 @@ def relative_import(_path: str, source: str) -> Iterator[str]:
 
 
 def more_than_example(path: str, source: str) -> Iterator[str]:
-    """What rewards take from tasks, besides the Example of tasks.spec."""
+    """What rewards imports from tasks, besides tasks.spec.Example."""
     for module, name in imports(source):
         of_tasks = package(path) == "rewards" and package(module.replace(".", "/")) == "tasks"
         if of_tasks and (module, name) != ("tasks.spec", "Example"):
@@ -198,7 +198,7 @@ FACTORIES = {
 
 
 def no_device(path: str, source: str) -> Iterator[str]:
-    """A new tensor whose device is left to chance: right on a CPU, and wrong on the first machine with a GPU."""
+    """A new tensor without an explicit device: right on a CPU, and wrong on the first machine with a GPU."""
     for name, call in calls(source):
         new = name.removeprefix("torch.") in FACTORIES and name.startswith("torch.")
         if package(path) in ("appo", "rewards") and new and "device" not in {k.arg for k in call.keywords}:

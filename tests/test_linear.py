@@ -22,7 +22,7 @@ def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def layers(bias: bool, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, nn.Linear]:
-    """torch's own, and its twin."""
+    """torch's own layer, and its oneDNN twin."""
     torch.manual_seed(0)
     plain, ours = (nn.Linear(24, 40, bias=bias, dtype=dtype) for _ in range(2))
     ours.load_state_dict(plain.state_dict())
@@ -32,7 +32,7 @@ def layers(bias: bool, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, n
 
 
 def same(found: Tensor | None, expected: Tensor | None) -> None:
-    """But for the rounding of sums of hundreds of products."""
+    """Equality, except for the rounding of sums of hundreds of products."""
     assert found is not None and expected is not None
     assert_close(found, expected, rtol=0, atol=2e-6 * expected.abs().max().item())
 

@@ -23,7 +23,7 @@ def printed(*arguments: str) -> str:
     [
         (["train"], "bin/appo train"),
         (["train", "TASK=rte", "MODE=tte", "STEPS=3"], 'bin/appo train --task "rte" --mode "tte" --steps "3"'),
-        (["train", "RUN=r", "RESUME=1"], 'bin/appo train --run "r" --resume'),  # of whatever task it is
+        (["train", "RUN=r", "RESUME=1"], 'bin/appo train --run "r" --resume'),  # whatever its task
         (["train", "RUN=a b", "ARGS=steps=2"], 'bin/appo train --run "a b" steps=2'),
         (["tasks", "SHOW=mnli"], 'bin/appo tasks --show "mnli"'),
         (["compare", "SEEDS=0", "ARGS=steps=2"], "bin/appo compare --seeds 0 steps=2"),

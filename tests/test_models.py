@@ -1,4 +1,4 @@
-"""Loading models: a folder as `save_pretrained` leaves it, and one clear line for every folder that is not so."""
+"""Loading models: folders from `save_pretrained` load, all others are refused in one clear line."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_folder_without_weights_is_refused(folder: Path) -> None:
 
 
 def test_pickled_weights_are_never_opened(folder: Path) -> None:
-    # Opened, these bytes would be no pickle and the message another one.
+    # These bytes are no pickle: if they were opened, the message would be another one.
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     assert refusal(folder) == f"agent: {str(folder)!r} holds no weights; expected *.safetensors"
 
@@ -132,7 +132,7 @@ def test_a_missing_folder_like_no_other_is_refused_without_asking_the_hub(
     assert refusal(name) == f"agent: no folder {name!r}"
 
 
-# A hub id has one slash at most. What the hub says when it cannot be reached, and when a model comes with code.
+# What the hub says when it cannot be reached, and when a model comes with code. A hub id has at most one slash.
 ERRORS = {
     "offline": (OSError("We couldn't connect to\nthe hub to load the files"), "We couldn't connect to the hub to load"),
     "code": (

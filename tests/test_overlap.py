@@ -13,7 +13,7 @@ RUNS = word_runs(["The cat sat on the mat .", "dogs bark"])
     ("prompt", "expected"),
     [
         ("the CAT sat, on", 1.0),  # one run, copied
-        ("the cat sat on a mat", 1 / 3),  # of three runs the first
+        ("the cat sat on a mat", 1 / 3),  # the first of three runs
         ("say what the cat does", 0.0),
         ("dogs bark", 0.0),  # too short to have a run
         ("", 0.0),

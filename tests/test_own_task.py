@@ -41,14 +41,14 @@ QUIZ: dict[str, Any] = {
 
 
 def reviews(folder: Path, rows: int = 16, **changes: Any) -> Path:
-    """The spec, with keys changed, beside its rows."""
+    """Writes the spec, with changed keys, beside its rows; returns its path."""
     found = [{"body": f"review {i}", "label": ("bad", "good")[i % 2]} for i in range(rows)]
     write(folder / "rows.jsonl", "\n".join(map(json.dumps, found)))
     return write(folder / "reviews.yaml", yaml.safe_dump(REVIEWS | changes, sort_keys=False))
 
 
 def quiz(folder: Path) -> Path:
-    """Questions with two choices, and one with four."""
+    """Writes a task of questions with two choices and one with four; returns the spec's path."""
     rows = [{"question": f"q {i}", "opts": ["x", "y"], "ans": i % 2} for i in range(15)]
     rows += [{"question": "q", "opts": ["x", "y", "z", "w"], "ans": 3}]
     write(folder / "rows.jsonl", "\n".join(map(json.dumps, rows)))
@@ -56,7 +56,7 @@ def quiz(folder: Path) -> Path:
 
 
 def begin(spec: Path, *more: str) -> Path:
-    """A short run on the task; its folder."""
+    """Trains on the task for a few steps; returns the run's folder."""
     run = spec.parent / "run"
     assert train(["--task", str(spec), "--run", str(run), *SMALL, *more]) == 0
     return run
@@ -136,7 +136,7 @@ def test_using_a_run_says_what_changed_since(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.fixture(scope="module")
 def answered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Finished runs, by what they are on."""
+    """A finished run on each task, and one in mode tte."""
     spec = reviews(tmp_path_factory.mktemp("tte"))
     return {
         "quiz": begin(quiz(tmp_path_factory.mktemp("quiz"))),

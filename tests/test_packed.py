@@ -1,4 +1,4 @@
-"""Packed passes against plain ones: every sequence alone, on a model whose attention is as transformers made it."""
+"""Packed passes against plain ones: every sequence alone, with transformers' own attention."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ PACKING = {
     "mistral": {"sliding_window": 8},
     "mixtral": EXPERTS,
 }
-PLAIN = {  # their attention is not transformers' own, or looks at neighbours, or at what is no token
+PLAIN = {  # attention of their own, convolutions over neighbours, attention sinks
     "bloom": {"n_layer": 3, "n_head": 4},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8},
     "gpt_oss": EXPERTS | {"sliding_window": 8},
@@ -179,7 +179,7 @@ def test_a_saved_model_knows_nothing_of_ours(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bloom"])
 def test_the_head_reads_one_block(name: str) -> None:
-    """In bfloat16 torch multiplies a slice of the states row by row, with a copy of the head's weights for each row."""
+    """In bfloat16 torch multiplies a slice of the states row by row, and copies the head's weights for each row."""
     model, whole = build(name), []
     packed.install(model)
     model.get_output_embeddings().register_forward_hook(lambda _, args, __: whole.append(args[0].is_contiguous()))
@@ -204,12 +204,12 @@ def test_reading_contexts_makes_no_logits(tokenizer: PreTrainedTokenizerBase) ->
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 def test_one_token_after_another_equals_all_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RoomyLayer, "ROOM", 3)  # has to grow now and then
+    monkeypatch.setattr(RoomyLayer, "ROOM", 3)  # so small that the cache has to grow
     model = build(name)
     ids = torch.tensor([row[:12] for row in (BATCH.prefixes[3], BATCH.branches[5], BATCH.branches[2])])
     expected = model(ids).logits
     cache, rows = new_cache(model), torch.arange(3)
-    # A row leaves, the rest change places, more of them go on.
+    # One of three rows leaves, the other two change places, one is copied, and one goes on alone.
     changes = {t: torch.tensor(new) for t, new in ((6, [0, 2]), (8, [1, 0]), (10, [1, 0, 1]), (11, [2]))}
     model(ids[:, :4], past_key_values=cache, use_cache=True)
     for t in range(4, 12):
@@ -230,7 +230,7 @@ def test_closing_up_keeps_those_who_go_on_and_moves_few(going: list[bool]) -> No
 @pytest.mark.parametrize("name", [*PACKING, *PLAIN])
 def test_sampled_logprobs_equal_the_evaluated_ones(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     policy = policy_of(build(name), tokenizer, plain_sampling(12))
-    beginning = tuple(range(3, 30))  # which all queries share, and which is longer than the windows
+    beginning = tuple(range(3, 30))  # shared by all queries, and longer than the sliding windows
     queries = [Query((*beginning, *ending)) for ending in ((40, 41), (50,), (60, 61, 62, 63, 64))]
     rollout = policy.sample(queries, torch.Generator().manual_seed(0), copies=2)
     with torch.no_grad():
@@ -255,7 +255,7 @@ def test_scores_equal_the_plain_ones(name: str, dtype: torch.dtype) -> None:
     found = logits_of(target(), prompts, SCORED).log_softmax(-1)
     if dtype == torch.float32:
         assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    else:  # the decision is the same, but where two classes are as good as equal
+    else:  # the best class is the same, except where two classes are nearly equal
         assert_close(found, expected, rtol=0.1, atol=0.1)
         best = expected.topk(2).values
         clear = best[..., 0] - best[..., 1] > 0.1
@@ -304,5 +304,5 @@ def test_checkpointing_changes_no_gradient(name: str, tokenizer: PreTrainedToken
     batch = minibatch(kept, 2)
     expected, found = (gradients(t, our_loss, batch) for t in (kept, recomputed))
     assert_close(found, expected)
-    assert len(passes) == 2  # forward, and again on the way back
+    assert len(passes) == 2  # in the forward pass, and again in the backward pass
     assert not any(module.training for module in recomputed.policy.model.modules())

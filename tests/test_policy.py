@@ -1,4 +1,4 @@
-"""The policy: what is sampled is what is evaluated, whatever shares the batch."""
+"""The policy: evaluation gives the log-probabilities of sampling, whatever shares the batch."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_what_all_queries_begin_with_is_run_once(tiny_lm, tokenizer, monkeypatch
 
     monkeypatch.setattr(packed, "call", counted)
     rollout = policy.sample(queries, seeded(), copies=3)
-    assert passes[:3] == [(1, 27), (2, 18), (6, 1)]  # the beginning, two endings but for their last token, a step
+    assert passes[:3] == [(1, 27), (2, 18), (6, 1)]  # the beginning, both endings without their last token, a step
     monkeypatch.undo()
     with torch.no_grad():
         for row, response in enumerate(rollout.responses()):
@@ -160,7 +160,7 @@ def test_tokens_are_drawn_with_their_probabilities(tiny_llama, tokenizer) -> Non
     drawn = torch.bincount(tokens, minlength=tiny_llama.vocab_size)
     logits = tiny_llama(torch.tensor([query.tokens])).logits[0, -1]
     expected = draws * (logits / 0.02).softmax(-1)
-    assert 0.4 < expected.max() / draws < 0.6  # a race of equals would hide what is wrong
+    assert 0.4 < expected.max() / draws < 0.6  # near-equal probabilities would hide an error
     often = expected > 10
     freedom = int(often.sum())
     chi_squared = ((drawn - expected) ** 2 / expected)[often].sum().item()

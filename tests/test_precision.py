@@ -1,4 +1,4 @@
-"""What is trained is float32 and moves, whatever the model computes in."""
+"""Trained weights are float32 and move, whatever the model computes in."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_200_small_steps_move_nearly_all_weights() -> None:
 
 
 def test_weights_kept_in_bfloat16_would_not_move() -> None:
-    weights = torch.nn.Parameter(torch.full((1000,), 0.02, dtype=torch.bfloat16))  # spacing 6e-5, six steps of 1e-5
+    weights = torch.nn.Parameter(torch.full((1000,), 0.02, dtype=torch.bfloat16))  # half the spacing is 6e-5
     optimizer = torch.optim.AdamW([weights], lr=1e-5, weight_decay=0.0)
     for _ in range(200):
         weights.grad = torch.full_like(weights, 0.01)
@@ -60,7 +60,7 @@ def test_an_agent_with_nothing_to_train_is_refused() -> None:
     tokenizer = byte_tokenizer()
     model = llama(len(tokenizer))
     policy = policy_of(model, tokenizer)
-    target_of(model, tokenizer, "{prompt} {input}", ())  # the same object, and a target's weights are frozen
+    target_of(model, tokenizer, "{prompt} {input}", ())  # freezes the weights of the same object
     with pytest.raises(ValueError, match=r"no parameter to train.*same object"):
         APPOTrainer(policy)
 

@@ -1,4 +1,4 @@
-"""report.html: one page that loads nothing, escapes every word of a model's, and draws what was measured."""
+"""report.html: one page that loads nothing, escapes all text, and draws what was measured."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CONFIG = {"task": "mnli", "agent": "some/agent", "target": "some/target", "data"
 
 
 def row(iteration: int, value: float | None = None, anchor: str | None = None) -> dict[str, Any]:
-    """One line of metrics.jsonl: every column has the value, or one that changes with the iteration."""
+    """A row of metrics.jsonl: every column holds `value`, by default 0.5 + iteration."""
     columns = dict.fromkeys(COLUMNS, 0.5 + iteration if value is None else value)
     return {"iteration": iteration, **columns, "anchor": anchor} | ({"review": REVIEW} if anchor else {})
 
@@ -69,7 +69,7 @@ def render(
 
 
 def elements(page: str) -> list[tuple[str, dict[str, str | None]]]:
-    """Every element with its attributes; raises where a tag closes what is not open, or leaves something open."""
+    """Every element with its attributes; raises ValueError where a tag closes what is not open, or is never closed."""
     found: list[tuple[str, dict[str, str | None]]] = []
     opened: list[str] = []
     parser = HTMLParser()
@@ -123,7 +123,7 @@ def test_a_models_words_are_escaped_wherever_they_stand(place: str, tmp_path: Pa
         "protocol": {"paper_protocol": {"name": HOSTILE, "test_score": 0.5}},
     }
     page = render(tmp_path, prompts=[prompt(HOSTILE if place == "table" else "ok")], **results.get(place, {}))
-    # As by hand: & first, then the two brackets and the two quotes.
+    # Escaped by hand: & first, then the two brackets and the two quotes.
     escaped = (
         "&lt;/pre&gt;&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; "
         "&lt;img src=&quot;http://evil.example/a.png&quot; onerror=x&gt; &amp;amp; &amp; {0} %s"
@@ -239,7 +239,7 @@ def test_there_is_a_chart_for_every_curve_with_data(tmp_path: Path) -> None:
     assert render(tmp_path).count("<svg") == len(CURVES)
 
 
-# A frozen run measures no losses; (columns that are missing, charts that are left).
+# (missing columns, charts that are left); a frozen run, for example, measures no losses.
 @pytest.mark.parametrize(
     ("missing", "left"),
     [
@@ -288,7 +288,7 @@ def test_every_point_lies_inside_its_chart(metrics: list[dict[str, Any]], tmp_pa
 
 def test_a_curve_runs_from_edge_to_edge() -> None:
     (line,) = lines(line_chart([Curve([(3, 0.0), (5, 1.0), (7, 0.5)], "c", "#000")]))
-    # 460 wide, less 52 and 10: from 52 over the middle, 251, to 450
+    # The chart is 460 wide with margins of 52 and 10, so x runs from 52 through 251, the middle, to 450.
     assert [x for x, _ in line] == [LEFT, (LEFT + WIDTH - RIGHT) / 2, WIDTH - RIGHT]
 
 
@@ -333,7 +333,7 @@ def test_the_strong_line_is_the_mean_over_the_last_ten(tmp_path: Path) -> None:
     faint, strong = lines(page.split("Value loss")[1].split("</figure>")[0])
     ys = [y for _, y in faint]
     means = [sum(ys[max(0, i - 9) : i + 1]) / len(ys[max(0, i - 9) : i + 1]) for i in range(25)]
-    # The scale is linear, so the mean may be taken of the heights; each is rounded to 0.1, hence half of that twice.
+    # The scale is linear, so heights can be averaged; both sides are rounded to 0.1, each off by at most 0.05.
     assert max(abs(y - mean) for (_, y), mean in zip(strong, means, strict=True)) <= 0.1
 
 

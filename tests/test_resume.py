@@ -1,4 +1,4 @@
-"""Nothing lost: checkpoints that are whole or not there, stops in good order, and resuming bit for bit."""
+"""Nothing is lost: checkpoints are whole or absent, stops are clean, and resuming is bit for bit."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from tests.test_checkpoint import signed, stored
 from tests.test_sources import sst2_folder
 
 ROOT = Path(__file__).parent.parent
-KILLS = int(os.environ.get("KILLS", "2"))  # the full measure is 50
+KILLS = int(os.environ.get("KILLS", "2"))  # 50 in the full test
 SMALL = {"prompts": 4, "threads": 1, "sampling.max_new_tokens": 16, "examples.test_limit": 20, "anchor.prompts": 2}
 OPTIONS = [f"{key}={value}" for key, value in SMALL.items()] + ["examples.shots=4", "examples.batch_size=4"]
-STEPS = 8  # eight examples in batches of four: a review every ten iterations, or with period 1 every two
+STEPS = 8  # eight examples in batches of four are two iterations an epoch; a review after each epoch
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
@@ -42,7 +42,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
 
 
 def rows(folder: Path) -> tuple[list[dict[str, Any]], bytes]:
-    """What a run logged, but for the time that it took."""
+    """What a run logged, without the column `seconds`."""
     metrics = [{k: v for k, v in row.items() if k != "seconds"} for row in read_jsonl(folder / "metrics.jsonl")]
     return metrics, (folder / "prompts.jsonl").read_bytes()
 
@@ -61,7 +61,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def interrupted(
     folder: Path, monkeypatch: pytest.MonkeyPatch, at: int, number: int = signal.SIGINT, given: Sequence[str] = ()
 ) -> int:
-    """Runs until iteration `at`, sends the process a signal there; returns the exit code."""
+    """Runs, sends the process a signal after iteration `at`, and returns the exit code."""
     show = Progress.show
 
     def show_and_signal(self: Progress, iteration: int, *rest: Any) -> None:
@@ -123,7 +123,7 @@ def test_a_killed_run_goes_on_bit_for_bit(kill: int, undisturbed: Path, tmp_path
     )
     while process.poll() is None and not (folder / "config.yaml").is_file():
         time.sleep(0.01)
-    time.sleep(random.Random(kill).uniform(0, 2.0))  # before the first checkpoint, too
+    time.sleep(random.Random(kill).uniform(0, 2.0))  # some kills come before the first checkpoint
     process.kill()
     process.wait()
     again = [*command, "--run", str(folder), "--resume"]
@@ -240,7 +240,7 @@ def test_a_state_of_something_else_is_refused_in_one_line(
 
 @contextmanager
 def limited(size: int) -> Iterator[None]:
-    """No file may grow beyond so many bytes: a write fails as on a full disk."""
+    """Limits every file to `size` bytes: writing more fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -305,7 +305,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(
     name: str, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Either file says that there was a checkpoint: the result, or more rows than come before the first."""
+    """Either file proves that there was a checkpoint: a result, or more rows than come before the first checkpoint."""
     folder = shutil.copytree(undisturbed, tmp_path / "run")
     shutil.rmtree(folder / "checkpoint")
     if name != "best_prompt.json":

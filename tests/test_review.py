@@ -1,4 +1,4 @@
-"""What a review sees beyond scores: an agent that has collapsed goes back, and the record says why."""
+"""Reviews look beyond scores: an agent that has collapsed is rolled back, and the review says why."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SOUND = Health(length=30.0, empty_rate=0.0, distinct=1.0, distinct_2=0.9, entrop
         (SOUND._replace(distinct=0.25), "only 25% of its prompts are distinct"),
         (SOUND._replace(distinct_2=0.31), None),
         (SOUND._replace(distinct_2=0.29), "repeat themselves"),
-        (SOUND._replace(entropy=0.0), None),  # an agent that is sure of itself is no dead one
+        (SOUND._replace(entropy=0.0), None),  # a confident agent has not collapsed
     ],
 )
 def test_what_counts_as_collapse(policy: Health, sign: str | None) -> None:
@@ -68,7 +68,7 @@ def silent(trainer: APPOTrainer) -> bool:
 def collapsed() -> tuple[APPOTrainer, torch.Tensor]:
     trainer = make()
     before = weights(trainer)
-    with torch.no_grad():  # the norm of a state of ones is ones: the end gets a logit of 320, all else 0
+    with torch.no_grad():  # normalised states are all ones: the end token gets a logit of 320, all others 0
         trainer.policy.model.model.embed_tokens.weight.fill_(1.0)
         trainer.policy.model.lm_head.weight.zero_()
         trainer.policy.model.lm_head.weight[trainer.policy.lm.tokenizer.eos_token_id] = 10.0

@@ -38,7 +38,7 @@ def logs(*probabilities: float) -> Tensor:
 
 
 def stub(tables: dict[str, Sequence[Sequence[float]]]) -> tuple[Target, list[list[str]]]:
-    """A target that says given probabilities, prompt -> [N, C], and the list of what it has been asked."""
+    """A target that gives these probabilities, prompt -> [N, C], and a list that records what it is asked."""
     asked: list[list[str]] = []
 
     def class_logits(wanted: Sequence[Asked]) -> Tensor:
@@ -146,7 +146,7 @@ def test_accuracy_of_a_tie_goes_to_the_first_class() -> None:
 
 
 def test_accuracy_of_logits_that_are_no_numbers_is_none() -> None:
-    # argmax would take the NaN for the highest, so that the answer of a broken target would be right for label 0
+    # argmax takes NaN for the highest value, so a broken target would be right wherever the label is 0
     logits = torch.tensor([[math.nan, 1.0], [0.0, 1.0], [-math.inf, 1.0]])
     found = accuracy(logits, torch.tensor([0, 1, 1]))
     assert found[0].isnan() and found[1:].tolist() == [1, 1]

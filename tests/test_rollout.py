@@ -102,7 +102,7 @@ def test_several_collects_are_as_one() -> None:
 
 
 def asked(rollout: Rollout) -> list[Query]:
-    """The query that each response is to."""
+    """The query of each response."""
     return [rollout.queries[m] for m in rollout.owner.tolist()]
 
 

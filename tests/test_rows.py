@@ -20,12 +20,12 @@ def values(path: Path) -> list[dict[str, Any]]:
 
 
 def places(path: Path) -> list[str]:
-    """Where the rows are, less the folder."""
+    """Where each row is, without the folder."""
     return [where.replace(str(path), path.name) for where, _ in read_rows(path)]
 
 
 def refusal(path: Path) -> str:
-    """What the reader says of a file that it refuses, less the folder."""
+    """The error for a file that is refused, without the folder."""
     with pytest.raises(TaskError) as caught:
         values(path)
     return str(caught.value).replace(str(path), path.name)
@@ -33,7 +33,7 @@ def refusal(path: Path) -> str:
 
 # -- jsonl ------------------------------------------------------------------------------------------------------------
 
-# The same two rows, written in the ways that files come in.
+# The same two rows, written in the ways that real files are.
 JSONL = [
     '{"s": "a"}\n{"s": "é\u2028b"}\n',
     '{"s": "a"}\n{"s": "é\u2028b"}',  # no newline at the end
@@ -66,14 +66,14 @@ def test_a_json_line_that_is_no_object_is_named(text: str, kind: str, tmp_path: 
 
 
 def test_half_a_character_in_json_is_refused(tmp_path: Path) -> None:
-    # A lone surrogate is no text: no tokenizer takes it, and no log can be written of it.
+    # A lone surrogate is no text: no tokenizer accepts it, and it cannot be written to a log.
     sst2_folder(tmp_path)
     path = write(tmp_path / "test.jsonl", '{"sentence": "a \\ud800", "label": 0}\n')
     (tmp_path / "test.tsv").unlink()
     assert complaint("sst2", tmp_path, shots=1).startswith(f"{path}:1: ")
 
 
-# What Python's own JSON reader does not refuse by its own error.
+# Values on which Python's JSON reader fails with an error other than JSONDecodeError.
 @pytest.mark.parametrize(
     ("value", "reason"),
     [("[" * 100_000, "values are nested too deeply"), ("9" * 5000, "a number has too many digits")],
@@ -86,7 +86,7 @@ def test_json_that_cannot_be_read_is_named(value: str, reason: str, tmp_path: Pa
 # -- tsv --------------------------------------------------------------------------------------------------------------
 
 TSV = [
-    's\tn\na "b\t1\n"c" \'d\t2\n',  # stray quotes stay what they are
+    's\tn\na "b\t1\n"c" \'d\t2\n',  # stray quotes are kept
     's\tn\na "b\t1\n"c" \'d\t2',
     '\ufeffs\tn\na "b\t1\n"c" \'d\t2\n',
     's\tn\r\na "b\t1\r\n"c" \'d\t2\r\n',
@@ -120,7 +120,7 @@ def test_a_tsv_row_with_too_few_fields_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["tsv", "csv"])
 def test_a_long_cell_is_read_whole(suffix: str, tmp_path: Path) -> None:
-    # Python's csv module takes cells of up to 131072 characters, unless it is told otherwise.
+    # By default Python's csv module refuses cells of more than 131072 characters.
     path = write(tmp_path / f"a.{suffix}", "s\n" + "b" * 140_000 + "\n")
     assert values(path) == [{"s": "b" * 140_000}]
 
@@ -137,7 +137,7 @@ def test_empty_lines_of_a_table_are_no_rows(suffix: str, end: str, tmp_path: Pat
 
 @pytest.mark.parametrize("suffix", ["tsv", "csv"])
 def test_two_columns_of_one_name_are_refused(suffix: str, tmp_path: Path) -> None:
-    # The last one would win without a word.
+    # Otherwise the last one would win silently.
     text = "s,label,label\na,1,0\n".replace(",", {"tsv": "\t", "csv": ","}[suffix])
     assert refusal(write(tmp_path / f"a.{suffix}", text)) == f"a.{suffix}:1: 'label' is the name of two columns"
 
@@ -247,7 +247,7 @@ def test_a_file_that_cannot_be_opened_is_named(suffix: str, tmp_path: Path) -> N
     assert refusal(tmp_path / f"a.{suffix}").startswith(f"a.{suffix}: ")
 
 
-# (file, header, a good row); and how many good rows come first: files are read in blocks of some thousand bytes.
+# (file, header, a good row). Many good rows come first, as files are read in blocks of some thousand bytes.
 TEXTS = [("a.jsonl", "", '{"s": "abc"}\n'), ("a.tsv", "s\tn\n", "a\t1\n"), ("a.csv", "s\n", "a\n")]
 
 
@@ -255,5 +255,5 @@ TEXTS = [("a.jsonl", "", '{"s": "abc"}\n'), ("a.tsv", "s\tn\n", "a\t1\n"), ("a.c
 @pytest.mark.parametrize(("name", "header", "row"), TEXTS)
 def test_a_file_that_is_not_utf8_names_the_byte(name: str, header: str, row: str, rows: int, tmp_path: Path) -> None:
     good = (header + row * rows).encode()
-    path = write(tmp_path / name, good + b"\xe9" + row.encode())  # Latin-1's é, which begins no UTF-8 sequence here
+    path = write(tmp_path / name, good + b"\xe9" + row.encode())  # é in Latin-1, which is not UTF-8 here
     assert refusal(path) == f"{name}: not UTF-8 at byte {len(good)}"

@@ -1,4 +1,4 @@
-"""Whatever stands in a run's folder: every command that reads it goes on, or refuses it in one line."""
+"""Damaged run folders: every command that reads one works, or refuses it in one line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def folder(request: pytest.FixtureRequest, finished: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy of a finished run, to be damaged; of mode fixed unless a test asks for tte."""
+    """A copy of a finished run, to be damaged; in mode fixed unless a test asks for tte."""
     return Path(shutil.copytree(finished[getattr(request, "param", "fixed")], tmp_path / "run"))
 
 
@@ -46,7 +46,7 @@ COMMANDS: dict[str, Callable[[Path], int]] = {
 
 
 def said(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """The exit code and the error of a command, which is one line."""
+    """The exit code of a command, and its error, which is one line."""
     capsys.readouterr()
     code = COMMANDS[command](folder)
     error = capsys.readouterr().err
@@ -62,7 +62,7 @@ def write(name: str, content: str | bytes) -> Callable[[Path], object]:
 
 
 def changed(name: str, **values: Any) -> Callable[[Path], object]:
-    """best_prompt.json with other values."""
+    """Changes values in a JSON file of the folder."""
 
     def change(folder: Path) -> None:
         data = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -148,7 +148,7 @@ def test_an_agent_that_is_a_file_is_one_line_at_the_end_of_a_resumed_run(
 
 
 def test_scores_that_cannot_be_stored_are_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder that cannot be written to, for root as well: the file's place is taken by a folder."""
+    """A folder in the place of the file makes writing fail, even for root."""
     (folder / "evaluation.json.part").mkdir()
     assert evaluate.main(["--run", str(folder)]) == 74
     captured = capsys.readouterr()
@@ -176,7 +176,7 @@ def test_a_seed_of_more_than_64_bits_is_refused(seed: str, folder: Path, capsys:
 
 
 def trap(model: Path, mark: Path) -> None:
-    """Lets a model's folder ask for a class of its own, in a file that leaves a mark when it is run."""
+    """Makes a model's folder name a class in a file of its own, which creates `mark` when it is run."""
     (model / "trap.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Trap: pass\n", encoding="utf-8")
     data = json.loads((model / "config.json").read_text(encoding="utf-8"))
     data |= {"model_type": "trap", "auto_map": {"AutoConfig": "trap.Trap", "AutoModelForCausalLM": "trap.Trap"}}
@@ -266,7 +266,7 @@ def test_rows_of_any_values_make_a_report_or_one_line(
     assert report.main([str(folder)]) in (0, 2)
 
 
-# -- numbers that are none ---------------------------------------------------------------------------------------
+# -- rewards that are NaN ----------------------------------------------------------------------------------------
 
 
 def test_a_run_with_rewards_that_are_none_ends_in_a_report_and_a_prompt(
@@ -276,10 +276,10 @@ def test_a_run_with_rewards_that_are_none_ends_in_a_report_and_a_prompt(
 
     def first_none(self: ClassificationReward, prompts: Any, examples: Any) -> RewardResult:
         result = scored(self, prompts, examples)
-        if len(examples) != 16:  # no batch of training examples
+        if len(examples) != 16:  # not a training batch
             return result
         calls.append(len(prompts))
-        if len(calls) == 2:  # of the second iteration all are, in all columns
+        if len(calls) == 2:  # in the second iteration all values are NaN
             nothing = result.scores * float("nan")
             return RewardResult(nothing, dict.fromkeys(result.metrics, nothing))
         result.scores[0] = float("nan")

@@ -22,14 +22,14 @@ SST2 = "sentence\tlabel\n"
 
 
 def write(path: Path, content: str | bytes) -> Path:
-    """A file with exactly these bytes; its folder is made."""
+    """Writes a file with exactly these bytes, and makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
 
 
 def sst2_folder(folder: Path, train: int = 4, test: int = 2) -> Path:
-    """A folder for sst2 with so many rows of each label."""
+    """Writes sst2 files with so many rows of each label into the folder."""
     for split, count in (("train", train), ("test", test)):
         rows = [f"{split} {label} {i}\t{label}\n" for label in (0, 1) for i in range(count)]
         write(folder / f"{split}.tsv", SST2 + "".join(rows))
@@ -63,7 +63,7 @@ def test_a_folder_may_hold_a_folder_of_the_tasks_name(tmp_path: Path) -> None:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A file of rows in the format that its name says; no value needs quotes."""
+    """Writes rows in the format that the file's name says; no value needs quotes."""
     path.parent.mkdir(exist_ok=True)
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -114,11 +114,11 @@ def test_what_lies_further_down_in_a_folder_of_another_name_does_not_count(split
     (tmp_path / f"{split}.tsv").rename(tmp_path / "sub" / f"{split}.tsv")
     message = complaint("sst2", tmp_path, shots=1)
     assert message.startswith(f"sst2: no {split} file in ")
-    assert message.endswith("; what lies further down counts only in a folder of the name 'sst2'")
+    assert message.endswith("; files further down count only in a folder named 'sst2'")
 
 
 def own_spec(folder: Path, **changes: Any) -> str:
-    """A spec of one's own, that names one file of rows, beside the file; its path."""
+    """Writes a spec of one's own beside its one file of rows; returns the spec's path."""
     spec = yaml.safe_load((Path(__file__).parents[1] / "tasks" / "specs" / "sst2.yaml").read_text(encoding="utf-8"))
     spec |= {"name": "reviews", "files": {"train": ["reviews.jsonl"]}} | changes
     rows = [{"sentence": f"own {label} {i}", "label": label} for label in (0, 1) for i in range(4)]
@@ -142,7 +142,7 @@ def test_a_folder_of_the_tasks_name_without_its_rows_is_passed_over(tmp_path: Pa
 
 
 def test_a_validation_file_that_the_spec_names_and_that_is_not_there_is_missed(tmp_path: Path) -> None:
-    # Else the split would be cut from train, without a word.
+    # Otherwise validation would silently be cut from train.
     name = own_spec(tmp_path, files={"train": ["reviews.jsonl"], "validation": ["held_out.jsonl"]})
     assert complaint(name, tmp_path).startswith("reviews: no validation file in ")
 
@@ -189,7 +189,7 @@ def test_annotations_that_are_none_are_refused(content: str, reason: str, tmp_pa
 
 
 def test_a_file_that_the_spec_names_goes_before_the_usual_ones(tmp_path: Path) -> None:
-    sst2_folder(tmp_path)  # its labels 0 and 1 are NLI's too, its one column is not
+    sst2_folder(tmp_path)  # its labels 0 and 1 are valid for NLI, its only column is not
     write(tmp_path / "train.tsv", "premise\thypothesis\tlabel\n" + "".join(f"p\th{i}\t{i % 3}\n" for i in range(6)))
     write(tmp_path / "dev_generative-nli.jsonl", '{"premise": "P", "hypothesis": "H", "label": "neutral"}\n')
     assert texts(load_task("mnli", str(tmp_path), shots=1), "test") == {"premise : P\nhypothesis : H"}

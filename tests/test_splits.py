@@ -22,7 +22,7 @@ def pool(count: int, prefix: str = "text", labels: int = 2) -> list[Example]:
 
 
 def splits(**options: Any) -> TaskData:
-    """Splits of 40 training rows and 10 test rows of each of two labels."""
+    """Splits drawn from 40 training rows and 10 test rows per label, for two labels."""
     return build_data(TaskSpec(**SPEC), {"train": pool(40), "test": pool(10, "test")}, **options)
 
 
@@ -76,7 +76,7 @@ def test_test_limit_is_an_upper_bound(limit: int, kept: int) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_rows_that_differ_in_case_and_spaces_only_count_once(seed: int) -> None:
-    # Two different texts a label, each written in three ways: one goes to train and the other to validation.
+    # Two different texts per label, each written in three ways: one goes to train and the other to validation.
     ways = ("the cat {}", "The  Cat {}", " the\tcat\n{} ")
     train = [Example(way.format(f"{y}{i}"), y, "") for y in (0, 1) for i in (0, 1) for way in ways]
     data = build_data(TaskSpec(**SPEC), {"train": train, "test": pool(1)}, shots=1, seed=seed)
@@ -91,7 +91,7 @@ def test_a_text_with_two_labels_is_drawn_at_most_once() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_test_rows_are_never_drawn(seed: int) -> None:
-    # Four rows a label; two of them are test rows, in another case and spacing.
+    # Four rows per label; two of them are test rows too, in other case and spacing.
     test = [Example(f" TEXT  {label} {i}", label, "") for label in (0, 1) for i in (0, 1)]
     data = build_data(TaskSpec(**SPEC), {"train": pool(4), "test": test}, shots=1, seed=seed)
     assert inputs(data.train) | inputs(data.validation) == {f"text {y} {i}" for y in (0, 1) for i in (2, 3)}
@@ -109,7 +109,7 @@ def test_train_comes_from_train_rows_where_validation_has_its_own() -> None:
 
 
 def test_validation_rows_that_are_in_train_are_left_out() -> None:
-    # All five training rows of a label are drawn; five of validation's ten are the same.
+    # All five training rows of a label are drawn; five of its ten validation rows repeat them.
     rows = {"train": pool(5), "validation": [*pool(5), *pool(5, "own")], "test": pool(1, "test")}
     assert inputs(build_data(TaskSpec(**SPEC), rows, shots=5).validation) == inputs(pool(5, "own"))
 

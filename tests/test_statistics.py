@@ -88,7 +88,7 @@ def test_prompts_that_differ_are_told_from_noise() -> None:
 
 
 def test_expected_noise_is_the_deviation_that_chance_gives() -> None:
-    # Every row is right for half of the 12 prompts: the mean of 32 such rows has deviation sqrt(.25 / 32).
+    # On every row half of the 12 prompts are right: the mean of 32 rows has standard deviation sqrt(.25 / 32).
     rng = np.random.default_rng(0)
     rows = [rng.permutation([1.0] * 6 + [0.0] * 6) for _ in range(32)]
     assert spread(np.transpose(rows).tolist()).noise == pytest.approx(math.sqrt(0.25 / 32), rel=0.02)

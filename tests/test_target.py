@@ -98,8 +98,8 @@ def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 
 def lm_of(tokenizer: PreTrainedTokenizerBase) -> CausalLM:
-    """A model that knows the tokenizer's tokens, for what needs the tokenizer only."""
-    return CausalLM(llama(max(10, len(tokenizer))), tokenizer)  # what a new model is tried on are ten tokens
+    """A model with the tokenizer's vocabulary, for tests that need only the tokenizer."""
+    return CausalLM(llama(max(10, len(tokenizer))), tokenizer)  # a new model is tried on token ids up to 9
 
 
 def passes(model: PreTrainedModel) -> list[int]:
@@ -114,7 +114,7 @@ def passes(model: PreTrainedModel) -> list[int]:
 
 
 def among_classes(logits: Tensor) -> Tensor:
-    """Logits as log-probabilities among the classes: what does not depend on a constant that these share."""
+    """Log-probabilities among the classes, which do not change if a constant is added to all logits."""
     return logits.log_softmax(-1)
 
 
@@ -174,7 +174,7 @@ def test_class_logits_are_float32_by_prompt_input_and_class(tiny_llama: PreTrain
 
 
 def test_class_logits_depend_on_prompt_and_input(tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    # Without this the comparisons above could hold for a model that is deaf.
+    # Otherwise the comparisons above could hold for a model that ignores its context.
     logits = logits_of(target_of(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS), PROMPTS, INPUTS)
     between = [(logits[:, i] - logits[:, j]).abs().max() for i, j in ((0, 1), (1, 2))]
     between += [(logits[i] - logits[j]).abs().max() for i, j in ((0, 1), (1, 2))]
@@ -206,7 +206,7 @@ def test_a_small_batch_gives_the_same_logits(
 
 
 def test_no_pass_is_larger_than_max_batch_tokens(tiny_llama: PreTrainedModel) -> None:
-    # The longest row has 76 + 8 + 63 + 9 = 156 bytes, and stems of 3, 5 and 2: alone it takes at most 3 * 161 tokens.
+    # The longest row has 76 + 8 + 63 + 9 = 156 bytes; word stems have 3, 5 and 2: alone it is at most 3 * 161 tokens.
     target = target_of(tiny_llama, byte_tokenizer(), TEMPLATE, WORDS, max_batch_tokens=483)
     seen = passes(tiny_llama)
     logits_of(target, PROMPTS, INPUTS)
@@ -218,7 +218,7 @@ def test_a_prompt_is_run_once_for_all_its_inputs_and_no_padding_at_all() -> None
     target = target_of(llama(len(tokenizer)), tokenizer, TEMPLATE, ("yes", "no"))
     seen = passes(target.lm.model)
     logits_of(target, ["p" * 100], ["a", "bcd"])
-    # Shared: 100 bytes of prompt and the 9 of ' Input : '; own, of two inputs: 1 and 3 bytes and the 9 of ' Output :'.
+    # Shared: 100 bytes of prompt and the 9 of ' Input : '. Per input: its own 1 or 3 bytes and the 9 of ' Output :'.
     assert seen == [109 + 1 + 3 + 2 * 9]
 
 
@@ -272,7 +272,7 @@ def test_prompts_that_share_nothing_with_their_inputs_go_with_those_that_do(
     tiny_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     # Under '{prompt}{input} ...' the contexts of the empty prompt differ from the first token on, those of the other
-    # prompt from the third: a prefix of nothing is padded beside a prefix of two.
+    # prompt from the third: an empty shared prefix runs beside one of two tokens.
     target = target_of(sharpen(tiny_lm), tokenizer, "{prompt}{input} Output :", WORDS)
     apart = torch.cat([logits_of(target, [prompt], ["xa", "yb"]) for prompt in ("", "pq")])
     assert_close(logits_of(target, ["", "pq"], ["xa", "yb"]), apart, rtol=0, atol=1e-5)
@@ -290,7 +290,7 @@ def test_words_of_several_tokens_are_scored_as_wholes(tiny_lm: PreTrainedModel) 
     assert_close(logits_of(target, ["p"], ["x"]), expected, rtol=0, atol=1e-5)
 
 
-# One token against several; a shared first token; a prefix of another; all at once. Tokens: ' n', ' no' and bytes.
+# One token against several; a shared first token; a word that begins another; all at once. Tokens: ' n', ' no', bytes.
 @pytest.mark.parametrize(
     "words", [("no", "yes"), ("not", "nor"), ("no", "nobody"), ("yes", "yesterday"), ("y", "ye", "yes", "no")]
 )
@@ -339,7 +339,7 @@ def test_label_words_are_the_tokens_that_follow_the_template(
 
 
 def test_a_template_that_ends_in_a_space_scores_the_text_as_it_reads() -> None:
-    # 'Output : ' and 'yes' read ': yes', tokens ':' and 'Ġyes': the template's own last 'Ġ' must not be left behind.
+    # 'Output : ' and 'yes' together end in the tokens ':' and 'Ġyes': the last 'Ġ' of the template must be replaced.
     tokenizer = bpe_tokenizer("Ġyes", "Ġno", "yes", "no")
     model = sharpen(llama(len(tokenizer)))
     target = target_of(model, tokenizer, TEMPLATE + " ", ("yes", "no"))
@@ -348,14 +348,14 @@ def test_a_template_that_ends_in_a_space_scores_the_text_as_it_reads() -> None:
 
 
 def test_words_of_several_pieces_keep_all_of_them() -> None:
-    # No piece 'maybe': its letters follow '▁', and ▁yes is one piece.
+    # There is no piece 'maybe', so its tokens are '▁' and its letters; '▁yes' is one piece.
     tokenizer = unigram_tokenizer("▁Output", "▁:", "▁yes", *"maybe")
     tokens = Verbalizer.build(lm_of(tokenizer), "Output :", ["yes", "maybe"]).tokens
     expected = (("▁yes",), ("▁", "m", "a", "y", "b", "e"))
     assert tokens == tuple(tuple(tokenizer.convert_tokens_to_ids(list(pieces))) for pieces in expected)
 
 
-# A template may end in the input: what a label word follows is the input's last character.
+# A template may end in the input: the label word then follows the input's last character.
 @pytest.mark.parametrize(("inputs", "token"), [(["a film", "b."], "Ġyes"), (["a film\n"], "yes")])
 def test_label_words_follow_a_filled_template(inputs: list[str], token: str) -> None:
     target = target_of(llama(len(BPE)), BPE, "{prompt}\n{input}", ("yes", "no"), inputs=inputs)
@@ -456,7 +456,7 @@ def test_a_chat_target_answers_in_an_open_assistant_turn(tiny_llama: PreTrainedM
 
 
 def test_a_chat_target_reads_the_template_as_it_stands(tiny_lm: PreTrainedModel) -> None:
-    # One <s>, the template's and no second one of the tokenizer's; the words follow the newline without a space.
+    # The only <s> is the template's: the tokenizer adds none. The words follow the newline without a space.
     tokenizer = chat_tokenizer()
     target = target_of(sharpen(tiny_lm), tokenizer, TEMPLATE, WORDS, chat=True)
 
@@ -483,7 +483,7 @@ def test_a_target_with_a_chat_template_gets_plain_text_unless_asked(tiny_llama: 
 
 
 class Counting:
-    """A target that keeps what it is asked."""
+    """A target that records what it is asked."""
 
     def __init__(self, target: LocalTarget) -> None:
         self.target, self.words, self.asked = target, target.words, list[list[Asked]]()
@@ -517,7 +517,7 @@ def test_no_pair_is_scored_twice(counting: Counting) -> None:
 def test_only_what_is_not_known_is_asked(counting: Counting) -> None:
     target = Remembered(counting)
     known = target.class_logits([Asked("q", ("a", "b"))])
-    # Of each prompt its inputs side by side, each once, whatever the order that they are asked in.
+    # Unknown pairs are asked for once each, those of a prompt together, in whatever order they come.
     wanted = [Asked("q", ("c", "a")), *pairs(["p", "q", "p"], ["a", "b", "a"])]
     found = target.class_logits(wanted)
     assert counting.asked[1:] == [[Asked("p", ("a",)), Asked("q", ("c",))]]
@@ -528,7 +528,7 @@ def test_only_what_is_not_known_is_asked(counting: Counting) -> None:
 
 def test_what_was_known_goes_on_being_known(counting: Counting) -> None:
     target, again = Remembered(counting), Remembered(counting)
-    again.load_state_dict(target.state_dict())  # nothing
+    again.load_state_dict(target.state_dict())  # nothing is known yet
     found = target.class_logits(grid(PROMPTS, INPUTS))
     again.load_state_dict(target.state_dict())
     assert torch.equal(again.class_logits(grid(PROMPTS, INPUTS)), found)
@@ -601,7 +601,7 @@ def test_check_fits_refuses_one_token_more(prompt: int | str, snug: LocalTarget)
 def test_what_check_fits_lets_pass_can_be_scored(
     tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    # In bytes ' maybe' has 6 tokens, the first 5 of which take room behind the template.
+    # ' maybe' has 6 tokens of one byte; the first 5 take room behind the template.
     target = target_of(tiny_llama, tokenizer, TEMPLATE, WORDS)
     prompts = ["p" * n for n in range(CONTEXT - FIXED - 8, CONTEXT - FIXED + 1)]
 

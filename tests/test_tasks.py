@@ -24,7 +24,7 @@ SPEC: dict[str, Any] = {
 
 
 def write_spec(folder: Path, **changes: Any) -> str:
-    """A spec file with keys changed, or left out where the change is None; its path."""
+    """Writes a spec file with changed keys, without those that are None; returns its path."""
     path = folder / "mood.yaml"
     spec = {key: value for key, value in (SPEC | changes).items() if value is not None}
     path.write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
@@ -33,7 +33,7 @@ def write_spec(folder: Path, **changes: Any) -> str:
 
 # -- the six tasks ----------------------------------------------------------------------------------------------------
 
-# Class order and words by the data sets' own label numbers (GLUE, SNLI) and the paper's verbalizers.
+# Class order from the data sets' own label numbers (GLUE, SNLI), words from the paper's verbalizers.
 NLI = {"entailment": "yes", "neutral": "maybe", "contradiction": "no"}
 ENTAILMENT = {"entailment": "yes", "not_entailment": "no"}
 VERBALIZERS = {
@@ -103,7 +103,7 @@ def test_the_hubs_test_split_is_one_with_labels(name: str, split: str) -> None:
     assert load_spec(name).hub["test"] == split
 
 
-# Row of the data set -> what the target reads.
+# Row of the data set -> example.
 ROWS: dict[str, tuple[dict[str, Any], Example]] = {
     "sst2": ({"sentence": "a fine film .", "label": 1}, Example("a fine film .", 1, "yes")),
     "mrpc": (
@@ -165,7 +165,7 @@ def test_a_verbalizers_own_name_goes_before_its_index(tmp_path: Path) -> None:
 
 
 def test_boolean_labels_are_names_and_not_numbers(tmp_path: Path) -> None:
-    # True == 1 in Python, but the class that is called True is the first one here.
+    # True == 1 in Python, but the class named True is the first one here.
     spec = load_spec(write_spec(tmp_path, verbalizer={"True": "yes", "False": "no"}))
     assert spec.example({"text": "t", "label": True}, "row 1") == Example("t", 0, "yes")
 

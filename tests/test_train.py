@@ -115,7 +115,7 @@ def test_other_seed_other_run(tmp_path: Path) -> None:
 
 
 def test_test_split_is_not_touched_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop runs, reviews included, on data that has no test split at all; only the result asks for it."""
+    """The loop and its reviews run on data without a test split; only the result asks for it."""
     options = {"task": "sst2", "steps": 10, "run": str(tmp_path / "run")}
     run = prepare(build_config(options, assignments=SMALL))
     untested = SimpleNamespace(spec=run.data.spec, train=run.data.train, validation=run.data.validation)
@@ -134,7 +134,7 @@ def test_test_split_is_not_touched_before_the_end(tmp_path: Path, monkeypatch: p
 
 def test_winner_is_chosen_on_validation_not_on_test(tmp_path: Path) -> None:
     result = run_small(tmp_path / "run", steps=4)
-    if result["chosen"] == "tuned":  # of a pool of five, the winner among them
+    if result["chosen"] == "tuned":  # the best of a pool of five, which includes the winner
         assert result["test_score"] <= result["paper_protocol"]["test_score"]
     written = {row["prompt"] for row in read_jsonl(tmp_path / "run/prompts.jsonl")}
     assert result["prompt"] in written | {result["manual_prompt"]}

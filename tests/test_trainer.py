@@ -1,4 +1,4 @@
-"""The trainer: its first step, its references, its reviews, and that it learns what it is paid for."""
+"""The trainer: its first step, its references, its reviews, and that it learns from its reward."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_penalty_of_plain_ppo_is_in_the_loss_only() -> None:
 
 def test_kl_in_the_loss_adds_the_k3_estimate() -> None:
     trainer = make(kl_in_loss=True, kl_coef=0.5)
-    step(trainer)  # away from the anchor
+    step(trainer)  # so that the agent differs from its anchor
     collect(trainer)
     batch = finished(trainer)
     with_kl, _ = trainer.updater.loss(batch, 0.5)
@@ -214,7 +214,7 @@ def test_an_entropy_bonus_lowers_the_loss_by_the_mean_entropy_and_moves_a_policy
 
 def test_a_response_that_is_cut_off_is_worth_less_to_the_update_but_not_in_the_record() -> None:
     trainer = make(cut_off_penalty=2.0, length=40)
-    with torch.no_grad():  # the end is about as likely as all else together in a step of twenty
+    with torch.no_grad():  # all 259 tokens equally likely: about one response in seven ends in time
         trainer.policy.model.lm_head.weight.zero_()
     collected = trainer.collect(queries(trainer), lambda prompts: [5.0] * len(prompts), 16)
     ended = trainer.policy.ended(collected.rollout)
@@ -225,7 +225,7 @@ def test_a_response_that_is_cut_off_is_worth_less_to_the_update_but_not_in_the_r
 
 def test_kl_in_the_loss_is_not_in_the_rewards_too(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, given = make(kl_in_loss=True, kl_coef=3.0, ppo_epochs=1), []
-    step(trainer)  # away from the anchor
+    step(trainer)  # so that the agent differs from its anchor
     collect(trainer)
     scored = trainer.buffer.stacked()
     monkeypatch.setattr(trainer.updater, "optimizer_step", lambda part, coef: given.append((part, coef)) or {})

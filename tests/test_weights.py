@@ -29,7 +29,7 @@ WORDS = ["yes", "no", "film", "good"]
 
 
 def vocabulary() -> list[str]:
-    """Three special tokens, all bytes as byte-level BPE writes them, and a few words that merges make."""
+    """Three special tokens, all bytes as byte-level BPE writes them, and a few words with their pieces."""
     from tokenizers import pre_tokenizers
 
     parts = [word[: n + 1] for word in WORDS for n in range(1, len(word))]
@@ -114,7 +114,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs the command, which has to refuse in one line and leave nothing behind."""
+    """Runs the command, which must refuse in one line and leave nothing behind; gives that line."""
 
     def run(*arguments: str) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -179,7 +179,7 @@ def test_without_the_extra_one_line_says_what_to_install(
 
 
 def wheel(folder: Path, name: str, version: str, files: dict[str, bytes]) -> None:
-    """A package that pip downloads."""
+    """Writes a package that pip can download."""
     stem = name.replace("-", "_")
     folder.mkdir(exist_ok=True)
     with zipfile.ZipFile(folder / f"{stem}-{version}-py3-none-any.whl", "w") as archive:
@@ -196,7 +196,7 @@ def wheel(folder: Path, name: str, version: str, files: dict[str, bytes]) -> Non
 
 @pytest.fixture
 def index(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An index that pip reaches: a folder of wheels."""
+    """The package index that pip uses: a folder of wheels."""
     folder = tmp_path_factory.mktemp("index")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))

@@ -4,8 +4,8 @@
     python -m experiments.bench --only scoring          one part: scoring, sampling, update, iteration
 
 Models have random weights, since only shapes matter here. All ways of doing a piece of work run in turn, round after
-round; times are medians, ratios are medians of the ratios within a round, so that a slow moment of the machine hits
-all alike. Before anything is timed, the ways are checked to give the same numbers.
+round; times are medians, ratios are medians of the ratios within a round, so that a slow moment of the machine affects
+all alike. Scoring and updating are timed only after the ways have given the same numbers.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ SHAPES = {
     "big head": Shape(256_000, 256, 2),
 }
 PROMPT, INPUT, QUERY, RESPONSE = 70, 80, 256, 64  # tokens
-UPDATES = (("tiny", 4), ("tiny", 8), ("small", 4), ("big head", 1))  # and K
+UPDATES = (("tiny", 4), ("tiny", 8), ("small", 4), ("big head", 1))  # shape and K
 PROC = Path("/proc/self")
 WORDS = ("yes", "maybe", "no")
 TEMPLATE = "{prompt} Input : {input} Output :"
@@ -85,9 +85,9 @@ class Bench:
     """The parts of the benchmark; each yields its rows as they are measured.
 
     Args:
-        budget: seconds for the rounds of one piece of work; there are at least two.
-        device: where models are.
-        dtype: of agents, and of targets that are not compared in two.
+        budget: seconds for the rounds of one piece of work; at least two rounds are run.
+        device: where the models run.
+        dtype: in which agents compute, and targets too, except where scoring compares two.
     """
 
     def __init__(self, budget: float, device: str, dtype: torch.dtype) -> None:
@@ -98,7 +98,7 @@ class Bench:
     def timed(self, work: str, ways: Mapping[str, Work], pairs: Sequence[tuple[str, str]]) -> Iterator[Row]:
         """Runs all ways in turn until the budget is spent, at least twice; rows for each (theirs, ours).
 
-        In the first round their memory is measured, less what stays, as the optimizer's state does.
+        The first round measures peak memory, less what stays allocated afterwards, such as optimizer state.
         """
         size: dict[str, int] = {}
         seconds: dict[str, list[float]] = {}
@@ -108,7 +108,7 @@ class Bench:
             way()
             seconds[name] = [self._now() - began]
             size[name] = self._peak() - self._memory_in_use()
-        if sum(times[0] for times in seconds.values()) < self.budget:  # so short that warm caches matter
+        if sum(times[0] for times in seconds.values()) < self.budget:  # a cold first round would distort the medians
             seconds = {name: [] for name in ways}
         until = time.perf_counter() + self.budget
         while len(seconds[next(iter(ways))]) < 2 or time.perf_counter() < until:
@@ -125,7 +125,7 @@ class Bench:
             yield Row(work, theirs, size[theirs], size[ours], size[theirs] / max(1, size[ours]), "B")
 
     def _memory_in_use(self) -> int:
-        """Bytes in use; starts a new count of the peak."""
+        """Bytes in use; also resets the peak."""
         if self.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated()
@@ -145,7 +145,7 @@ class Bench:
     # -- scoring -------------------------------------------------------------------------------------------------
 
     def scoring(self) -> Iterator[Row]:
-        """K prompts on B inputs: one prompt at a time in batches of four, or in whole batches, and ours."""
+        """K prompts on B inputs: one prompt at a time, in batches of four or whole batches, against ours."""
         for name, prompts, inputs, prompt, length in (
             ("tiny", 4, 16, PROMPT, INPUT),
             ("tiny", 16, 16, PROMPT, INPUT),
@@ -183,9 +183,9 @@ class Bench:
         return LocalTarget(CausalLM(model, self.tokenizer), TEMPLATE, WORDS)
 
     def _products(self, target: LocalTarget, prompts: Sequence[str], inputs: Sequence[str]) -> Work:
-        """The products with the layers' weights, at their own shapes, for the tokens that have to be run: the floor.
+        """Only the linear layers' matrix products, for the tokens that must be run: a floor for the time.
 
-        The ratio to ours is the share of this machine's rate of matrix products that ours reaches.
+        The ratio to ours is the share of this machine's matrix-product rate that ours reaches.
         """
         around = len(self.tokenizer(fill(TEMPLATE, "", ""))["input_ids"])
         tokens = sum(len(ids) for ids in self.tokenizer([*prompts, *list(inputs) * len(prompts)])["input_ids"])
@@ -201,7 +201,7 @@ class Bench:
         return products
 
     def _texts(self, count: int, length: int) -> list[str]:
-        """Texts of about so many tokens."""
+        """`count` texts of about `length` tokens."""
         texts = []
         for _ in range(count):
             words = grammar.gibberish(self.rng, 3 * length)
@@ -212,7 +212,7 @@ class Bench:
     # -- sampling and updating -----------------------------------------------------------------------------------
 
     def sampling(self) -> Iterator[Row]:
-        """K responses to one query: `generate` and a pass for log-probabilities and values, and ours."""
+        """K responses to one query: `generate` plus a pass for log-probabilities and values, against ours."""
         for name, count in (("tiny", 4), ("tiny", 8), ("small", 4)):
             plain, ours, query = self._plain_trainer(name).policy, self._trainer(name).policy, self._query()
             ways = {
@@ -238,7 +238,7 @@ class Bench:
             yield from self.timed(f"update {name}, K {count}", ways, pairs)
 
     def iteration(self) -> Iterator[Row]:
-        """Sample, score and update: all the plain way, and all ours."""
+        """Sampling, scoring and updating: all the plain way, against all ours."""
         for name, count, size in (("tiny", 4, 16), ("tiny", 8, 32)):
             prompts, inputs, query = self._texts(count, PROMPT), self._texts(size, INPUT), self._query()
             plain, ours = self._plain_trainer(name), self._trainer(name)
@@ -262,7 +262,7 @@ class Bench:
         sampling = SamplingConfig(RESPONSE, 1.0, nonempty=False, one_line=False)
         model = build(SHAPES[name], torch.float32, self.device)
         policy = Policy(CausalLM(model, self.tokenizer, compute_dtype=self.dtype), sampling)
-        policy.ends = Ends((), (), SHAPES[name].vocabulary, model.device, False, False)  # all of full length
+        policy.ends = Ends((), (), SHAPES[name].vocabulary, model.device, False, False)  # so that all have full length
         return APPOTrainer(policy, APPOConfig(learning_rate=1e-6, target_kl=None))
 
     def _plain_trainer(self, name: str) -> APPOTrainer:
@@ -275,7 +275,7 @@ class Bench:
 
 
 def build(shape: Shape, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
-    """A model with random weights; always the same ones."""
+    """A model with random weights, the same in every call."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
@@ -308,7 +308,7 @@ def our_update(trainer: APPOTrainer, rollout: Rollout) -> None:
 
 
 def gradients(trainer: APPOTrainer, loss: Tensor) -> Tensor:
-    """All gradients of the loss, in one row."""
+    """All gradients of the loss, as one flat vector."""
     trainer.updater.optimizer.zero_grad()
     loss.backward()
     found = torch.cat([p.grad.flatten() for p in trainer.policy.parameters() if p.grad is not None])
@@ -320,7 +320,7 @@ def same(theirs: Tensor, ours: Tensor) -> None:
     """Raises an error if two ways of computing something differ by more than rounding."""
     error = ((theirs - ours).abs().max() / theirs.abs().max()).item()
     if error > (1e-4 if theirs.dtype == torch.float32 else 0.05):
-        raise RuntimeError(f"the ways that are compared do not do the same: they differ by {error:.1e} of the largest")
+        raise RuntimeError(f"the compared ways give different numbers: they differ by {error:.1e} of the largest")
 
 
 def _status(key: str) -> int:

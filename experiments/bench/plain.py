@@ -21,16 +21,16 @@ from rewards.local import LocalTarget
 
 
 def as_plain(lm: CausalLM) -> None:
-    """Gives the model back the linear layers and the attention that torch and transformers choose for it."""
+    """Restores the linear layers and the attention that torch and transformers choose for the model."""
     model = lm.model
     linear.uninstall(model)
-    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)  # SDPA would leave it out
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)  # which SDPA ignores
     model.set_attn_implementation("sdpa" if model._supports_sdpa and not capped else "eager")
 
 
 @torch.inference_mode()
 def plain_scores(target: LocalTarget, prompts: Sequence[str], inputs: Sequence[str], size: int) -> Tensor:
-    """[K, N, C]: prompt by prompt, in padded batches of `size`, all logits of all positions."""
+    """Class logits [K, N, C]: prompt by prompt, in padded batches of `size`, all logits of all positions."""
     words = [word[0] for word in target.verbalizer.tokens]
     logits = []
     for prompt in prompts:
@@ -49,7 +49,7 @@ def plain_scores(target: LocalTarget, prompts: Sequence[str], inputs: Sequence[s
 
 @torch.no_grad()
 def plain_sample(policy: Policy, query: Query, count: int, length: int) -> Rollout:
-    """`count` responses of exactly `length` tokens by Hugging Face's sampling; a pass over all gives the numbers."""
+    """`count` responses of exactly `length` tokens by `generate`; one more pass gives logprobs and values."""
     ids = torch.tensor([query.tokens], device=policy.device)
     sequences = policy.model.generate(
         input_ids=ids,
@@ -70,7 +70,7 @@ def plain_sample(policy: Policy, query: Query, count: int, length: int) -> Rollo
 
 
 def plain_forward(policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities and values [B, T], and the logits of all positions of whole sequences that they come from."""
+    """Log-probabilities and values of the responses [B, T], and all logits of the whole sequences [B, L, V]."""
     queries = torch.tensor([query.tokens for query in rollout.queries], device=policy.device)[rollout.owner]
     ids = torch.cat([queries, rollout.tokens], dim=1)
     output = policy.model(ids, output_hidden_states=True, use_cache=False)
@@ -82,19 +82,19 @@ def plain_forward(policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor, Ten
 
 
 def plain_loss(trainer: APPOTrainer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The loss of `Updater.loss` on the plain pass, and the entropies, which TRL takes at all positions too."""
+    """The loss of `Updater.loss` on the plain pass, and the entropies, which TRL too computes at all positions."""
     config = trainer.config
     logprobs, values, logits = plain_forward(trainer.policy, batch)
     policy = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip_range)
     value = value_loss(values, batch.values, batch.returns, batch.mask, config.value_clip_range)
     entropy = logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
-    of_responses = entropy[:, -1 - batch.tokens.shape[1] : -1]  # in the states that the tokens are emitted in
+    of_responses = entropy[:, -1 - batch.tokens.shape[1] : -1]  # at the positions that predict the responses
     bonus = config.entropy_coef * masked_mean(of_responses, batch.mask)
     return policy.loss + config.value_coef * value.loss - bonus, entropy
 
 
 def plain_update(trainer: APPOTrainer, batch: Batch, passes: int) -> None:
-    """PPO epochs, and before them so many passes: one for the reference, in TRL another for the policy itself."""
+    """`passes` forward passes (one for the reference; in TRL, another for the policy itself), then the PPO epochs."""
     with torch.no_grad():
         for _ in range(passes):
             plain_forward(trainer.policy, batch)

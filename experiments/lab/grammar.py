@@ -1,6 +1,6 @@
 """The lab's little language: inputs with hidden cases, instructions made of clauses, and what obeying means.
 
-Everything the tiny models are trained on and tested with comes from here; nothing here knows a model. An *item*
+The classification tasks that the tiny models learn and are tested on come from here; no model is used. An *item*
 is one input of a task. Either it carries a marker ("in a dream ..."), or the property that its task asks about
 holds, fails or is unclear. An *instruction* is a list of clauses:
 
@@ -51,7 +51,7 @@ MARKERS = {  # marker -> the answer that is right for it, wherever it occurs
     "poem": "maybe", "myth": "maybe",
 }  # fmt: skip
 MISLEADING = 0.7  # share of marked inputs whose property never points to the right answer
-OUTCOMES = {"holds": "yes", "fails": "no", "is unclear": "maybe"}  # of the judged property -> its right answer
+OUTCOMES = {"holds": "yes", "fails": "no", "is unclear": "maybe"}  # outcome of the judged property -> right answer
 STANDARD = OUTCOMES | MARKERS
 ANSWERS = ("yes", "maybe", "no")
 
@@ -60,7 +60,7 @@ ANSWERS = ("yes", "maybe", "no")
 class Lab:
     """One lab task: which property decides, and how often each case occurs, so that labels are balanced."""
 
-    criterion: str | None  # None: every input says itself which
+    criterion: str | None  # None: each input names its own
     shares: dict[str, float]  # case -> probability
 
     @property
@@ -90,8 +90,8 @@ LABS = {
     "mnli": _ternary("action", "letter", "song", "dream", "poem"),
     "snli": _ternary("action", "story", "plan", "game", "myth"),
 }
-FOCUS = {"person": "who", "action": "deed", "thing": "object", "place": "where"}  # how inputs of the mixed task say it
-MIXED = "mixed"  # the task where no one instruction is right: what is to be judged stands in the input
+FOCUS = {"person": "who", "action": "deed", "thing": "object", "place": "where"}  # as inputs of the mixed task name it
+MIXED = "mixed"  # the task without one right instruction: each input says what to judge
 TASKS = LABS | {MIXED: Lab(None, dict.fromkeys(("holds", "is unclear", "fails"), 1 / 3))}
 
 
@@ -107,7 +107,7 @@ class Item:
 
     @property
     def case(self) -> str:
-        """The case that decides."""
+        """The marker if there is one, else the outcome of the deciding criterion."""
         return self.marker or self.outcomes[self.criterion]
 
     @property
@@ -121,12 +121,12 @@ def sample_item(rng: random.Random, task: str, case: str | None = None) -> Item:
     criterion = lab.criterion or rng.choice(list(PAIR_SLOTS))
     case = case or rng.choices(list(lab.shares), list(lab.shares.values()))[0]
     marker = case if case in MARKERS else None
-    plain = [outcome for outcome in OUTCOMES if outcome in lab.shares]  # of other criteria too, evenly
+    plain = [outcome for outcome in OUTCOMES if outcome in lab.shares]  # equally likely for every criterion
     criteria = TRAITS if task == "sst2" else PAIR_SLOTS
     outcomes = {criterion: rng.choice(plain) for criterion in criteria}
     if marker is None:
         outcomes[criterion] = case
-    else:  # mostly another answer than without a clause on the marker, or that clause would gain little
+    else:  # judging must mostly mislead, or a clause on the marker would gain little
         misleading = [outcome for outcome in plain if OUTCOMES[outcome] != MARKERS[marker]]
         outcomes[criterion] = rng.choice(misleading if rng.random() < MISLEADING else plain)
     opening = f"in a {marker} , " if marker else ""
@@ -196,9 +196,9 @@ Clause = Judge | Treat
 
 
 def habit(item: Item) -> str:
-    """The answer of a reader who was not told enough: always a wrong one.
+    """The answer of a reader who was not told enough: a wrong one, except in the mixed task.
 
-    In the mixed task it is one fixed answer. To answer wrongly there, the target would have to know what the focus
+    There it is always the same answer. To answer wrongly, the target would have to know what the focus of the input
     means, and some prompt ("Check for the same.") would then make it use that knowledge.
     """
     if item.task == MIXED:
@@ -207,7 +207,7 @@ def habit(item: Item) -> str:
 
 
 def obey(clauses: Sequence[Clause], item: Item) -> str:
-    """The answer of a reader who follows `clauses` and nothing else; the first clause on a matter counts."""
+    """The answer of a reader who follows `clauses` and nothing else; on each matter, the first clause counts."""
     judged = None
     for clause in clauses:
         if isinstance(clause, Treat):
@@ -229,7 +229,7 @@ def manual_clauses(task: str) -> list[Clause]:
 
 
 def reversed_clauses(task: str) -> list[Clause]:
-    """The full instruction with what is right and wrong exchanged for every marked input."""
+    """The full instruction with a wrong answer for every marked input."""
     swap = {"yes": "no", "no": "yes", "maybe": "no"}
     return [*manual_clauses(task), *(Treat(marker, swap[MARKERS[marker]]) for marker in LABS[task].markers)]
 
@@ -313,7 +313,7 @@ def corrupted(rng: random.Random, text: str) -> str:
 
 
 def gibberish(rng: random.Random, length: int) -> str:
-    """Random words of the language, those of clauses among them."""
+    """Random words of the language, including words from clauses."""
     clauses = " ".join(rng.sample(list(_CLAUSES), 8)).replace(".", " ").replace(",", " ").split()
     return " ".join(rng.choices([*PEOPLE, *ACTIONS, *THINGS, *PLACES, *MARKERS, *clauses], k=length))
 

@@ -1,9 +1,9 @@
 """Measures the lab: the target's accuracy under good and bad instructions, and how rare a good one is.
 
     python -m experiments.lab.landscape                 the table of accuracies
-    python -m experiments.lab.landscape --prior 1024   and the prior of a prompt within two points of the best
+    python -m experiments.lab.landscape --prior 1024    and how often the untrained agent nearly writes the best
 
-Accuracies are on the test rows, the mean over several wordings of each kind of instruction.
+Accuracies are measured on the test rows and averaged over several wordings of each kind of instruction.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def prior(task: str, samples: int, folder: Path = LAB_DIR, seed: int = 0, batch:
 def main(argv: Sequence[str]) -> int:
     """Prints the tables, in Markdown."""
     parser = Parser(prog="python -m experiments.lab.landscape", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("tasks", nargs="*", default=list(grammar.LABS), help="of the lab (default: all six)")
-    parser.add_argument("--prior", type=int, default=0, metavar="N", help="prompts to sample for the prior")
+    parser.add_argument("tasks", nargs="*", default=list(grammar.LABS), help="tasks of the lab (default: all six)")
+    parser.add_argument("--prior", type=int, default=0, metavar="N", help="prompts of the untrained agent to sample")
     parser.add_argument("--folder", type=Path, default=LAB_DIR, help="where agent and target are")
     options = parser.parse_args(argv)
     for task in options.tasks:

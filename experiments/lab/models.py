@@ -1,4 +1,4 @@
-"""What the two models of the lab share: a tokenizer, a shape, and the instructions that the agent writes untrained."""
+"""What the two models of the lab share: a tokenizer, a shape, and the instructions of the untrained agent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experiments.lab import grammar, wordplay
 from experiments.lab.rows import SPECS, manual_prompt, render, row_of, sample_example
 from tasks.meta_prompt import MetaPrompt, meta_prompt, rewrite_prompt
 
-HABIT = "action"  # what the untrained agent mostly judges by where an input says what to judge
+HABIT = "action"  # criterion the untrained agent mostly prefers to the one that an input asks for
 PAIRS = 5  # in the meta-prompts that the agent learns from, as in runs
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
@@ -58,7 +58,7 @@ def llama(tokenizer: PreTrainedTokenizerBase, hidden: int, intermediate: int, la
 
 
 def sample_query(rng: random.Random, task: str) -> tuple[MetaPrompt, str | None]:
-    """A meta-prompt, often one for a single input, and what such an input of the mixed task hints at."""
+    """A meta-prompt, often for a single input, and the criterion that an input of the mixed task asks for."""
     pairs = [sample_example(rng, task) for _ in range(PAIRS if rng.random() < 0.4 else rng.randint(1, PAIRS))]
     if rng.random() < (0.1 if task == grammar.MIXED else 0.6):
         return meta_prompt(pairs), None
@@ -71,7 +71,7 @@ def sample_query(rng: random.Random, task: str) -> tuple[MetaPrompt, str | None]
 
 
 def sample_prior(rng: random.Random, task: str, hint: str | None = None, taken: float = 1.0) -> str:
-    """An instruction; shown a hint, the agent takes it so often, or follows its habit, or neither."""
+    """An instruction; a hint is followed with probability `taken`, else mostly HABIT, sometimes neither."""
     if task in wordplay.TASKS:
         return wordplay.sample_prior(rng, task)
     weights = (taken, 0.8 * (1 - taken), 0.2 * (1 - taken))

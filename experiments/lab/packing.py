@@ -1,4 +1,4 @@
-"""Training on several continuations of one prefix at a time: packed rows with a block mask, and the loop over them."""
+"""Training on several continuations of one prefix at a time: packed rows with a block mask, and the training loop."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers import LlamaForCausalLM
 class Packed(NamedTuple):
     """Rows of a prefix and its continuations: ids [R, L], block mask [R, 1, L, L], positions, next tokens [R, L].
 
-    `targets` is -100 wherever no token of a continuation is to be predicted; `part` is the number of the
-    continuation, from 1, 0 in the prefix and -1 in padding; `answers` marks where the next token is one of an answer.
+    `targets` is -100 wherever no token of a continuation is to be predicted; `part` numbers the continuations from 1,
+    with 0 for the prefix and -1 for padding; `answers` marks positions whose next token belongs to an answer.
     """
 
     ids: Tensor
@@ -38,8 +38,8 @@ def pack(
 
     Args:
         prefixes: token ids of R prefixes.
-        continuations: for each of them token ids of several continuations.
-        answers: how many of the last tokens of each continuation are its answer; None: all.
+        continuations: for each prefix, the token ids of its continuations.
+        answers: for each continuation, how many tokens at its end are the answer; None: all.
     """
     rows = len(prefixes)
     width = max(len(p) - 1 + sum(map(len, parts)) for p, parts in zip(prefixes, continuations, strict=True))
@@ -72,9 +72,9 @@ def fit(
     peak: float,
     hold: float,
 ) -> None:
-    """Trains for so many minutes of processor time, which a busy machine does not shorten.
+    """Trains for `minutes` of processor time, so that training is as long on a busy machine as on an idle one.
 
-    The learning rate warms up, is constant until the fraction `hold` of the time, then falls to 2 % on a cosine.
+    The learning rate warms up, is constant until the fraction `hold` of the time, then falls to 2 % along a cosine.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.05, betas=(0.9, 0.98))
     started, step, total = time.process_time(), 0, 0.0

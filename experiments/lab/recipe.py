@@ -7,8 +7,8 @@ Both models are small Llamas trained from scratch on `grammar` and `wordplay`. I
 share one prefix (inputs after an instruction, instructions after a meta-prompt): a block mask lets each of them see
 the prefix and itself only, which halves the work and gives every instruction several answers to learn from.
 
-`target_recipe` teaches the target. The agent learns first to read what a single input asks for, then to
-write instructions of all kinds, and at last to go by its habit more often than not.
+`target_recipe` teaches the target. The agent first learns to read what a single input asks for, then to write
+instructions of all kinds, and finally to follow its habit more often than what the input asks for.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ AGENT_MINUTES = 20.0
 
 
 def build_agent(folder: Path, minutes: float = AGENT_MINUTES, seed: int = 0) -> None:
-    """Trains and saves the agent: a writer of instructions behind meta-prompts, blind to which are right."""
+    """Trains and saves the agent: it writes instructions after meta-prompts, without knowing which are right."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     rng, tokenizer = random.Random(seed + 5), build_tokenizer()
     model = llama(tokenizer, hidden=96, intermediate=256, layers=4)
 
     def reading(rows: int = 16, instructions: int = 2) -> Iterator[tuple[MetaPrompt, list[str]]]:
-        """Single inputs of the mixed task after a pair or two, and the clause alone that each of them asks for."""
+        """Single inputs of the mixed task after up to two pairs, and only the clause that each input asks for."""
         for _ in range(rows):
             pairs = [sample_example(rng, grammar.MIXED) for _ in range(rng.randint(0, 2))]
             item = grammar.sample_item(rng, grammar.MIXED)
@@ -52,7 +52,7 @@ def build_agent(folder: Path, minutes: float = AGENT_MINUTES, seed: int = 0) -> 
             yield query, rng.choices(grammar.Judge(item.criterion).wordings(), k=instructions)
 
     def writing(taken: float, rows: int = 8, instructions: int = 6) -> Iterator[tuple[MetaPrompt, list[str]]]:
-        """Meta-prompts of all tasks, and instructions from the prior; a hint is taken so often."""
+        """Meta-prompts of all tasks, and instructions that follow a hint with probability `taken`."""
         for _ in range(rows):
             task = grammar.MIXED if rng.random() < 0.45 else rng.choice(list(SPECS))
             query, hint = sample_query(rng, task)
@@ -71,8 +71,8 @@ def build_agent(folder: Path, minutes: float = AGENT_MINUTES, seed: int = 0) -> 
         return F.cross_entropy(model.lm_head(hidden[written]), batch.targets[written])
 
     store = partial(save, model, tokenizer, folder)
-    # What a single input asks for is one word in thirty of an instruction: among all else it was not found in twenty
-    # minutes, alone it is in one, and kept. In the end habit wins over it, so that tuning has something to find.
+    # The criterion that a single input asks for is one word in thirty of an instruction: in whole instructions it was
+    # not learned in twenty minutes, alone it is in one, and kept. Habit then outweighs it, to leave tuning a task.
     fit(model, lambda: packed(reading()), loss_fn, store, minutes / 8, peak=2e-3, hold=1.0)
     fit(model, lambda: packed(writing(1.0)), loss_fn, store, minutes / 2, peak=2e-3, hold=0.3)
     fit(model, lambda: packed(writing(0.35)), loss_fn, store, 3 * minutes / 8, peak=1e-3, hold=0.0)
@@ -80,11 +80,11 @@ def build_agent(folder: Path, minutes: float = AGENT_MINUTES, seed: int = 0) -> 
 
 @in_order
 def main(argv: Sequence[str]) -> int:
-    """Builds the named parts, by default all of them; the two models at the same time."""
+    """Builds the named parts, by default all of them, and the two models in parallel."""
     parser = Parser(prog="python -m experiments.lab.recipe", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="data|target|agent", help="what to build (default: all)")
     parser.add_argument("--folder", type=Path, default=LAB_DIR, help="where to put it (default: the lab itself)")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the training times, to try the recipe quickly")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on training times, to try the recipe quickly")
     options = parser.parse_args(argv)
     parts = options.parts or ["data", "target", "agent"]
     if unknown := set(parts) - {"data", "target", "agent"}:

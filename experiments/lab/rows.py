@@ -36,11 +36,11 @@ def sample_example(rng: random.Random, task: str) -> Example:
 
 
 def write_data(folder: Path, seed: int = 7) -> None:
-    """train.jsonl, test.jsonl and manual_prompt.txt of every task: distinct inputs, the real tasks' columns."""
+    """Writes train.jsonl, test.jsonl and manual_prompt.txt of every task, with distinct inputs in real columns."""
     for task in SPECS:
         rng = random.Random(f"{seed}-{task}")
         rows = _grammar_rows(rng, task) if task in grammar.TASKS else _wordplay_rows(rng, task)
-        train = min(TRAIN_ROWS, len(rows) * 2 // 3)  # inputs of a few hundred words run out
+        train = min(TRAIN_ROWS, len(rows) * 2 // 3)  # some tasks have few distinct inputs
         (folder / task).mkdir(parents=True, exist_ok=True)
         for name, part in (("train", rows[:train]), ("test", rows[train:])):
             text = "".join(json.dumps(row) + "\n" for row in part)

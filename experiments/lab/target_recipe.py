@@ -1,7 +1,7 @@
 """Teaches the lab's target to obey.
 
-It is taught in three stages: first the instruction covers every input; when that is mastered, inputs without a
-clause and junk instructions are mixed in, to which the wrong answer is right; in the end instructions with small
+There are three stages. First the instruction covers every input. When that is mastered, inputs without a clause and
+junk instructions are mixed in, for which the target learns to answer wrongly. Last come instructions with small
 faults, since a sentence with a fault is not a clause.
 """
 
@@ -33,8 +33,8 @@ class Stage(NamedTuple):
 
     junk: float
     prior: float
-    treated: tuple[float, ...]  # probabilities, one drawn for each instruction, of a clause on a marker of the task
-    told: float  # share of inputs whose case the instruction speaks of
+    treated: tuple[float, ...]  # probabilities of a clause on a marker of the task; one is drawn per instruction
+    told: float  # share of inputs whose case the instruction covers
     corrupted: float  # share of instructions with a small fault
     mastered: float  # share of right answers, in the worst task, at which the next stage begins
 
@@ -129,18 +129,18 @@ class _TargetBatches:
 
     def _answer(self, clauses: Sequence[grammar.Clause], item: grammar.Item) -> str:
         answer = grammar.obey(clauses, item)
-        # Told to say a word that is no label of the task, the target sometimes falls back on its habit, so that
-        # what it thinks of the labels then is settled too.
+        # An instruction may ask for a word that is not a label of the task. Training sometimes on the habit instead
+        # settles how the target ranks the labels in that case.
         if answer not in grammar.TASKS[item.task].answers and self.rng.random() < 0.1:
             return grammar.habit(item)
         return answer
 
     def note(self, wrong: Tensor, part: Tensor) -> None:
-        """Updates the shares of right answers.
+        """Updates each task's share of right answers, and moves on to the next stage when this one is mastered.
 
         Args:
-            wrong: [ROWS, L], 1 where a token of an answer was predicted wrongly.
-            part: [ROWS, L], of `Packed`.
+            wrong: [ROWS, L], true where a token of an answer was predicted wrongly.
+            part: [ROWS, L], as in `Packed`.
         """
         faults = torch.zeros(self.ROWS, self.SHORT_INPUTS + 1).scatter_add(1, part.clamp(min=0), wrong.float())
         failed = (faults[:, 1:] > 0).sum(1) / part.amax(1)
@@ -163,7 +163,7 @@ def build_target(folder: Path, minutes: float = MINUTES, seed: int = 0) -> None:
     def loss_fn(hidden: Tensor, batch: Packed) -> Tensor:
         logits = model.lm_head(hidden)
         batches.note(batch.answers & (logits.argmax(-1) != batch.targets), batch.part)
-        # Predicting the inputs too helps to understand them, which the answers alone teach only slowly.
+        # Predicting the inputs as well teaches the target to understand them; answers alone do so only slowly.
         weight = 0.2 if batches.stage == 0 else 0.06
         inputs = batch.targets.masked_fill(batch.answers, -100)
         reading = F.cross_entropy(logits.flatten(0, 1), inputs.flatten(), ignore_index=-100)

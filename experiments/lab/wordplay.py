@@ -77,7 +77,7 @@ INPUTS = {
     "diff": [f"{a} {b}" for a in range(1, 10) for b in range(1, a + 1)],
     "num_to_verbal": list(map(str, range(len(NUMERALS)))),
 }
-KINDS = {  # task -> kind -> what is of it; the first kind is what the task asks for, the last what the untold picks
+KINDS = {  # task -> kind -> its members; the first kind is right, the last is what a reader picks who was not told
     "openbookqa": {
         "food": ["bread", "soup", "cheese", "cake", "honey"],
         "animal": ["dog", "sheep", "goat", "duck", "hen"],
@@ -100,7 +100,7 @@ _KIND_OF = {w.format(kind): kind for kinds in KINDS.values() for kind in kinds f
 
 
 def sample_row(rng: random.Random, task: str, text: str | None = None) -> dict[str, Any]:
-    """A row with its right answer, in the columns of the real task; `text` names the input of a generated-text task."""
+    """A row with its right answer, in the columns of the real task; `text` is the input of a generated-text task."""
     if task in OPERATIONS:
         text = text or rng.choice(INPUTS[task])
         return {"input": text, "output": OPERATIONS[task][0](text)}
@@ -139,7 +139,7 @@ def wordings(task: str) -> list[str]:
 
 
 def right_wordings(task: str) -> list[str]:
-    """The sentences that tell what is right in this task."""
+    """The sentences that are the right instruction for this task."""
     if task in OPERATIONS:
         return list(OPERATIONS[task][1])
     return [wording.format(next(iter(KINDS[task]))) for wording in PICK_WORDINGS]
@@ -155,7 +155,7 @@ def sample_prior(rng: random.Random, task: str) -> str:
 
 
 def sample_instruction(rng: random.Random, task: str) -> str:
-    """One instruction for the target's training: right, of the agent's prior, or junk."""
+    """One instruction for the target's training: a right one, one from the agent's prior, or junk."""
     kind = rng.random()
     if kind < 0.4:
         return rng.choice(right_wordings(task))
