@@ -7,7 +7,7 @@
     for iteration in trainer.fit([policy.query("Write a question.", "")], reward_fn, steps=50):
         print(iteration.stats["reward_mean"], iteration.collected.prompts[0])
 
-The maths is in `appo.functional`; reading begins there.
+The maths is in `appo.functional`; start reading there.
 """
 
 from appo.anchor import Anchor, AnchorDecision, KLController, decide

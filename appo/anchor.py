@@ -54,15 +54,15 @@ class Health(NamedTuple):
 
     length: float  # mean, in tokens
     empty_rate: float  # share of prompts without a word
-    distinct: float  # share of prompts that repeat no other
+    distinct: float  # number of different prompts over number of prompts
     distinct_2: float  # mean share of distinct word pairs in a prompt; near 0 for "no no no no"
-    entropy: float  # nats per token: minus the mean log-probability of what was sampled
+    entropy: float  # nats per token: minus the mean log-probability of the sampled tokens
 
 
 def collapse(policy: Health, anchor: Health) -> str | None:
-    """The sign that the policy has collapsed while the anchor has not; None if there is none.
+    """What shows that the policy has collapsed while the anchor has not, in words; None if nothing does.
 
-    The paper has no such rule. Short prompts that score higher are no collapse: see `APPOTrainer.review_anchor`.
+    The paper has no such rule. Short prompts that score higher are not a collapse: see `APPOTrainer.review_anchor`.
     """
     if policy.empty_rate > 0.5 >= anchor.empty_rate:
         return f"{policy.empty_rate:.0%} of its prompts are empty (the anchor's: {anchor.empty_rate:.0%})"
@@ -78,7 +78,7 @@ def collapse(policy: Health, anchor: Health) -> str | None:
 
 
 class Anchor:
-    """A snapshot of what is trained (value head included) and of the optimizer that trains it.
+    """A snapshot of the trained parameters (value head included) and of the optimizer's state.
 
     Args:
         policy: the live agent; its parameters with requires_grad are copied.
@@ -101,7 +101,7 @@ class Anchor:
     def rollback(self) -> None:
         """policy := copy of the anchor, in place, so that the optimizer stays attached to the live parameters.
 
-        The optimizer's state goes back too: moments gathered on the way down would move the weights there again.
+        The optimizer's state is restored too: moments gathered on the way down would push the weights there again.
         """
         for name, parameter in self._live():
             parameter.copy_(self._parameters[name])
@@ -113,7 +113,7 @@ class Anchor:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over a saved snapshot; its values are copied."""
+        """Copies the values of a saved snapshot."""
         for name, parameter in self._parameters.items():
             parameter.copy_(state["parameters"][name])
         self._optimizer_state = copy.deepcopy(state["optimizer"])
@@ -145,15 +145,15 @@ class Anchor:
 
 
 class Reference(NamedTuple):
-    """What the KL penalty is measured against, and how it enters: all that `APPOConfig.reference` decides."""
+    """What the KL penalty is measured against, and where it enters: see `APPOConfig.reference` and `kl_in_loss`."""
 
-    fixed: bool  # against the anchor's weights; else against the sampling policy, so that it is 0 at sampling time
+    fixed: bool  # KL to the anchor's weights; else to the sampling policy, where it is 0 at sampling time
     moves: bool  # the anchor may be promoted
-    in_loss: bool  # as k3 in the loss; else as k1 in each token's reward
+    in_loss: bool  # the KL is k3 in the loss; else k1 in each token's reward
 
     @property
     def reviewed(self) -> bool:
-        """Whether there is anything to review: whether the anchor may move."""
+        """Whether reviews are due: only for an anchor that is in use and may move."""
         return self.fixed and self.moves
 
     @classmethod
@@ -163,7 +163,7 @@ class Reference(NamedTuple):
         return cls(fixed, name != "initial", name == "previous" or (fixed and kl_in_loss))
 
     def logprobs(self, anchor_logprobs: Tensor, logprobs: Tensor) -> Tensor:
-        """The log-probabilities that the penalty compares with: the anchor's, or those at sampling."""
+        """The reference log-probabilities of the KL: the anchor's, or the sampling policy's own."""
         return anchor_logprobs if self.fixed else logprobs
 
 
@@ -175,7 +175,7 @@ class KLController:
     Args:
         coef: the (initial) coefficient.
         target: nats of KL per response to aim at; None keeps the coefficient constant.
-        horizon: number of responses over which a full error changes the coefficient by 20 %.
+        horizon: number of responses over which the largest (clipped) error changes the coefficient by 20 %.
     """
 
     def __init__(self, coef: float, target: float | None = None, horizon: int | None = None) -> None:
@@ -186,7 +186,7 @@ class KLController:
         self.horizon = horizon
 
     def update(self, kl: float, n: int) -> None:
-        """Adapts to the mean KL per response, in nats, seen in `n` responses; a NaN changes nothing."""
+        """Adapts the coefficient to `kl`, the mean KL of `n` responses in nats; NaN changes nothing."""
         if self.target is None or self.horizon is None or math.isnan(kl):
             return
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)

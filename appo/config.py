@@ -1,9 +1,9 @@
-"""Settings of the algorithm: frozen dataclasses, checked when made, a comment on where each default comes from.
+"""Settings of the algorithm: frozen dataclasses, checked when made; comments say where each default comes from.
 
 [P] is the paper (StablePrompt, arXiv 2410.07652: Table 6 and section 3). Where it is silent, the published code
-ran with TRL 0.11's defaults, marked [TRL]. Where a default is neither, the other value stands beside ours: the defaults
-are those with which real agents of 135 M parameters learn (docs/real-models.md); experiments/configs/paper.yaml has the
-paper's.
+ran with TRL 0.11's defaults, marked [TRL]. All other defaults are ours, mostly beside the value they replace:
+real agents of 135 M parameters learn with them (docs/real-models.md). experiments/configs/paper.yaml has the paper's
+values.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ ReferenceName = Literal["anchor", "initial", "previous", "none"]
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the agent writes. No top-k and no top-p: the log-probabilities must be those of what was sampled from."""
+    """How the agent writes. No top-k and no top-p: the loss uses the distribution that was sampled from."""
 
-    max_new_tokens: int = 32  # longest prompt, in tokens of the agent; [P]: 150, which small agents fill with anything
+    max_new_tokens: int = 32  # longest prompt, in agent tokens; [P]: 150, which small agents fill with rambling
     temperature: float = 0.85  # divides the logits, in sampling and in the loss alike; published code: 1
-    nonempty: bool = True  # no end before something is written; ours
+    nonempty: bool = True  # a prompt cannot end before it has visible text; ours
     one_line: bool = True  # a line break ends a prompt, once something is written; ours
-    whole_sentences: bool = True  # a prompt that is cut off loses the sentence it did not end; ours
+    whole_sentences: bool = True  # a prompt that is cut off drops its unfinished last sentence; ours
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
@@ -33,13 +33,13 @@ class SamplingConfig:
 class AnchorConfig:
     """When the anchor follows the agent, and when the agent goes back to the anchor."""
 
-    period: int = 5  # epochs between two reviews [P]: u_t, whose unit is that of the published code
-    prompts: int = 8  # sampled from each side at a review: ours; the published code's 2 are mostly noise
+    period: int = 5  # epochs (in `fit`: iterations) between two reviews; [P]: u_t, in the published code's unit
+    prompts: int = 8  # sampled from each side at a review; ours; the published code's 2 are mostly noise
     promote_threshold: float = 0.05  # lead in mean validation accuracy, as a fraction, above which to promote [P]
     rollback_threshold: float = 0.1  # deficit above which to roll back [P]
     promote: bool = True  # False: the anchor stays where it is
-    rollback: bool = True  # False: the agent is never put back
-    collapse: bool = True  # put back an agent whose prompts are empty, very short or all the same; ours
+    rollback: bool = True  # False: the agent is never rolled back
+    collapse: bool = True  # roll back an agent whose prompts are empty, very short or all the same; ours
 
     def __post_init__(self) -> None:
         _require(self.period >= 1, "period", self.period, "at least 1")
@@ -50,30 +50,30 @@ class AnchorConfig:
 
 @dataclass(frozen=True)
 class APPOConfig:
-    """PPO, and what its penalty is measured against."""
+    """PPO, and the reference of its KL penalty."""
 
-    learning_rate: float = 6e-5  # of AdamW; [P]: 1e-5, of adapters
+    learning_rate: float = 6e-5  # of AdamW; [P]: 1e-5, for adapters
     value_learning_rate: float | None = None  # of the value head alone; null: as the rest [P]
     clip_range: float = 0.2  # of the probability ratio [P]
     value_clip_range: float | None = 0.2  # of the value head around its old values; null: off [TRL]
-    value_coef: float = 0.01  # weight of the value loss; [P]: 0.1, with which its gradient drowns the policy's
+    value_coef: float = 0.01  # weight of the value loss; [P]: 0.1, where its gradient outweighs the policy's
     entropy_coef: float = 0.01  # bonus for entropy (nats per token) in the loss; ours, see docs; 0: off [P]
-    cut_off_penalty: float = 1.0  # off the score of a response that was cut off at the token limit; ours; 0: none [P]
+    cut_off_penalty: float = 1.0  # taken off the score of a response cut off at the token limit; ours; 0: none [P]
     gamma: float = 1.0  # discount [P]
-    lam: float = 1.0  # of generalised advantage estimation; [P]: 0.95, for which a critic has to be right
+    lam: float = 1.0  # of generalised advantage estimation; [P]: 0.95, which needs an accurate critic
     ppo_epochs: int = 2  # passes over each rollout; [TRL]: 4
     minibatch_size: int = 0  # responses per optimizer step; 0: the whole rollout, ours: K = 4 is small enough
     micro_batch_size: int = 0  # responses per backward pass (gradient accumulation); 0: the whole minibatch
     max_grad_norm: float | None = 1.0  # gradient clipping, null: off; ours, usual for language models
     max_ratio: float | None = 10.0  # mean probability ratio above which a step is skipped; null: off [TRL]
-    target_kl: float | None = None  # mean approx_kl of an epoch (nats per token) after which no other is begun; ours
-    max_bad_steps: int = 3  # iterations in a row without a sound step: back to the anchor; twice as many: the end; ours
+    target_kl: float | None = None  # stop after an epoch whose mean approx_kl (nats per token) exceeds this; ours
+    max_bad_steps: int = 3  # iterations in a row without a sound step: roll back; twice as many: end training; ours
     whiten_advantages: bool = True  # over all tokens of the rollout [TRL]
-    leave_one_out: bool = True  # scores: less the mean of the others to the same query; ours, see update.advantages
+    leave_one_out: bool = True  # subtract the mean score of the query's other responses; ours, see update.advantages
     reference: ReferenceName = "anchor"  # KL against: anchor (APPO), initial (RLHF), previous (plain PPO), none
     kl_coef: float = 0.05  # the paper prints no coefficient; [TRL]: 0.2
     kl_in_loss: bool = False  # True: the k3 estimate in the loss, in place of a penalty on each token's reward
-    kl_target: float | None = None  # nats per response the coefficient adapts to; [TRL] has 6; null: constant
+    kl_target: float | None = None  # nats per response that the coefficient adapts towards; [TRL]: 6; null: constant
     kl_horizon: int = 10_000  # responses over which it adapts [TRL]
 
     def __post_init__(self) -> None:
@@ -91,10 +91,10 @@ class APPOConfig:
         _require(self.max_ratio is None or self.max_ratio > 1, "max_ratio", self.max_ratio, "above 1, or null")
         references = ("anchor", "initial", "previous", "none")
         _require(self.reference in references, "reference", self.reference, f"one of {', '.join(references)}")
-        expected = f"null with reference {self.reference}: at sampling time that KL is always 0"
+        expected = f"null with reference {self.reference}, whose KL is always 0 at sampling time"
         _require(self.kl_target is None or self.reference in references[:2], "kl_target", self.kl_target, expected)
 
 
 def _require(holds: bool, field: str, value: object, expected: str) -> None:
-    if not holds:  # NaN fails every comparison, so it ends here too
+    if not holds:  # NaN fails every comparison, so it is refused too
         raise ValueError(f"{field} is {value!r}; expected {expected}")

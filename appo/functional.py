@@ -1,9 +1,9 @@
 """The maths of PPO for language models, as free functions: tensors and floats in, tensors out.
 
 No model, no config, no device, no I/O. Shapes: B responses, T response positions, right-padded, V vocabulary.
-`mask` is 1 (or True) on real response tokens, the end-of-sequence token included, and 0 on padding. What lies
-under a zero of the mask is never read: NaN or inf there changes no result and no gradient, and outputs there
-are 0. That is why padding is removed with `masked_fill` and never by multiplying, since inf * 0 is NaN.
+`mask` is 1 (or True) on real response tokens, the end-of-sequence token included, and 0 on padding. Values
+on padding are never used: NaN or inf there changes no result and no gradient, and outputs there are 0. That is
+why padding is removed with `masked_fill` and never by multiplying: inf * 0 is NaN.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 
 
 def entropy_from_logprobs(logprobs: Tensor) -> Tensor:
-    """Entropy in nats of a distribution by its log-probabilities: [*, V] -> [*]."""
+    """Entropy in nats of a distribution, from its log-probabilities: [*, V] -> [*]."""
     return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)  # 0 * -inf is NaN
 
 
@@ -97,14 +97,14 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLKind = "k1") -> 
 
 
 def leave_one_out(scores: Tensor, groups: Tensor, otherwise: float = 0.0) -> Tensor:
-    """Each score less the mean of the others in its group: REINFORCE leave-one-out (Kool et al. 2019).
+    """Each score minus the mean of the other scores in its group: REINFORCE leave-one-out (Kool et al. 2019).
 
-    A response has no part in its own baseline, so the expected gradient of the policy stays as it is. Equal scores
-    come out as exactly 0: they are subtracted pairwise, which leaves no rounding for whitening to blow up.
+    A response does not affect its own baseline, so the expected policy gradient is unchanged. Equal scores give
+    exactly 0: scores are subtracted pairwise, which leaves no rounding error for whitening to amplify.
 
     Args:
         scores: [B].
-        groups: [B], the number of each score's group.
+        groups: [B], the group index of each score.
         otherwise: the baseline of a score that is alone in its group.
     """
     others = (groups[:, None] == groups).fill_diagonal_(False)  # [B, B]
@@ -173,8 +173,8 @@ def policy_loss(
     """PPO's clipped surrogate (Schulman et al. 2017, Eq. 7; StablePrompt, Eqs. 5-6), to be minimised.
 
     Mean over `mask` of max(-A r, -A clip(r, 1 - eps, 1 + eps)) with r = exp(logprobs - old_logprobs). The max of
-    the negated terms is Schulman's min; StablePrompt prints the clipped term alone, which would let a ratio
-    outside the range go on growing in the wrong direction.
+    the negated terms is Schulman's min; StablePrompt prints the clipped term alone, which
+    cannot pull back a ratio that has left the range in the wrong direction.
 
     Args:
         logprobs, old_logprobs, advantages, mask: [B, T]. Only `logprobs` is differentiated.
@@ -226,5 +226,5 @@ def value_loss(
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 if it is that."""
+    """`x` as float32; float64 stays float64."""
     return x if x.dtype == torch.float64 else x.float()

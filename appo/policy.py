@@ -1,6 +1,6 @@
 """The agent: a causal LM and a value head that starts at zero.
 
-Two verbs. `sample` writes responses and records log-probabilities and values as it goes; `evaluate` gives the
+Two methods. `sample` writes responses and records log-probabilities and values as it goes; `evaluate` gives the
 same numbers, differentiably, for given responses. Both run each query once, however many responses it has: K
 responses to one meta-prompt run that meta-prompt once.
 """
@@ -33,11 +33,11 @@ class Evaluation(NamedTuple):
 class Policy(nn.Module):
     """A causal LM with a value head, as a distribution over responses.
 
-    The model stays in eval mode: dropout would make the log-probabilities of the loss differ from those that
-    were sampled from.
+    The model stays in eval mode: with dropout, the log-probabilities in the loss would differ from those recorded
+    at sampling.
 
-    What is trained stays in float32, whatever the model computes in: a step of AdamW at 1e-5 is smaller than the
-    spacing of bfloat16 numbers, so that weights kept in bfloat16 hardly move. Log-probabilities and values are float32
+    Trained parameters stay in float32, whatever dtype the model computes in: a step of AdamW at 1e-5 is smaller than
+    the spacing of bfloat16 numbers, so weights kept in bfloat16 hardly move. Log-probabilities and values are float32
     too.
 
     Args:
@@ -45,7 +45,7 @@ class Policy(nn.Module):
         sampling: length and temperature, and where a prompt ends.
 
     Raises:
-        ValueError: no end-of-sequence token, or trainable parameters of less than float32.
+        ValueError: there is no end-of-sequence token, or a trainable parameter has less precision than float32.
     """
 
     def __init__(self, lm: CausalLM, sampling: SamplingConfig | None = None) -> None:
@@ -55,7 +55,7 @@ class Policy(nn.Module):
         low = next((p.dtype for p in lm.model.parameters() if p.requires_grad and p.dtype.itemsize < 4), None)
         if low is not None:
             raise ValueError(
-                f"the parameters to train are {low}, which small steps do not move; load the model in float32 and let "
+                f"the parameters to train are {low}, too coarse for small steps; load the model in float32 and let "
                 f"it compute in {low} (compute_dtype)"
             )
         self.lm = lm
@@ -87,7 +87,7 @@ class Policy(nn.Module):
         self.lm.check_fits(asked + longest, what)
 
     def decode(self, rollout: Rollout) -> list[str]:
-        """The responses as clean text: no special tokens, no control characters, no white space around.
+        """The responses as clean text: no special tokens, no control characters, no surrounding white space.
 
         With `sampling.whole_sentences` a response that was cut off at the limit loses its last, unfinished
         sentence if a whole one precedes it. Training still uses every sampled token.
@@ -110,10 +110,10 @@ class Policy(nn.Module):
         copies: int = 1,
         greedy: bool = False,
     ) -> Rollout:
-        """Samples responses from the softmax of logits / temperature and nothing else.
+        """Samples responses from the softmax of logits / temperature, without top-k or top-p.
 
-        A response ends with an end token of the model or, with `sampling.one_line`, a line break after some text,
-        which is part of it. Otherwise it is cut off at `max_new_tokens`.
+        A response ends with an end token of the model or, with `sampling.one_line`, with a line break after some text.
+        That last token is part of the response. Without one, the response is cut off at `max_new_tokens`.
 
         Args:
             queries: M of them.
@@ -122,13 +122,13 @@ class Policy(nn.Module):
             greedy: take the likeliest token instead of sampling; for using an agent, not for training it.
 
         Returns:
-            A rollout of B = M * copies responses, with those to one query side by side.
+            A rollout of B = M * copies responses; those to the same query are side by side.
 
         Raises:
             FloatingPointError: the model's logits are not numbers.
         """
         count = len(queries) * copies
-        written = torch.zeros(count, dtype=torch.bool, device=self.device)  # something that can be seen
+        written = torch.zeros(count, dtype=torch.bool, device=self.device)  # visible text so far
         steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
         def choose(output: Output, alive: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +160,7 @@ class Policy(nn.Module):
     def evaluate(self, rollout: Rollout) -> Evaluation:
         """Log-probabilities, values and entropies of the rollout's tokens under the current policy."""
         owner, lengths = rollout.owner.tolist(), rollout.mask.sum(1).tolist()
-        # The state in which token t is emitted ends with token t - 1, hence the inputs shifted by one.
+        # Token t is predicted at token t - 1, hence the inputs shifted by one.
         branches = [
             [rollout.queries[m].tokens[-1], *tokens][:length]
             for m, tokens, length in zip(owner, rollout.tokens.tolist(), lengths, strict=True)
@@ -182,5 +182,5 @@ class Policy(nn.Module):
 
 
 def _unpack(values: Tensor, mask: Tensor) -> Tensor:
-    """[n] values of real tokens at their places in [B, T], 0 on padding."""
+    """Puts the [n] values of real tokens at their places in [B, T], 0 on padding."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

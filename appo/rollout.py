@@ -72,7 +72,7 @@ class Rollout:
     def stack(cls, queries: Sequence[Query], owner: Sequence[int], responses: Sequence[Response]) -> Rollout:
         """Right-pads ragged responses to the longest of them."""
         if len(owner) != len(responses) or not responses:
-            raise ValueError(f"{len(owner)} owners and {len(responses)} responses; expected as many, and some")
+            raise ValueError(f"{len(owner)} owners and {len(responses)} responses; expected equal numbers, above 0")
         width = max(len(response.tokens) for response in responses)
         mask = [torch.ones_like(response.tokens, dtype=torch.bool) for response in responses]
         columns = [[r.tokens for r in responses], mask, [r.logprobs for r in responses], [r.values for r in responses]]
@@ -136,7 +136,7 @@ class Batch(Scored):
         return cls(**given, advantages=advantages, returns=returns)
 
     def split(self, size: int) -> Iterator[Batch]:
-        """Consecutive parts of at most `size` rows; 0 means all of it."""
+        """Consecutive parts of at most `size` rows; 0 means the whole batch."""
         for rows in torch.arange(len(self), device="cpu").split(size or len(self)):
             yield self.select(rows)
 
@@ -179,7 +179,7 @@ def minibatches(batch: Batch, size: int, generator: torch.Generator | None = Non
     """Cuts a random permutation of the batch's rows into minibatches; every row is in exactly one of them.
 
     Args:
-        size: rows per minibatch, the last one may be smaller; 0 means the whole batch.
+        size: rows per minibatch (the last one may be smaller); 0 means the whole batch.
         generator: on the CPU, whatever device the batch is on; makes the order reproducible.
     """
     order = torch.randperm(len(batch), generator=generator, device="cpu")

@@ -1,6 +1,6 @@
-"""A check of the first rollout of every run: is what the loss will see what was sampled?
+"""A check of the first rollout of every run: do the log-probabilities in the loss match those at sampling?
 
-Each mistake looked for here is silent otherwise: training goes on, on wrong ratios.
+The mistakes it finds would otherwise be silent: training would go on with wrong ratios.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}  # on log-probabilities;
 
 
 class SelfCheckError(RuntimeError):
-    """The first rollout does not add up; the message says which check failed and the likely cause."""
+    """The first rollout fails a check; the message says which one, and the likely cause."""
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
     """Checks a rollout that `policy` has just sampled, before any update.
 
     1. Recomputed log-probabilities equal the sampled ones, so every ratio starts at 1.
-    2. The KL to the anchor, still equal to the policy, is exactly 0.
+    2. The KL to the anchor is exactly 0, since the anchor still equals the policy.
     3. The row with the most padding has the same log-probabilities alone as in the batch.
 
     Raises:
@@ -33,7 +33,7 @@ def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
     tolerance = TOLERANCES.get(policy.lm.compute_dtype, 0.1)
     together = policy.evaluate(rollout).logprobs
     if not torch.equal(together, anchor.logprobs(rollout)):
-        cause = _dropout(policy) or "the anchor is not a copy of the agent's present weights"
+        cause = _dropout(policy) or "the anchor is not a copy of the agent's current weights"
         raise SelfCheckError(f"KL to the anchor is not 0 before the first update; likely cause: {cause}")
 
     queries = [len(rollout.queries[m].tokens) for m in rollout.owner.tolist()]
@@ -42,7 +42,7 @@ def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
     error = (policy.evaluate(alone).logprobs[0] - together[shortest][rollout.mask[shortest]]).abs().max().item()
     if not error <= tolerance:
         raise SelfCheckError(
-            f"response {shortest} has other log-probabilities in the batch than alone (by {error:.2g}); likely cause: "
+            f"response {shortest} has different log-probabilities alone and batched (by {error:.2g}); likely cause: "
             "padding side or position ids: the model sees the padding"
         )
 
@@ -63,4 +63,4 @@ def _sampling_cause(difference: Tensor) -> str:
     # Truncation renormalises over fewer tokens, so that every sampled token looks likelier than it is.
     if (difference >= -1e-6).all():
         return "the sampler cut the distribution (top_k, top_p or min_p, perhaps from a generation_config)"
-    return "the temperature of sampling is not that of the loss"
+    return "sampling and loss use different temperatures"

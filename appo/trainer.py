@@ -60,7 +60,7 @@ class Collected:
     kl: float  # KL(policy || anchor), k1 summed over tokens, mean over responses, nats; whatever the reference is
 
     def stats(self) -> dict[str, float]:
-        """Rewards and lengths as flat numbers."""
+        """Statistics of the rewards and prompts, by name."""
         scores, health = self.rewarded.scores, _health(self.rollout, self.prompts)
         return {
             "reward_mean": scores.mean().item(),
@@ -99,7 +99,7 @@ class Iteration:
 
 
 class DivergedError(ArithmeticError):
-    """Training has diverged and cannot recover; `iteration` is the one that showed it."""
+    """Training has diverged and cannot recover; `iteration` is the last one."""
 
     def __init__(self, message: str, iteration: Iteration) -> None:
         super().__init__(message)
@@ -169,7 +169,7 @@ class APPOTrainer:
         """One iteration: collect on the queries, then update.
 
         Raises:
-            DivergedError: too many iterations in a row had nothing to learn from.
+            DivergedError: too many iterations in a row had no sound step.
         """
         collected = self.collect(queries, reward_fn, copies)
         if len(self.buffer):
@@ -205,13 +205,13 @@ class APPOTrainer:
         return Collected(rollout, prompts, rewarded, cut_off.mean().item(), kl)
 
     def update(self) -> dict[str, float]:
-        """PPO epochs on everything collected, which empties the buffer; see `Updater.update`."""
+        """Runs PPO epochs on everything collected and empties the buffer; see `Updater.update`."""
         scored = self.buffer.stacked()
         self.buffer.clear()
         return self.updater.update(scored, self.kl_controller.coef)
 
     def _guard(self, iteration: Iteration) -> None:
-        """Counts iterations in a row without a sound step; `max_bad_steps` of them roll back, twice as many end."""
+        """After `max_bad_steps` iterations in a row without a sound step, rolls back; after twice as many, raises."""
         stats = iteration.stats
         self.bad_steps = self.bad_steps + 1 if stats["skipped_steps"] == 1.0 else 0
         if self.bad_steps == self.config.max_bad_steps and self.anchor_config.rollback:
@@ -224,12 +224,12 @@ class APPOTrainer:
     # -- the anchor ----------------------------------------------------------------------------------------------------
 
     def review_anchor(self, queries: Sequence[Query], score_fn: ScoreFn, copies: int = 1) -> AnchorReview:
-        """Lets agent and anchor answer the same queries, compares their mean scores, and acts on it.
+        """Lets agent and anchor answer the same queries, compares their mean scores, and acts on the result.
 
-        Scores alone do not show a collapse: an agent that writes nothing any more may be at chance, as its anchor is.
-        So what both wrote is compared too (`appo.anchor.collapse`), and an agent that has collapsed goes back. Its lead
-        does not save it unless it beats the anchor's best prompt: an agent that writes "no" to everything may be better
-        than the mean of eight different prompts, but it will never find another.
+        Scores alone do not show a collapse: an agent that has stopped writing may be at chance, just like its anchor.
+        So the prompts of both are compared too (`appo.anchor.collapse`), and a collapsed agent is rolled back. A lead
+        saves it only if its mean score beats the anchor's best prompt: an agent that writes "no" to everything may beat
+        the mean of eight different prompts, but it will never find another.
 
         Args:
             queries: built from training examples, like any query.
@@ -265,7 +265,7 @@ class APPOTrainer:
         prompts = self.policy.decode(rollout)
         return prompts, _health(rollout, prompts)
 
-    # -- going on from a saved state -----------------------------------------------------------------------------------
+    # -- resuming from a saved state -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, random states included, as tensors and plain values."""
@@ -280,7 +280,7 @@ class APPOTrainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores a saved state; on the same machine, training goes on bit for bit."""
+        """Restores a saved state; on the same machine, training then continues bit for bit."""
         self.policy.load_state_dict(state["policy"])
         self.updater.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # or both would share their moments
         self.anchor.load_state_dict(state["anchor"])
@@ -296,7 +296,7 @@ class APPOTrainer:
 
 
 def _stream(parent: torch.Generator | None, name: str, device: torch.device) -> torch.Generator | None:
-    """A generator for one purpose, seeded by the parent's seed and the purpose's name; the parent stays as it is."""
+    """A generator for one purpose, seeded from the parent's seed and the purpose's name; the parent stays as it is."""
     if parent is None:
         return None
     return torch.Generator(device).manual_seed(random.Random(f"{parent.initial_seed()} {name}").getrandbits(63))
@@ -323,7 +323,7 @@ def _health(rollout: Rollout, prompts: Sequence[str]) -> Health:
 
 
 def _distinct(prompts: Sequence[str], size: int) -> float:
-    """Distinct runs of `size` words over all of them (Li et al. 2016, distinct-n): near 0 when prompts repeat."""
+    """Share of distinct word n-grams, n = `size` (Li et al. 2016, distinct-n): near 0 when prompts repeat."""
     words = [prompt.split() for prompt in prompts]
     runs = [tuple(row[i : i + size]) for row in words for i in range(len(row) - size + 1)]
     return len(set(runs)) / max(1, len(runs))

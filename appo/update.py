@@ -1,4 +1,4 @@
-"""The update of PPO: from a scored rollout to advantages, then some epochs of clipped steps."""
+"""PPO's update: from a scored rollout to advantages, then some epochs of clipped steps."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ FAULTS = ("nonfinite_reward", "nonfinite_loss", "nonfinite_gradient", "exploded_
 def advantages(scored: Scored, config: APPOConfig, kl_coef: float, mean_score: float = 0.0) -> tuple[Tensor, Tensor]:
     """From scores to advantages and returns, each [B, T], 0 on padding: baseline, token rewards, GAE, whitening.
 
-    A score that is the same for all responses must move nothing. It would: while the value head is still 0, GAE with
-    lam < 1 gives token t of T the advantage lam^(T - 1 - t) * score, and whitening turns that into a push on every
-    end-of-sequence token. On real language models this shrinks all prompts to nothing in ten iterations. So scores
-    are centred first (`config.leave_one_out`); the paper is silent, the published code does not centre them.
+    A score that is the same for all responses must not move the policy. Without centring it would: while the value
+    head is still 0, GAE with lam < 1 gives token t of T the advantage lam^(T - 1 - t) * score, and whitening turns that
+    into a push on every end-of-sequence token. On real language models this shrinks all prompts to nothing in ten
+    iterations. So scores are centred first (`config.leave_one_out`). The paper is silent; its code does not centre.
 
     Args:
         scored: a scored rollout.
@@ -54,12 +54,12 @@ def advantages(scored: Scored, config: APPOConfig, kl_coef: float, mean_score: f
 
 
 class Updater:
-    """Moves a policy by PPO, one scored rollout after another.
+    """Trains a policy by PPO, one scored rollout after another.
 
     Args:
         policy: its parameters with requires_grad are trained.
-        config: of PPO.
-        generator: of the minibatch order, on the CPU.
+        config: the settings of PPO.
+        generator: for the minibatch order, on the CPU.
 
     Raises:
         ValueError: the policy has nothing to train.
@@ -74,15 +74,15 @@ class Updater:
         ]
         if not groups[0]["params"]:
             raise ValueError(
-                "the agent has no parameter to train: all have requires_grad=False; is its model the same object as "
-                "that of the frozen target?"
+                "the agent has no parameter to train: all have requires_grad=False; does it share its model object "
+                "with the frozen target?"
             )
         groups[1]["lr"] = config.value_learning_rate or config.learning_rate
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=0.0, fused=True)
         self.mean_score: float | None = None  # running, over updates
 
     def update(self, scored: Scored, kl_coef: float) -> dict[str, float]:
-        """PPO epochs on a scored rollout. Returns means over the optimizer steps.
+        """PPO epochs on a scored rollout. Returns means over the optimizer steps, and counts of FAULTS.
 
         With a `target_kl`, training on this rollout stops after the epoch whose mean approx_kl exceeds it.
         """
@@ -101,7 +101,7 @@ class Updater:
         return {name: mean([step[name] for step in steps if name in step]) for name in names} | faults
 
     def _follow(self, scores: Tensor) -> float:
-        """The running mean of scores, updated with these; on the first call, the mean of these."""
+        """Returns the running mean of earlier scores (on the first call, of these), then updates it with these."""
         now = (scores[0] + (scores - scores[0]).mean()).item()  # exact where all scores are equal
         before = now if self.mean_score is None else self.mean_score
         self.mean_score = before + MEAN_RATE * (now - before)
@@ -111,13 +111,13 @@ class Updater:
         """One gradient step; micro-batches add up to exactly the gradient of the whole minibatch.
 
         A loss or gradient that is not finite, or a mean probability ratio above `max_ratio`, ends the step before it
-        touches the weights: it counts as skipped, and the fault is named.
+        changes the weights. The statistics count the step as skipped and name the fault.
         """
         self.optimizer.zero_grad()
         tokens = minibatch.mask.sum()
         totals: dict[str, float] = {}
         for part in minibatch.split(self.config.micro_batch_size):
-            share = part.mask.sum() / tokens  # means over tokens, hence weighted by tokens
+            share = part.mask.sum() / tokens  # losses are means over tokens, so parts are weighted by tokens
             loss, stats = self.loss(part, kl_coef)
             (share * loss).backward()
             for name, value in stats.items():
@@ -145,7 +145,7 @@ class Updater:
         """L = policy loss + value_coef * value loss (StablePrompt, Eq. 12) on a batch, and its statistics.
 
         With the KL in the loss (`kl_in_loss`, and always for reference "previous"), kl_coef * k3 is added. The entropy
-        bonus is ours: where all prompts have become the same, it is all that is left to move the policy.
+        bonus is ours: once all prompts are the same, rewards no longer move the policy, but the bonus does.
         """
         config = self.config
         now = self.policy.evaluate(batch)

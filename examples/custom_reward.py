@@ -1,4 +1,4 @@
-"""The library in thirty lines: an agent that learns to write what a function of yours pays for.
+"""The library in thirty lines: an agent learns to write what your own function rewards.
 
 python examples/custom_reward.py         half a minute; the lab's agent learns to write short instructions
 """
@@ -15,7 +15,7 @@ REQUEST = "Look at the instruction and current input,\nrewrite instruction for c
 
 
 def reward(prompts: list[str]) -> list[float]:
-    """A number for each prompt: here, minus its length in words; one without words is worth least."""
+    """A number for each prompt: here, minus its length in words; an empty prompt gets -50."""
     return [-float(len(prompt.split())) if prompt else -50.0 for prompt in prompts]
 
 

@@ -23,12 +23,12 @@ back when it has become clearly worse. The paper's equations, in the order in wh
 Where this departs from the paper as it is printed, and why:
 
     - The penalty has a coefficient, and enters as a reward of each token (Ziegler et al. 2019) rather than as a term of
-      the loss: so GAE carries it back to the tokens that caused it. The paper prints neither.
-    - The surrogate is min(unclipped, clipped) (Schulman et al. 2017). The clipped term alone, as printed, would let a
-      ratio that has left the range go on in the wrong direction.
+      the loss: so GAE carries it back to the tokens that caused it. The paper prints no coefficient.
+    - The surrogate is min(unclipped, clipped) (Schulman et al. 2017). The clipped term alone, as printed, cannot pull
+      back a ratio that has left the range in the wrong direction.
     - Signs: A is maximised, L_v and P are minimised; the paper adds all three.
-    - Rewards are centred by those of the other prompts. With a critic that starts at 0, a reward that is the same for
-      all would push up the end of every prompt: real agents then write less and less, and in the end nothing.
+    - The mean reward of the other prompts is subtracted from each reward. Otherwise, with a critic that starts at 0,
+      equal rewards would make every end token likelier: real agents then write less and less, and in the end nothing.
     - Performance, which the paper does not define, is mean validation accuracy of eight sampled prompts.
 
 What is left out, and where the package has it: several queries in an iteration, minibatches, value clipping, an entropy
@@ -55,7 +55,7 @@ WORDS = {"entailment": "yes", "neutral": "maybe", "contradiction": "no"}  # the 
 
 @dataclass(frozen=True)
 class Config:
-    """What the lab's tiny agent needs; the paper's values beside."""
+    """Values for the lab's tiny agent; comments give the paper's where they differ."""
 
     iterations: int = 40
     prompts: int = 16  # K, sampled in each iteration; paper: 4
@@ -69,7 +69,7 @@ class Config:
     gamma: float = 1.0
     lam: float = 0.95
     clip_range: float = 0.2  # eps of Eq. 6
-    kl_coef: float = 0.1  # of P
+    kl_coef: float = 0.1  # coefficient of P
     ppo_epochs: int = 4
     max_grad_norm: float = 1.0
     period: int = 5  # iterations between two reviews of the anchor
@@ -96,22 +96,22 @@ class Agent(nn.Module):
 
         Args:
             query: [Q] token ids of the meta-prompt.
-            tokens: [K, T] responses to it, right-padded, which nothing that comes before can see.
+            tokens: [K, T] responses to it, right-padded; causal attention hides the padding from all real tokens.
             mask: [K, T], True on real tokens.
         """
         ids = torch.cat([query.expand(len(tokens), -1), tokens], dim=1)
         output = self.model(ids, output_hidden_states=True)
-        before = slice(len(query) - 1, -1)  # the state in which token t is chosen ends with token t - 1
+        before = slice(len(query) - 1, -1)  # token t is predicted at token t - 1
         logprobs = output.logits[:, before].log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         values = self.value_head(output.hidden_states[-1][:, before]).squeeze(-1)
         return logprobs.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
 
     @torch.no_grad()
     def sample(self, query: Tensor, count: int, length: int, end: int) -> tuple[Tensor, Tensor]:
-        """Tokens and mask, [K, T], of responses that are sampled from the softmax and nothing else.
+        """Tokens and mask, [K, T], of responses that are sampled from the plain softmax.
 
-        No top-k and no top-p: the probabilities in the loss must be those of what was sampled from. The end token is
-        part of a response, and is trained like any other.
+        No top-k and no top-p: the loss needs the probabilities of the distribution that was sampled from. The end token
+        is part of a response, and is trained like any other.
         """
         ids, cache, alive = query.expand(count, -1), None, torch.ones(count, dtype=torch.bool)
         tokens, mask = [], []
@@ -140,12 +140,12 @@ class Target:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-        # A label word is the token that it is *there*: behind the template, after a space.
+        # A label word's token depends on its place: here it stands behind the template, after a space.
         self.words = [tokenizer(f"{TEMPLATE} {word}")["input_ids"][-1] for word in WORDS.values()]
 
     @torch.no_grad()
     def logits(self, prompt: str, examples: list[Example]) -> Tensor:
-        """[N, C]: of the label words, behind each filled template."""
+        """Logits [N, C] of the label words behind each filled template."""
         texts = [TEMPLATE.replace("{prompt}", prompt).replace("{input}", example.input) for example in examples]
         batch = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")  # all end in one column
         mask = batch["attention_mask"]
@@ -188,7 +188,7 @@ def penalised(rollout: Rollout, kl_coef: float) -> Tensor:
     """
     mask = rollout.mask
     scores = rollout.scores
-    scores = (scores * len(scores) - scores.sum()) / (len(scores) - 1)  # less the mean of the others
+    scores = (scores * len(scores) - scores.sum()) / (len(scores) - 1)  # minus the mean of the others
     ends = mask & ~nn.functional.pad(mask[:, 1:], (0, 1))
     penalty = kl_coef * (rollout.logprobs - rollout.anchor_logprobs)
     return torch.where(ends, scores.unsqueeze(1), 0.0) - penalty.masked_fill(~mask, 0.0)
@@ -242,7 +242,7 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, con
 
 
 class Anchor:
-    """A copy of the agent, and of the state that its optimizer was in; never an alias of either."""
+    """A copy of the agent and of its optimizer's state; never an alias of either."""
 
     def __init__(self, agent: Agent, optimizer: torch.optim.Optimizer) -> None:
         self.agent = copy.deepcopy(agent).requires_grad_(False)
@@ -254,7 +254,7 @@ class Anchor:
         self.optimizer_state = copy.deepcopy(optimizer.state_dict())
 
     def rollback(self, agent: Agent, optimizer: torch.optim.Optimizer) -> None:
-        """agent := anchor; the moments go back too, or they would lead the way down again."""
+        """agent := anchor; the moments go back too, or they would push the weights down again."""
         agent.load_state_dict(self.agent.state_dict())
         optimizer.load_state_dict(copy.deepcopy(self.optimizer_state))
 
@@ -273,7 +273,7 @@ class Anchor:
 
 
 def read_task(name: str = "mnli", per_label: int = 16) -> tuple[list[Example], list[Example], list[Example]]:
-    """Train, validation and test of a lab task: so many examples of each label, as many, and the whole test file."""
+    """Examples of a lab task: `per_label` of each label to train on, as many to validate, and the whole test file."""
 
     def read(file: str) -> list[Example]:
         lines = (LAB / "data" / name / file).read_text(encoding="utf-8").splitlines()
@@ -318,7 +318,7 @@ def main(config: Config | None = None) -> list[float]:
 
     curve, found = [], {}
     for iteration in range(1, config.iterations + 1):
-        # Collect: K prompts, their rewards, and what agent and anchor think of their tokens.
+        # Collect: K prompts, their rewards, and their log-probabilities under agent and anchor.
         query = ask(tokenizer, train, rng)
         tokens, mask, prompts = write(agent, query, config.prompts)
         scores, accuracies = reward(target, prompts, rng.sample(train, config.examples), config)

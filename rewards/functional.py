@@ -87,7 +87,7 @@ def f1(prediction: str, answer: str) -> float:
 def normalise(text: str) -> str:
     """What Instruction Induction compares: the first line up to a full stop, lower case, without "and" and punctuation.
 
-    A hyphen becomes a space. Text of which this leaves nothing (brackets, say) is only stripped of white space.
+    A hyphen becomes a space. If this leaves nothing (of brackets, say), only white space is normalised.
     """
     first = text.replace(" and ", " ").replace("Sentence 1:", " ").replace("Sentence 2:", " ").strip()
     first = first.split("\n")[0].split(".")[0].lower().replace("-", " ")

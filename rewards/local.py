@@ -1,8 +1,8 @@
 """A target that runs on this machine: a frozen causal LM that chooses among label words or generates text.
 
-Two things are easy to get wrong here, and every score depends on them. Which token is a label word? It depends on
-what precedes it (a space or none, a newline, a chat turn), so the words are tokenised *in place*, behind the
-filled template. And where does the answer begin? At the template's last token, whatever the padding.
+Two things are easy to get wrong here, and every score depends on them. The tokens of a label word depend on what
+precedes it (a space or none, a newline, a chat turn), so the words are tokenised *in place*, behind the filled
+template. And the answer is predicted at the template's last token, whatever the padding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Verbalizer:
     Attributes:
         words: the C label words, in class order.
         tokens: their token ids behind the template; several ids where the tokenizer splits a word.
-        overlap: how many of the template's own last tokens the words are tokenised together with (mostly 0).
+        overlap: how many of the template's last tokens change when a word follows them (mostly 0).
     """
 
     words: tuple[str, ...]
@@ -75,9 +75,9 @@ class LocalTarget:
         lm: the model, with none of its weights trainable.
         template: text with {prompt} and {input}, ending where the answer begins.
         words: the label words in class order; none where the answer is text.
-        inputs: some of the task's inputs. Where the template ends in one, the label words follow its last character.
+        inputs: some of the task's inputs. If the template ends in {input}, the words follow an input's last character.
         max_batch_tokens: upper bound on the tokens of one forward pass, halved whenever memory runs out; default: 2048
-            on the CPU, where more only leave its caches, 32768 elsewhere.
+            on the CPU, whose caches hold no more, 32768 elsewhere.
 
     Raises:
         ValueError: the tokenizer does not know a label word, or cannot tell two apart; a weight is trainable.
@@ -98,8 +98,8 @@ class LocalTarget:
         # The words are tokenised where they will stand: behind a filled template, not an empty one.
         self.verbalizer, *others = {Verbalizer.build(lm, self.context("prompt", text), words): None for text in inputs}
         if others:
-            raise ValueError("behind different inputs a label word is different tokens; let the template end in a text")
-        # A word of several tokens needs the log-probability of each, hence a row that holds all but its last.
+            raise ValueError("a label word's tokens depend on the input before it; let the template end in fixed text")
+        # A word of several tokens needs the log-probability of each token, so a branch holds all but the last of them.
         self._stems = list(dict.fromkeys(ids[:-1] for ids in self.verbalizer.tokens)) or [()]
 
     def context(self, prompt: str, text: str) -> str:
@@ -112,10 +112,10 @@ class LocalTarget:
         return {"computes_in": computes_in, "chat": self.lm.chat, "packed": self.lm.packed}
 
     def check_fits(self, prompt: str | int, text: str) -> None:
-        """Refuses an input that leaves no room for the prompt (or, given a number, for a prompt of so many tokens).
+        """Refuses an input that leaves no room for the prompt (or, given a number, for a prompt of that length).
 
         Raises:
-            ContextTooLongError: the context holds less.
+            ContextTooLongError: they do not fit into the target's context.
         """
         room, written = (prompt, "") if isinstance(prompt, int) else (0, prompt)
         (ids,) = self.lm.tokens([self.context(written, text)])
@@ -128,7 +128,7 @@ class LocalTarget:
 
     @torch.inference_mode()
     def class_logits(self, asked: Sequence[Asked]) -> Tensor:
-        """Log-likelihoods of the label words behind each filled template, up to a constant of each row.
+        """Log-likelihoods of the label words behind each filled template, up to a constant per row.
 
         If all words are single tokens, the softmax over the vocabulary is never computed.
 
@@ -243,7 +243,7 @@ class LocalTarget:
 
         def means(rows: list[int]) -> list[float]:
             counts = [lengths[r] for r in rows]
-            # A token is predicted by the state before it, hence the last token is not run.
+            # A token is predicted at the token before it, so the last token is not run.
             batch = Branches([[]], [after[r][:-1] for r in rows], [0] * len(rows))
             logprobs = self.lm.run(batch, counts).logits.float().log_softmax(-1)
             tokens = torch.tensor([token for r in rows for token in after[r][-lengths[r] :]], device=logprobs.device)
@@ -276,7 +276,7 @@ class LocalTarget:
 
 
 def _cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """The text up to the first stop string, and whether there is one; leading white space does not stop it."""
+    """The text up to the first stop string, and whether there is one; leading white space never counts as one."""
     lead = len(text) - len(text.lstrip())
     places = [place for word in stop if (place := text.find(word, lead)) >= 0]
     return (text[: min(places)], True) if places else (text, False)

@@ -16,7 +16,7 @@ from rewards.target import Asked, Target, grid, pairs
 from tasks.spec import Example
 
 TEXT_METRICS = {metric.__name__: metric for metric in (exact_match, exact_string, exact_set, contains, f1)}
-STOPS = ("\n", "Input :")  # an answer is one line, and ends before a further example
+STOPS = ("\n", "Input :")  # an answer is one line, and ends before another example
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class RewardResult:
 
 
 class Reply(NamedTuple):
-    """The target's answer to an input and, if it chooses, the probability of each word that it could choose."""
+    """The target's answer to an input and, if it chose a word, the probability of each word on offer."""
 
     answer: str
     probabilities: dict[str, float]
@@ -45,7 +45,7 @@ class Reward(ABC):
     Attributes:
         target: answers the examples.
         metric: the name of the metric that results are reported in.
-        weights: of each metric in the sum, by name.
+        weights: the weight of each metric in the sum, by name.
     """
 
     target: Target
@@ -54,7 +54,7 @@ class Reward(ABC):
 
     @abstractmethod
     def judge(self, asked: Sequence[Asked], examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Metrics of single answers, each [B]; the B examples are those of the B inputs."""
+        """Metrics of single answers, each [B]; the B examples belong to the B inputs, in order."""
 
     @abstractmethod
     def reply(self, prompts: Sequence[str], inputs: Sequence[str], choices: Sequence[int | None]) -> list[Reply]:
@@ -151,7 +151,7 @@ class GenerationReward(Reward):
         self.weights = {metric: metric_weight, "likelihood": likelihood_weight}
 
     def judge(self, asked: Sequence[Asked], examples: Sequence[Example]) -> dict[str, Tensor]:
-        """The metric of each generated answer and, if it counts, how likely the right one was."""
+        """The metric of each generated answer and, if it has a weight, the likelihood of the example's `answer`."""
         said = self.target.generate(asked, self.answer_tokens, STOPS)
         values = [self.right(text, example) for text, example in zip(said, examples, strict=True)]
         metrics = {self.metric: torch.tensor(values, device="cpu")}

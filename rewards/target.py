@@ -46,7 +46,7 @@ class Target(Protocol):
     words: tuple[str, ...]
 
     def class_logits(self, asked: Sequence[Asked]) -> Tensor:
-        """[B, C] float32 on the CPU: log-likelihoods of the label words, up to a constant of each row."""
+        """[B, C] float32 on the CPU: log-likelihoods of the label words, up to a constant per row."""
         ...
 
     def generate(self, asked: Sequence[Asked], budget: int, stop: Sequence[str]) -> list[str]:
@@ -58,7 +58,7 @@ class Target(Protocol):
         ...
 
     def check_fits(self, prompt: str | int, text: str) -> None:
-        """Refuses an input that leaves no room for the prompt (or, given a number, for a prompt of so many tokens)."""
+        """Refuses an input that leaves no room for the prompt (or, given a number, for a prompt of that length)."""
         ...
 
     def described(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class Remembered:
         self._known: dict[tuple[str, str], Tensor] = {}
 
     def class_logits(self, asked: Sequence[Asked]) -> Tensor:
-        """As the target's; it is asked only for pairs that are not known yet."""
+        """The target's class logits; it computes only pairs of prompt and input that are not known yet."""
         wanted = [(prompt, text) for prompt, inputs in asked for text in inputs]
         missing: dict[str, dict[str, None]] = {}
         for prompt, text in wanted:

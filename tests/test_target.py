@@ -372,7 +372,7 @@ def test_a_template_that_ends_in_the_input_scores_the_text_as_it_reads() -> None
 
 
 def test_label_words_that_change_with_the_input_are_refused() -> None:
-    with pytest.raises(ValueError, match="let the template end in a text"):
+    with pytest.raises(ValueError, match="let the template end in fixed text"):
         target_of(llama(len(BPE)), BPE, "{prompt}\n{input}", ("yes", "no"), inputs=["a", "b\n"])
 
 
@@ -568,7 +568,7 @@ def test_a_filled_template_may_fill_the_context_to_the_last_token(snug: LocalTar
 
 
 def test_a_filled_template_longer_than_the_context_is_refused(snug: LocalTarget) -> None:
-    with pytest.raises(ContextTooLongError, match="the target's context: up to 513 tokens, and the context holds 512"):
+    with pytest.raises(ContextTooLongError, match="the target's context: up to 513 tokens, but the context holds 512"):
         logits_of(snug, ["p" * (CONTEXT - FIXED + 1)], ["x"])
 
 

@@ -1,6 +1,6 @@
-"""The attention of packed sequences: the function for transformers' table, and the layouts that it follows.
+"""Attention over packed sequences: the function for transformers' attention table, and the layouts it follows.
 
-All tokens of a pass stand in one row of S: prefixes, then the branches that go on from them. A layout says which
+All tokens of a pass stand in one row of S: prefixes, then the branches that continue them. A layout says which
 tokens each token sees, in blocks of sequences of about the same length.
 """
 
@@ -17,12 +17,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "appo_packed"
-CPU = torch.device("cpu")  # layouts are made there, whatever the model's device: many small steps
-BLOCK_KEYS = 2048  # keys that are attended to at once; more only adds to the memory
+CPU = torch.device("cpu")  # layouts take many small steps, so they are built there, whatever the model's device
+BLOCK_KEYS = 2048  # keys of one block, over all its rows; more only takes more memory
 
 
 class Branches(NamedTuple):
-    """N token sequences that go on from M prefixes: `owner[n]` is the prefix of branch n; a prefix may be empty."""
+    """N token sequences that continue M prefixes: `owner[n]` is the prefix of branch n; a prefix may be empty."""
 
     prefixes: Sequence[Sequence[int]]
     branches: Sequence[Sequence[int]]
@@ -70,7 +70,7 @@ def layout_of(
             torch.tensor([of[r] for r in rows], device=CPU)[:, None] for of in (starts, length, asking)
         )
         before = seen[rows[0]]
-        # Padded with the last token again.
+        # Padding repeats the last token.
         own, steps = (
             torch.arange(int(size.max()), device=CPU).clamp(max=size - 1),
             torch.arange(int(count.max()), device=CPU),
@@ -103,15 +103,15 @@ def _attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of a model: [1, heads, S, D] by `layout`; without a layout, SDPA on an ordinary batch.
+    """The attention function of a model: for packed [1, heads, S, D] with a `layout`, for an ordinary batch without.
 
     Returns:
-        [B, S, heads, D], as Hugging Face wants it, and no weights.
+        [B, S, heads, D], as Hugging Face wants it, and None for the weights.
     """
     if layout is None:
         if softcap is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        if attention_mask is None:  # how SDPA is told that only later tokens are hidden
+        if attention_mask is None:  # to SDPA, no mask means that only later tokens are hidden
             lengths = query.shape[2], key.shape[2]
             attention_mask = torch.ones(lengths, dtype=torch.bool, device=key.device).tril(lengths[1] - lengths[0])
         return _attend(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None
@@ -128,14 +128,14 @@ def _attention(
 
 
 def _take(x: Tensor, places: Tensor) -> Tensor:
-    """x[places], rows of x [S, *] at places [*]; several times as fast on a CPU."""
+    """x[places], the rows of x [S, *] at places [*]; on a CPU several times faster than indexing."""
     return x.index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
 ) -> Tensor:
-    """softmax(q k' * scaling + mask) v for [n, heads, R or W, D]; fewer key heads than query heads are shared."""
+    """softmax(q k' * scaling + mask) v for [n, heads, R or W, D]; query heads may share key heads."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
@@ -144,7 +144,7 @@ def _attend(
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
     if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # padding sees nothing: -inf would make NaN
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # padding attends to nothing: -inf gives NaN
     elif mask is not None:
         scores = scores + mask
     return scores.softmax(-1) @ v

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """A layer's keys and values with spare room: new ones are written into it, while DynamicLayer copies all."""
+    """A layer's keys and values with spare room: new ones are written into it, where DynamicLayer copies everything."""
 
     ROOM = 128  # tokens
     keys: Tensor | None

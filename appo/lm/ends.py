@@ -1,9 +1,9 @@
 """Where a response may end, and how it is read as text.
 
-A response ends with an end token of the model or, if wanted, with a line break once something is written. Before
-that it may not end: an empty prompt instructs nobody, but some targets score fairly well under it, and an agent soon
-learns that. The end tokens are removed from the sampling distribution itself, so that the log-probabilities in the
-loss are those of the distribution that was sampled from.
+A response ends with an end token of the model or, if wanted, with a line break once something is written. With
+`nonempty` it may not end before that: some targets score fairly well under an empty prompt, and an agent soon learns
+that. Until then end tokens are removed from the sampling distribution itself, so that the log-probabilities in the loss
+are those of the distribution that was sampled from.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from appo.functional import entropy_from_logits
 
 
 class Ends:
-    """The rules of one agent.
+    """One agent's rules on where a response ends.
 
     Args:
         tokens: ids of the end tokens.
         texts: the text of every token, for the rules that look at it.
-        vocabulary: V, the width of the logits; may be more than there are texts.
+        vocabulary: V, the width of the logits; may exceed the number of texts.
         device: of the logits and tokens.
         nonempty: no end before something is written.
         one_line: a line break ends a response, once something is written.
@@ -74,8 +74,8 @@ class Ends:
 
         Args:
             logprobs, entropy: [n], over the whole vocabulary.
-            logits: [n, V], which they come from.
-            tokens, mask: [B, T], n of them real.
+            logits: [n, V], from which both were computed.
+            tokens, mask: [B, T], with n real tokens.
         """
         if not self.nonempty:
             return logprobs, entropy
@@ -88,7 +88,7 @@ class Ends:
 
 
 def clean(text: str) -> str:
-    """A model's text as one readable line: without control and format characters, white space folded."""
+    """A model's text as one readable line: without control and format characters, white space collapsed."""
     visible = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
     return " ".join(visible.split())
 

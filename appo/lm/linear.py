@@ -1,9 +1,9 @@
 """Linear layers by oneDNN, on CPUs where it multiplies matrices faster than torch's default.
 
 torch leaves float32 products to MKL, which uses AVX-512 on Intel's CPUs only: on others it reaches half of their
-rate. torch also ships oneDNN, which uses AVX-512 on all CPUs, but calls it for other types only. So this file calls
-that operator, a private one of torch, by giving `nn.Linear` layers another class. Nothing outside of
-`CausalLM(onednn=...)` knows of it; the numbers are those of `nn.Linear` but for rounding.
+rate. torch also ships oneDNN, which uses AVX-512 on all CPUs, but calls it for other dtypes only. So this file gives
+`nn.Linear` layers another class, which calls torch's private oneDNN operator. Nothing outside of
+`CausalLM(onednn=...)` knows of it; results equal those of `nn.Linear` but for rounding.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FEW = 64  # rows: with fewer, reading the weights takes the time, and MKL has less overhead
-MANY = 2**25  # weights: for more (a vocabulary), oneDNN computes the gradient no faster and takes more memory
+FEW = 64  # rows: with fewer, reading the weights takes most of the time, and MKL has less overhead
+MANY = 2**25  # weights: with more (an output head), oneDNN computes their gradient no faster, in more memory
 
 
 @cache
@@ -35,7 +35,7 @@ def install(model: nn.Module) -> None:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Makes the layers torch's own again."""
+    """Turns the layers back into `nn.Linear`."""
     for module in model.modules():
         if isinstance(module, OneDNNLinear):
             module.__class__ = nn.Linear  # type: ignore[assignment]

@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of logits, without the memory that autograd would take.
 
 Logits are by far the largest tensor of PPO on language models. Log-probabilities and entropies are computed some rows
-at a time, and only the logits are kept for the gradient; `appo.functional` has the plain forms, which they equal.
+at a time, and only the logits are kept for the gradient; the plain forms in `appo.functional` give equal values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from appo.functional import at_least_float32, entropy_from_logprobs
 
-AT_ONCE = 2**17  # numbers: what fits into the caches of a CPU
+AT_ONCE = 2**17  # numbers in a chunk, which then fits into the caches of a CPU
 
 
 def logprobs_and_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,12 +32,12 @@ def logprobs_and_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """With p = softmax(logits): d log p_token = one at the token, minus p; d entropy H = -p (log p + H)."""
+    """With p = softmax(logits) and entropy H: d log p[token] = onehot(token) - p; d H = -p (log p + H)."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         tokens = tokens.unsqueeze(-1)
-        ctx.set_materialize_grads(False)  # None for the entropies if the loss does not use them
+        ctx.set_materialize_grads(False)  # the entropies' gradient is None if the loss does not use them
         chosen, entropies = [], []
         for rows, token in _chunks(logits, tokens):
             logprobs = at_least_float32(rows).log_softmax(-1)

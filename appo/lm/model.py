@@ -19,7 +19,7 @@ from appo.lm.attention import Branches
 from appo.lm.cache import new_cache, surviving_rows
 from appo.lm.packed import Output, common_prefix
 
-# Given the logits and hidden states of R responses and their numbers [R]: their next tokens [R], and which go on [R].
+# Takes the output for R responses and their indices [R]; returns their next tokens [R], and which go on [R].
 Choose = Callable[[Output, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -28,22 +28,22 @@ class ContextTooLongError(ValueError):
 
 
 class CausalLM:
-    """A causal LM, the one object through which a model is run; built once, where models are loaded.
+    """A causal LM with its tokenizer, the only object through which a model is run; built where models are loaded.
 
-    This is the only place that alters a model. It puts the model into eval mode and, where the model allows it, enters
-    an attention that runs shared prefixes once (`packed`), products by oneDNN (`linear`) and a gradient of a tied
-    embedding that is added to the head's in place. None of it changes what the model computes but for rounding.
+    This is the only place that alters a model. It puts the model into eval mode and, where the model allows it,
+    installs an attention that runs shared prefixes once (`packed`), matrix products by oneDNN (`linear`), and a tied
+    embedding whose gradient is added to the head's in place. What the model computes changes by rounding only.
 
     Args:
         model: any Hugging Face causal LM. Of its generation_config only the end tokens are read.
-        tokenizer: the one that it was trained with.
+        tokenizer: the one that the model was trained with.
         chat: put requests into the tokenizer's chat template; None: if it has one.
         compute_dtype: what the layers compute in, by autocast; weights stay as they are.
-        gradient_checkpointing: keep only the layers' inputs for the backward pass; saves memory, costs a third of time.
+        gradient_checkpointing: keep only the layers' inputs for the backward pass; less memory, a third more time.
         onednn: use oneDNN for large matrix products on CPUs where it is faster.
 
     Attributes:
-        context: the most tokens it can see; None if its configuration does not say.
+        context: the most tokens that the model can see; None if its configuration does not say.
         ends: tokens that end a text.
         packed: whether shared prefixes are run once; else every sequence is a padded row.
     """
@@ -68,14 +68,14 @@ class CausalLM:
         self.packed = packed.install(model)
         self._checkpoints = gradient_checkpointing
         if gradient_checkpointing:
-            # transformers' present name for it, else its former one.
+            # transformers' current name for it, else its former one.
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         embedding = model.get_input_embeddings()
         if embedding.weight is model.get_output_embeddings().weight and embedding.weight.requires_grad:
-            # The head's gradient is as large as the vocabulary: that of the few tokens read is added to it, where a
-            # dense one would be made beside it.
+            # The head's gradient spans the vocabulary already. A sparse gradient of the few tokens read is added to it;
+            # a dense one would need as much memory again.
             embedding.sparse = True
-            embedding.weight.register_post_accumulate_grad_hook(_make_dense)  # a loss that does not use the head
+            embedding.weight.register_post_accumulate_grad_hook(_make_dense)  # if the loss does not use the head
 
     @property
     def device(self) -> torch.device:
@@ -92,8 +92,8 @@ class CausalLM:
     def text(self, request: str, opening: str = "") -> str:
         """What the model reads: the request, then the opening of the answer, which it continues.
 
-        In a chat the request is the user's turn and the opening begins an assistant's turn that is left open: closed,
-        the model would be asked to speak after it had ended its turn.
+        In a chat the request is the user's turn and the opening begins an assistant's turn that is left open: if it
+        were closed, the model would have to write after the end of its own turn.
         """
         if not self.chat:
             return f"{request}\n{opening}" if opening else request
@@ -106,9 +106,9 @@ class CausalLM:
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that `text` made.
 
-        A chat template has written its special tokens already. In plain text they are added here, and one that is spelt
-        out ("</s>") is a few characters like any others: requests come from a model and from data, and neither may end
-        the text or open a turn.
+        A chat template has written its special tokens already. In plain text they are added here, and a special token
+        spelt out in a text ("</s>") is read as ordinary characters: requests come from a model and from data, and
+        neither may end the text or open a turn.
         """
         encoded = self.tokenizer(list(texts), add_special_tokens=not self.chat, split_special_tokens=not self.chat)
         return list(encoded["input_ids"])
@@ -122,20 +122,20 @@ class CausalLM:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def continued(self, text: str, answer: str) -> str:
-        """A text that `text` made, followed by an answer, with a space between them if there is none."""
+        """A text that `text` made, followed by an answer; outside a chat, white space separates the two."""
         return f"{text}{'' if self.chat or not text or text[-1].isspace() else ' '}{answer}"
 
     def check_fits(self, count: int, what: str) -> None:
         """Refuses more tokens than the context holds.
 
         Raises:
-            ContextTooLongError: `what` needs more.
+            ContextTooLongError: `count` is larger; the message begins with `what`.
         """
         if self.context is not None and count > self.context:
-            raise ContextTooLongError(f"{what}: up to {count} tokens, and the context holds {self.context}")
+            raise ContextTooLongError(f"{what}: up to {count} tokens, but the context holds {self.context}")
 
     def _spelt_out(self, text: str) -> str:
-        """The text with a space in every special token that it spells out: in a chat only the template's own count."""
+        """The text with a space in every special token that it spells out, so that only the template writes any."""
         special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         return re.sub("|".join(map(re.escape, special)) or r"(?!)", lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
@@ -147,7 +147,7 @@ class CausalLM:
         Args:
             batch: prefixes, each run once, and the branches that continue them.
             keep: how many of each branch's last tokens are wanted; default: all of them.
-            only: the few tokens of the vocabulary whose logits are wanted, in float32; default: all, as they come.
+            only: the few tokens of the vocabulary whose logits are wanted, in float32; default: all, as computed.
         """
         with self._computing(), self._checkpointing(), _only_rows(self.model, only) as columns:
             output = packed.run(self.model, batch, keep)
@@ -155,12 +155,12 @@ class CausalLM:
 
     @torch.no_grad()
     def decode(self, contexts: Sequence[Sequence[int]], choose: Choose, budget: int, copies: int = 1) -> None:
-        """Decodes `copies` responses to each context, token by token, until `choose` lets none go on.
+        """Decodes `copies` responses to each context, token by token, until `choose` ends all or `budget` is spent.
 
         Args:
             contexts: token ids, at least one each. Each is run once; a prefix that all share is run once for all.
             choose: called with the model's output for the responses that go on; see `Choose`.
-            budget: tokens of a response, at most.
+            budget: most tokens in a response.
             copies: responses to each context; response r is to context r // copies.
         """
         with self._computing():
@@ -228,7 +228,7 @@ class CausalLM:
         """Gradient checkpointing, which Hugging Face ties to training mode, for a model in eval mode."""
         layers = packed.layers(self.model) if self._checkpoints and torch.is_grad_enabled() else []
         for layer in layers:
-            layer.training = True  # the layer's own flag only, not that of its dropout
+            layer.training = True  # only the layer's own flag: its dropout stays off
         try:
             yield
         finally:
@@ -246,18 +246,18 @@ class _Prefix(NamedTuple):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the error is one of memory, on a GPU or on the CPU."""
+    """Whether the error says that a GPU or the CPU ran out of memory."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """All tokens that end a text: the tokenizer's, and those that the model's configuration names (turn ends, too)."""
+    """All tokens that end a text: the tokenizer's, and those in the model's configuration (ends of turns, too)."""
     ends = {tokenizer.eos_token_id}
     for config in (model.config.get_text_config(), model.generation_config):
         named = getattr(config, "eos_token_id", None)
         ends |= set(named) if isinstance(named, list) else {named}
-    vocabulary = len(model.get_output_embeddings().weight)  # a configuration may name what the model does not have
+    vocabulary = len(model.get_output_embeddings().weight)  # a configuration may name tokens that do not exist
     return {token for token in ends - {None} if token < vocabulary}
 
 

@@ -1,9 +1,9 @@
-"""Sequences that share prefixes, run through a causal LM as one: each prefix once, no padding.
+"""Sequences that share prefixes, run through a causal LM as one row: each prefix once, no padding.
 
-The K responses to a query share the query, the inputs under an instruction share the instruction. Run as padded rows,
-most of the work is repetition. Here all tokens stand in one row of S: the prefixes, then the branches that go on
-from them. Embeddings, MLPs and heads treat each token alone; only attention looks at neighbours. Hugging Face models
-take it from a table, to which we add ours: every branch sees its prefix and itself, and nothing else.
+The K responses to a query share the query, the inputs under an instruction share the instruction. In padded rows most
+of the work would be repetition. Here all tokens stand in one row of S: the prefixes, then the branches that continue
+them. Embeddings, MLPs and heads treat each token alone; only attention looks at other tokens. Hugging Face models look
+it up in a table, to which we add ours: every branch sees its prefix and itself, and nothing else.
 
 Models that do not use that table run padded rows instead, with the same results.
 """
@@ -33,8 +33,8 @@ class Output(NamedTuple):
 def install(model: PreTrainedModel) -> bool:
     """Sets the model's attention to ours, which is SDPA for ordinary passes; False if the model cannot use it.
 
-    It cannot if its attention comes from elsewhere, or if other parts look at neighbours too (convolutions, state
-    spaces). No flag says so reliably, hence a trial: packed and padded must give the same logits.
+    A model cannot if its attention is not taken from transformers' table, or if other parts look at other tokens too
+    (convolutions, state spaces). No flag says so reliably, hence a trial: packed and padded must give the same logits.
     """
     if is_installed(model) or not model._supports_attention_backend:
         return is_installed(model)
@@ -46,17 +46,17 @@ def install(model: PreTrainedModel) -> bool:
     model.set_attn_implementation(NAME)
     if is_installed(model):
         padded, packed = _run_padded(model, trial, counts).logits, run(model, trial).logits
-        # bfloat16 moves single rows of eager attention by 0.4 of the deviation, most by 0.07; a wrong layout moves most
-        # rows by 0.5. The same attention, packed and padded, differs by 0.02 at most.
+        # In standard deviations: bfloat16 moves single rows of eager attention by 0.4, most by 0.07; a wrong layout
+        # moves most rows by 0.5. The same attention, packed and padded, differs by 0.02 at most.
         loose = 0.05 if model.dtype.itemsize >= 4 else 0.25
-        same = _apart(packed, padded).max() <= 0.05 and _apart(padded, defined).median() <= loose  # not so with NaN
+        same = _apart(packed, padded).max() <= 0.05 and _apart(padded, defined).median() <= loose  # False for NaN
         if not same:
             model.set_attn_implementation(before)
     return is_installed(model)
 
 
 def _apart(some: Tensor, others: Tensor) -> Tensor:
-    """How far logits [n, V] are from others, row by row, as a share of their standard deviation: [n]."""
+    """RMS distance of each row of logits [n, V] from the others', in standard deviations of all the others: [n]."""
     return (some - others).float().square().mean(-1).sqrt() / others.float().std()
 
 
@@ -125,11 +125,11 @@ def call(model: PreTrainedModel, **inputs: Any) -> Output:
 def _last_layer_on(model: PreTrainedModel, wanted: Tensor, total: int, reading: Layout) -> Iterator[None]:
     """Skips work of the last layer that nobody reads: all tokens give keys and values, only `wanted` ones are queried.
 
-    Its attention follows the layout `reading`; its MLP and the projections around its attention, all but those for
-    keys and values, see the wanted tokens alone.
+    Its attention follows the layout `reading`. Its MLP and the projections of queries and outputs see only the wanted
+    tokens; keys and values are computed for all.
     """
     last = next(reversed(layers(model)), None)
-    if last is None or last.training:  # checkpointing: the layer is run again when the hooks are gone
+    if last is None or last.training:  # checkpointing runs the layer again after the hooks are gone
         yield
         return
 
@@ -182,7 +182,7 @@ def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tenso
 
 
 def real_positions(mask: Tensor) -> Tensor:
-    """[R, L], counting real tokens only: models with learned positions (GPT-2) give other logits without them."""
+    """Position ids [R, L] that count real tokens only: models with learned positions (GPT-2) need them."""
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
