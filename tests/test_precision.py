@@ -61,7 +61,7 @@ def test_an_agent_with_nothing_to_train_is_refused() -> None:
     model = llama(len(tokenizer))
     policy = policy_of(model, tokenizer)
     target_of(model, tokenizer, "{prompt} {input}", ())  # freezes the weights of the same object
-    with pytest.raises(ValueError, match=r"no parameter to train.*same object"):
+    with pytest.raises(ValueError, match=r"no parameter to train.*model object"):
         APPOTrainer(policy)
 
 
