@@ -12,7 +12,8 @@ from appo.anchor import Anchor
 from appo.policy import Policy
 from appo.rollout import Rollout
 
-TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}  # on log-probabilities; lower precisions: 0.1
+TOLERANCE = 1e-4  # of log-probabilities, in nats: the largest difference
+LOW_TOLERANCE = 0.1  # in lower precisions, the root mean square: layers in bfloat16 move single unlikely tokens further
 
 
 class SelfCheckError(RuntimeError):
@@ -30,7 +31,8 @@ def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
     Raises:
         SelfCheckError: one of them does not hold.
     """
-    tolerance = TOLERANCES.get(policy.lm.compute_dtype, 0.1)
+    exact = policy.lm.compute_dtype.itemsize >= 4
+    tolerance = TOLERANCE if exact else LOW_TOLERANCE
     together = policy.evaluate(rollout).logprobs
     if not torch.equal(together, anchor.logprobs(rollout)):
         cause = _dropout(policy) or "the anchor is not a copy of the agent's current weights"
@@ -39,7 +41,7 @@ def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
     queries = [len(rollout.queries[m].tokens) for m in rollout.owner.tolist()]
     shortest = min(range(len(rollout)), key=lambda i: queries[i] + int(rollout.mask[i].sum()))
     alone = rollout.select(torch.tensor([shortest], device="cpu"))
-    error = (policy.evaluate(alone).logprobs[0] - together[shortest][rollout.mask[shortest]]).abs().max().item()
+    error = _size(policy.evaluate(alone).logprobs[0] - together[shortest][rollout.mask[shortest]], exact)
     if not error <= tolerance:
         raise SelfCheckError(
             f"response {shortest} has different log-probabilities alone and batched (by {error:.2g}); likely cause: "
@@ -47,11 +49,17 @@ def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
         )
 
     difference = (rollout.logprobs - together)[rollout.mask]
-    if not difference.abs().max().item() <= tolerance:
+    error = _size(difference, exact)
+    if not error <= tolerance:
         raise SelfCheckError(
-            f"recomputed log-probabilities differ from the sampled ones by up to {difference.abs().max().item():.2g}, "
+            f"recomputed log-probabilities differ from the sampled ones by {error:.2g}, "
             f"more than {tolerance:g}; likely cause: {_dropout(policy) or _sampling_cause(difference)}"
         )
+
+
+def _size(difference: Tensor, exact: bool) -> float:
+    """The largest difference, or the root of the mean square."""
+    return (difference.abs().max() if exact else difference.square().mean().sqrt()).item()
 
 
 def _dropout(policy: nn.Module) -> str | None:

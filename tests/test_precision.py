@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from appo.config import APPOConfig
-from appo.selfcheck import self_check
+from appo.lm.attention import Branches
+from appo.selfcheck import SelfCheckError, self_check
 from appo.trainer import APPOTrainer
 from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of, sharpen, target_of
 from tests.test_trainer import queries, step
@@ -95,9 +98,46 @@ def test_log_probabilities_are_those_of_float32_but_for_rounding() -> None:
         assert_close(half.evaluate(rollout).logprobs, full.evaluate(rollout).logprobs, rtol=0, atol=0.1)
 
 
+def test_the_head_does_not_round_to_bfloat16() -> None:
+    tokenizer = byte_tokenizer()
+    model = sharpen(llama(len(tokenizer)))  # logits of a size that real models have
+    lm = policy_of(model, tokenizer, plain_sampling(8), compute_dtype=torch.bfloat16).lm
+    logits = lm.run(Branches([[1, 2]], [[3, 4]], [0])).logits
+    assert logits.dtype == torch.float32
+    assert (logits != logits.bfloat16().float()).float().mean() > 0.9
+    logits.sum().backward()
+    assert model.get_output_embeddings().weight.grad.dtype == torch.float32
+
+
+def test_ratios_start_at_1_and_the_kl_at_0_in_bfloat16() -> None:
+    tokenizer = byte_tokenizer()
+    policy = policy_of(sharpen(llama(len(tokenizer))), tokenizer, plain_sampling(8), compute_dtype=torch.bfloat16)
+    trainer = APPOTrainer(policy, APPOConfig(), generator=torch.Generator().manual_seed(0))
+    sampled = policy.sample(queries(trainer), torch.Generator().manual_seed(0), copies=8)
+    collected = trainer.collect(queries(trainer), lambda prompts: [0.0] * len(prompts), copies=8)
+    with torch.no_grad():
+        now = policy.evaluate(sampled)
+    assert_close(collected.rollout.tokens, sampled.tokens)
+    assert not torch.equal(now.logprobs, sampled.logprobs)  # token by token, rounding differs
+    assert torch.equal(now.logprobs, collected.rollout.logprobs)
+    assert torch.equal(now.values, collected.rollout.values)
+    assert collected.kl == 0.0
+
+
 def test_the_first_rollout_adds_up_in_bfloat16() -> None:
     trainer = make()
     self_check(trainer.policy, trainer.anchor, trainer.policy.sample(queries(trainer), trainer.generator, 4))
+
+
+def test_a_wrong_temperature_is_seen_in_bfloat16_too() -> None:
+    tokenizer = byte_tokenizer()
+    policy = policy_of(sharpen(llama(len(tokenizer))), tokenizer, plain_sampling(8), compute_dtype=torch.bfloat16)
+    trainer = APPOTrainer(policy, generator=torch.Generator().manual_seed(0))
+    rollout = trainer.policy.sample(queries(trainer), trainer.generator, 4)
+    self_check(trainer.policy, trainer.anchor, rollout)
+    policy.sampling = replace(policy.sampling, temperature=0.85)
+    with pytest.raises(SelfCheckError, match="temperature"):
+        self_check(policy, trainer.anchor, rollout)
 
 
 def test_it_learns_in_bfloat16_as_in_float32() -> None:

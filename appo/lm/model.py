@@ -38,7 +38,8 @@ class CausalLM:
         model: any Hugging Face causal LM. Of its generation_config only the end tokens are read.
         tokenizer: the one that the model was trained with.
         chat: put requests into the tokenizer's chat template; None: if it has one.
-        compute_dtype: what the layers compute in, by autocast; weights stay as they are.
+        compute_dtype: what the layers compute in, by autocast; weights stay as they are. The head computes in the dtype
+            of its weights: logits near 20 are 0.125 apart in bfloat16, and so would be log-probabilities.
         gradient_checkpointing: keep only the layers' inputs for the backward pass; less memory, a third more time.
         onednn: use oneDNN for large matrix products on CPUs where it is faster.
 
@@ -66,6 +67,8 @@ class CausalLM:
         if onednn:
             linear.install(model)
         self.packed = packed.install(model)
+        if compute_dtype != torch.float32:
+            _exempt_from_autocast(model.get_output_embeddings())
         self._checkpoints = gradient_checkpointing
         if gradient_checkpointing:
             # transformers' current name for it, else its former one.
@@ -259,6 +262,18 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
         ends |= set(named) if isinstance(named, list) else {named}
     vocabulary = len(model.get_output_embeddings().weight)  # a configuration may name tokens that do not exist
     return {token for token in ends - {None} if token < vocabulary}
+
+
+def _exempt_from_autocast(head: nn.Module) -> None:
+    """Lets the head compute in the dtype of its weights, whatever autocast says around it."""
+    forward = head.forward
+
+    def exempt(hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits: Tensor = forward(hidden.to(head.weight.dtype))
+        return logits
+
+    head.forward = exempt  # type: ignore[method-assign]
 
 
 def _make_dense(weight: Tensor) -> None:
