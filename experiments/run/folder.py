@@ -20,6 +20,8 @@ from experiments.run.files import write_whole, writing
 
 LOCK = ".lock"  # names the process that is using a run's folder
 CONFIG, RESULT, HEADROOM = "config.yaml", "best_prompt.json", "headroom.json"
+METRICS, PROMPTS = "metrics.jsonl", "prompts.jsonl"  # grow row by row
+CANDIDATES, PREDICTIONS = "candidates.jsonl", "predictions.jsonl"  # written whole, at the end of a run
 SCORES = tuple(f"{which}{split}" for which in ("", "manual_") for split in ("validation", "test"))
 UNBEGUN = {LOCK, f"{CONFIG}.part"}  # all that a run leaves if killed before it wrote its configuration
 NUMBER = (int, float, type(None))  # a score; None where it was not finite
@@ -90,25 +92,28 @@ class RunFolder:
         """A file of text, such as the report."""
         write_whole(self.path / name, text)
 
+    def write_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A .jsonl file as a whole; NaN and infinity become null."""
+        self.write_text(name, _lines(rows))
+
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows to a .jsonl file, all or (unless the machine crashes) none; NaN and infinity become null."""
-        lines = "".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         path = self.path / name
         with writing(path):
             self.path.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 size = file.tell()
                 try:
-                    file.write(lines)
+                    file.write(_lines(rows))
                     file.flush()
                 except OSError:  # the disk is full: leave no half line
                     os.truncate(path, size)
                     raise
 
     def sizes(self) -> dict[str, int]:
-        """The size of each .jsonl file in bytes, after syncing it to the disk."""
+        """The size in bytes of each .jsonl file that grows, after syncing it to the disk."""
         sizes = {}
-        for path in sorted(self.path.glob("*.jsonl")):
+        for path in (self.path / name for name in (METRICS, PROMPTS) if (self.path / name).is_file()):
             with writing(path), path.open("rb") as file:
                 os.fsync(file.fileno())
             sizes[path.name] = path.stat().st_size
@@ -134,6 +139,10 @@ class RunFolder:
         """Removes the .jsonl files, for a run that begins anew."""
         for path in self.path.glob("*.jsonl"):
             path.unlink()
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def _finite(value: Any) -> Any:
