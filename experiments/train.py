@@ -24,7 +24,7 @@ from experiments.arms.untrained import BestOfN, UntrainedEditing
 from experiments.config import RunConfig, build_config, resumed_config
 from experiments.diagnostics.headroom import look
 from experiments.diagnostics.overlap import only_labels, overlap, word_runs
-from experiments.report import render_report
+from experiments.page.run_page import render_report
 from experiments.run.folder import CANDIDATES, HEADROOM, METRICS, PREDICTIONS, PROMPTS, RESULT
 from experiments.run.models import save_agent
 from experiments.run.resume import begin, save

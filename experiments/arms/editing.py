@@ -62,4 +62,4 @@ class TestTimeEditing(Arm):
             **described(run),
             **scores(edits if better else manual, manual),
         }
-        return Outcome(result, [], predictions(run.data.test, by_hand["test"], edited["test"]))
+        return Outcome(result, [], predictions(run.data.test, by_hand["test"], edited["test"], run.target.words))

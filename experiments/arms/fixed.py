@@ -104,7 +104,7 @@ class FixedPrompt(Arm):
             for prompt, kind, mean, values in zip(candidates, kinds, means, validation.tolist(), strict=True)
         ]
         listed.sort(key=lambda row: -row["validation_score"])
-        return Outcome(result, listed, predictions(test, of_manual, of_best))
+        return Outcome(result, listed, predictions(test, of_manual, of_best, run.target.words))
 
     def _few_shot_prompts(self) -> list[str]:
         """The manual prompt with training pairs behind it, drawn anew for each."""

@@ -53,12 +53,19 @@ def answers(run: Run, prompts: Sequence[str], examples: Sequence[Example]) -> An
     return Answers(torch.tensor(values, device="cpu"), records)
 
 
-def predictions(examples: Sequence[Example], manual: Answers, best: Answers) -> list[dict[str, Any]]:
-    """The rows of predictions.jsonl."""
+def predictions(
+    examples: Sequence[Example], manual: Answers, best: Answers, words: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The rows of predictions.jsonl; `words` are the target's label words, if it chooses one."""
     return [
-        {"row": i, "input": example.input, "expected": list(example.answers), "manual": before, "best": after}
+        {"row": i, "input": example.input, "expected": _expected(example, words), "manual": before, "best": after}
         for i, (example, before, after) in enumerate(zip(examples, manual.records, best.records, strict=True))
     ]
+
+
+def _expected(example: Example, words: Sequence[str]) -> list[str]:
+    """Every answer that counts as right."""
+    return list(example.answers) or [example.answer, *(words[also] for also in example.also)]
 
 
 def shares(given: Sequence[str], words: Sequence[str]) -> dict[str, float]:

@@ -176,9 +176,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     result = _object(path.read_bytes(), str(path))
     _check(result, RESULT_KEYS, str(path))
     for name in SCORES:
-        ends = result[f"{name}_interval"]
-        if len(ends) != 2 or not all(isinstance(end, NUMBER) for end in ends):
-            raise RunFolderError(f"{path}: '{name}_interval' is {reprlib.repr(ends)}; expected two numbers")
+        _check_interval(result, name, str(path))
     if result["mode"] == "tte":
         _check(result, {"edits": list, "prompt": (str, type(None))}, str(path))
         for edit in result["edits"]:
@@ -191,6 +189,48 @@ def read_result(folder: Path) -> dict[str, Any]:
             for name in shares:
                 _check(shares[name], dict.fromkeys(shares["right"], NUMBER), f"{path}: 'answers_on_test' {name!r}")
     return result
+
+
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """The rows of predictions.jsonl; none if the run has no such file.
+
+    Raises:
+        RunFolderError: a row is not what a run writes.
+    """
+    rows = _optional(folder / PREDICTIONS)
+    for n, row in enumerate(rows, 1):
+        where = f"{folder / PREDICTIONS}:{n}"
+        _check(row, {"input": str, "expected": list, "manual": dict, "best": dict}, where)
+        for side in ("manual", "best"):
+            _check(row[side], {"answer": str, "score": NUMBER, "probabilities": dict}, f"{where}: {side!r}")
+            _check(row[side]["probabilities"], dict.fromkeys(row[side]["probabilities"], NUMBER), f"{where}: {side!r}")
+        if not row["expected"] or not all(isinstance(answer, str) for answer in row["expected"]):
+            raise RunFolderError(f"{where}: 'expected' is {reprlib.repr(row['expected'])}; expected the right answers")
+    return rows
+
+
+def read_candidates(folder: Path) -> list[dict[str, Any]]:
+    """The rows of candidates.jsonl; none if the run has no such file.
+
+    Raises:
+        RunFolderError: a row is not what a run writes.
+    """
+    rows = _optional(folder / CANDIDATES)
+    for n, row in enumerate(rows, 1):
+        kinds: dict[str, Kind] = {"prompt": str, "kind": str, "reward": NUMBER, "validation_score": NUMBER}
+        _check(row, kinds | {"validation_interval": list, "validation_rows": int}, f"{folder / CANDIDATES}:{n}")
+        _check_interval(row, "validation", f"{folder / CANDIDATES}:{n}")
+    return rows
+
+
+def _optional(path: Path) -> list[dict[str, Any]]:
+    return read_jsonl(path) if path.is_file() else []
+
+
+def _check_interval(found: Mapping[str, Any], name: str, where: str) -> None:
+    ends = found[f"{name}_interval"]
+    if len(ends) != 2 or not all(isinstance(end, NUMBER) for end in ends):
+        raise RunFolderError(f"{where}: '{name}_interval' is {reprlib.repr(ends)}; expected two numbers")
 
 
 def read_headroom(folder: Path) -> list[str]:
