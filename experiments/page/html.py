@@ -18,7 +18,7 @@ STYLE = """
   --rule: #48515a; --one: #7db4f2; --two: #f0a45d; --good: #74cf98; --bad: #f5917f; } }
 * { box-sizing: border-box; }
 body { font: 1rem/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 66rem;
-  margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
+  margin: 0 auto; padding: 1rem; overflow-wrap: break-word; }
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; } p { margin: .5rem 0; } a { color: var(--one); }
 .muted, caption { color: var(--soft); } .verdict { font-size: 1.15rem; font-weight: 600; }
@@ -33,7 +33,7 @@ button, input { font: inherit; color: inherit; background: var(--paper); border:
 .scroll { overflow-x: auto; } table { border-collapse: collapse; margin: .5rem 0; }
 caption { text-align: left; padding: .2rem 0; }
 th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
-td, tbody th { min-width: 4rem; } tbody th { font-weight: normal; }
+tbody th { font-weight: normal; } tbody th, td.long { min-width: 12rem; overflow-wrap: anywhere; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .matrix td { text-align: right; background: color-mix(in srgb, var(--one) calc(var(--share) * 35%), transparent); }
 pre { background: var(--wash); padding: .7rem 1rem; overflow-x: auto; font-size: .85rem; white-space: pre-wrap; }
@@ -49,6 +49,8 @@ svg .line.two { stroke-dasharray: 6 3; } svg .dot.one { fill: var(--one); } svg 
 svg .dot { opacity: .75; stroke: none; } svg .mean { stroke-width: 2.5; } svg circle.line { fill: currentColor; }
 svg .promote { fill: var(--good); stroke: var(--good); } svg .rollback { fill: var(--bad); stroke: var(--bad); }
 svg .mark { stroke-dasharray: 3 3; stroke-width: 1; } svg .mark.rollback { stroke-dasharray: 1 3; }
+@media (max-width: 40rem) { .number { white-space: normal; } th, td { padding: .3rem .4rem; }
+  tbody th, td.long { min-width: 9rem; } }
 @media print { body { max-width: none; font-size: 10pt; } button, .search { display: none; }
   h2, h3 { break-after: avoid; } tr, .prompt, .warning { break-inside: avoid; } .scroll { overflow: visible; } }
 """
@@ -67,6 +69,7 @@ for (const box of document.querySelectorAll(".search")) {
   };
 }
 """
+LONG = 30  # characters of a cell that gets a wide column
 _HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 POLICY = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{_HASH}'"
 
@@ -94,8 +97,9 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], na
 
     def cell(tag: str, text: str, column: int) -> str:
         scope = ' scope="col"' if tag == "th" else ""
-        number = ' class="number"' if column >= texts else ""
-        return f"<{tag}{scope}{number}>{escape(text)}</{tag}>"
+        kind = "number" if column >= texts else "long" if len(text) > LONG else ""
+        named = f' class="{kind}"' if kind else ""
+        return f"<{tag}{scope}{named}>{escape(text)}</{tag}>"
 
     head = "".join(cell("th", text, i) for i, text in enumerate(header))
     body = "".join(

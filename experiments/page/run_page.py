@@ -30,6 +30,7 @@ from experiments.run.folder import (
 from experiments.terminal.console import WARNINGS
 
 LONGEST = 10**9  # rows from this iteration number on are not read
+MOST_CANDIDATES = 10  # are shown at once, the others on a click
 MOST_PROMPTS = 200  # of the best by training reward are listed
 SMOOTH = 10  # iterations in a running mean
 COPIED = 0.2  # share of a prompt's word runs found in training inputs from which the page warns
@@ -233,9 +234,13 @@ def _candidates(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
         (str(row.get("prompt")), str(row.get("kind")), number(_finite(row.get("reward"))), score(row, "validation"))
         for row in candidates
     ]
-    caption = f"Scored on all {candidates[0].get('validation_rows')} validation rows, best first; 95 % intervals"
+    caption = f"Scored on all {candidates[0]['validation_rows']} validation rows, best first; 95 % intervals"
     header = ("prompt", "kind", "training reward", "validation")
-    return ["<h2>Candidates</h2>", table(caption, header, rows, texts=2)]
+    parts = ["<h2>Candidates</h2>", table(caption, header, rows[:MOST_CANDIDATES], texts=2)]
+    if rest := rows[MOST_CANDIDATES:]:
+        folded = table(f"The other {len(rest)} candidates", header, rest, texts=2)
+        parts.append(f"<details><summary>The other {len(rest)} candidates</summary>{folded}</details>")
+    return parts
 
 
 def _pool(prompts: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -293,9 +298,9 @@ def _configuration(config: Mapping[str, Any]) -> list[str]:
     """What differs from the defaults, then everything."""
     defaults = _flat(dataclasses.asdict(RunConfig()))
     differing = [
-        (key, str(value), str(defaults.get(key, "")))
+        (key, str(value), str(defaults[key]))
         for key, value in _flat(config).items()
-        if key not in defaults or defaults[key] != value
+        if key in defaults and defaults[key] != value  # what a run adds, such as versions, is under "All keys"
     ]
     return [
         "<h2>Configuration</h2>",
