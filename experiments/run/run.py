@@ -20,6 +20,7 @@ from experiments.config import RunConfig, data_source, read_config
 from experiments.config.strict import ConfigError
 from experiments.run.fingerprint import Fingerprint, fingerprint
 from experiments.run.folder import CONFIG, RESULT, RunFolder, RunFolderError, read_result
+from experiments.run.loggers import check_extras
 from experiments.run.models import ModelError, load_model
 from rewards.local import LocalTarget
 from rewards.reward import ClassificationReward, GenerationReward, Reward
@@ -114,6 +115,7 @@ def stored_config(folder: Path) -> RunConfig:
 
 def prepare(config: RunConfig, resume: bool = False) -> Run:
     """Loads data and models, and refuses what cannot work, before anything is written."""
+    check_extras(config)
     folder = Path(config.run or f"runs/{Path(config.task).stem}-{datetime.now():%Y%m%d-%H%M%S}")
     return _assemble(config, RunFolder(folder, new=not resume))
 
