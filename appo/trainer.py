@@ -308,11 +308,13 @@ def _stream(parent: torch.Generator | None, name: str, device: torch.device) -> 
 
 def _rewarded(found: Rewarded | Tensor | Sequence[float], count: int) -> Rewarded:
     """What a reward function returned, checked to have a number for each prompt."""
-    plain = isinstance(found, Tensor | Sequence)
-    rewarded: Any = Scores(torch.as_tensor(found, dtype=torch.float32, device="cpu")) if plain else found
-    if rewarded.scores.shape != (count,):
-        raise ValueError(f"the reward function gave rewards of shape {tuple(rewarded.scores.shape)}, not [{count}]")
-    return rewarded
+    try:
+        scores = torch.as_tensor(getattr(found, "scores", found), dtype=torch.float32, device="cpu")
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the reward function gave {found!r:.80}, not a number for each of {count} prompts") from error
+    if scores.shape != (count,):
+        raise ValueError(f"the reward function gave rewards of shape {tuple(scores.shape)}, not [{count}]")
+    return Scores(scores, getattr(found, "metrics", {}))
 
 
 def _health(rollout: Rollout, prompts: Sequence[str]) -> Health:

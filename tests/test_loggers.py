@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,11 @@ def test_a_row_gives_its_numbers() -> None:
 def test_a_review_gives_its_mean_scores_and_its_outcome() -> None:
     review = {"policy_scores": [0.5, 1.0], "anchor_scores": [0.25], "decision": "promote", "reason": "x"}
     assert numbers({"iteration": 3, "kl": 0.5, "anchor": "promote", "review": review}) == {
-        **{"kl": 0.5, "review/policy_score": 0.75, "review/anchor_score": 0.25},
-        **{"review/promote": 1.0, "review/rollback": 0.0},
+        "kl": 0.5,
+        "review/policy_score": 0.75,
+        "review/anchor_score": 0.25,
+        "review/promote": 1.0,
+        "review/rollback": 0.0,
     }
 
 
@@ -156,6 +161,7 @@ def offline(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
     return main(command)
 
 
+@pytest.mark.filterwarnings("ignore")  # of W&B and what it imports
 def test_wandb_gets_every_iteration_and_a_resumed_run_goes_on_under_its_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,11 +172,42 @@ def test_wandb_gets_every_iteration_and_a_resumed_run_goes_on_under_its_id(
     assert (folder / WANDB_ID).read_text(encoding="utf-8").strip() == known
     files = sorted((folder / "wandb").glob(f"offline-run-*-{known}/run-{known}.wandb"))
     assert len(files) == 2
-    for file, steps in zip(files, ([1, 2], [3]), strict=True):
-        assert [step for step, row in rows_of(file) if "kl" in row] == steps
+    found = [list(rows_of(file)) for file in files]
+    assert [[step for step, _ in rows] for rows in found] == [[1, 2], [3]]
+    assert [(step, row["kl"]) for rows in found for step, row in rows] == logged(folder, "kl")
+    assert found[1][-1][1]["final/test_score"] == pytest.approx(read_result(folder)["test_score"])
 
 
-def rows_of(file: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of a file that W&B wrote offline."""
-    from wandb.proto.wandb_internal_pb2 import Record  # noqa: F401
-    raise NotImplementedError
+def test_wandb_without_a_login_is_one_line_and_the_run_can_be_resumed(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "experiments.train", *arguments(folder, "steps=1", "wandb=mine")]
+    without = os.environ | {"HOME": str(tmp_path), "WANDB_API_KEY": "", "WANDB_MODE": "online"}  # HOME keeps a login
+    done = subprocess.run(command, cwd=ROOT, env=without, capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert done.stderr.splitlines()[-1].startswith("error: wandb: No API key configured")
+    assert main(["--run", str(folder), "--resume", "wandb=null"]) == 0
+    assert len(read_jsonl(folder / "metrics.jsonl")) == 1
+
+
+BLOCK, HEADER = 32_768, 7  # bytes of a W&B file: blocks of parts, each behind a checksum, a size and a kind
+
+
+def rows_of(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a file that W&B wrote offline: (step, values by name)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, record = file.read_bytes(), HEADER, b""
+    while at + HEADER <= len(data):
+        if BLOCK - at % BLOCK < HEADER:  # no room was left in the block
+            at += BLOCK - at % BLOCK
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        record += data[at + HEADER : at + HEADER + size]
+        at += HEADER + size
+        if kind in (1, 4):  # a whole record, or the last part of one
+            history = Record.FromString(record).history
+            values = {"/".join(item.nested_key): json.loads(item.value_json) for item in history.item}
+            record = b""
+            if values:
+                yield history.step.num, values

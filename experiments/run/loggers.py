@@ -82,16 +82,15 @@ def _tensorboard(folder: RunFolder, done: int) -> Iterator[Log]:
     from torch.utils.tensorboard import SummaryWriter
 
     path = folder.path / "tensorboard"
-    with writing(path):
-        # From `purge_step` on, TensorBoard forgets what an earlier process logged.
-        with SummaryWriter(str(path), purge_step=done + 1) as writer:
+    # From `purge_step` on, TensorBoard forgets what an earlier process logged.
+    with writing(path), SummaryWriter(str(path), purge_step=done + 1) as writer:
 
-            def log(iteration: int, values: Mapping[str, float]) -> None:
-                for name, value in values.items():
-                    writer.add_scalar(name, value, iteration)
-                writer.flush()
+        def log(iteration: int, values: Mapping[str, float]) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, iteration)
+            writer.flush()
 
-            yield log
+        yield log
 
 
 @contextmanager
