@@ -222,8 +222,7 @@ class APPOTrainer:
             self.anchor.rollback()
         if self.bad_steps >= 2 * self.config.max_bad_steps:
             reasons = ", ".join(name for name in FAULTS if stats.get(name))
-            message = f"{self.bad_steps} iterations in a row without a sound step ({reasons})"
-            raise DivergedError(message, iteration)
+            raise DivergedError(f"{self.bad_steps} iterations in a row without a sound step ({reasons})", iteration)
 
     # -- the anchor ----------------------------------------------------------------------------------------------------
 
@@ -260,8 +259,7 @@ class APPOTrainer:
             self.anchor.rollback()
         elif decision is not AnchorDecision.KEEP:
             decision, reason = AnchorDecision.KEEP, f"{reason}; {decision} is switched off"
-        sides = (policy_scores, anchor_scores, *thresholds, policy_health, anchor_health)
-        return AnchorReview(decision, reason, *sides)
+        return AnchorReview(decision, reason, policy_scores, anchor_scores, *thresholds, policy_health, anchor_health)
 
     def _written(self, queries: Sequence[Query], copies: int) -> tuple[list[str], Health]:
         """What the current policy writes to the queries of a review."""

@@ -50,7 +50,7 @@ PLACES = {
     "tokenizers": {"experiments/lab"},
     "gguf": {"experiments/weights.py"},  # an extra
     "wandb": {"experiments/run/loggers.py"},  # an extra
-    "huggingface_hub": {"experiments/push.py"},
+    "huggingface_hub": {"experiments/run/hub.py"},
     "numpy": {"experiments/run/statistics.py"},
 }
 
