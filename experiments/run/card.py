@@ -23,7 +23,7 @@ CHOSEN = {  # what a run's prompt is
     "tuned": "The best prompt that it found, chosen on validation",
     "few-shot": "The best prompt on validation, the manual one with training examples behind it",
 }
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 PATHS = ("task", "agent", "target", "data")  # keys that may name a file or folder
 OF_THE_MACHINE = ("run", "device", "threads", "checkpoint_every", "tensorboard", "wandb", "trust_remote_code")
 

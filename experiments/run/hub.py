@@ -7,8 +7,8 @@ from pathlib import Path
 
 from experiments.run.card import HUB_ID, model_card
 from experiments.run.files import write_whole
-from experiments.run.folder import RunFolderError, read_result
-from experiments.run.run import stored_config
+from experiments.run.folder import RunFolderError
+from experiments.run.run import finished
 
 CARD = "README.md"
 
@@ -26,7 +26,8 @@ def write_card(run: Path, repo: str) -> bool:
     """
     if not HUB_ID.fullmatch(repo):
         raise PushError(f"the name on the hub is {repo!r}; expected OWNER/NAME, of letters, digits, '-', '_' and '.'")
-    config, result, agent = stored_config(run), read_result(run), run / "agent"
+    config, result = finished(run)
+    agent = run / "agent"
     if not agent.is_dir():
         raise RunFolderError(f"{str(run)!r} holds no folder 'agent'; expected the folder of a finished run")
     if (agent / CARD).is_file():

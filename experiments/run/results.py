@@ -13,8 +13,8 @@ from typing import Any
 from experiments.config import RunConfig
 from experiments.run.files import write_whole
 from experiments.run.fingerprint import Fingerprint
-from experiments.run.folder import METRICS, RESULT, read_jsonl, read_result
-from experiments.run.run import stored_config
+from experiments.run.folder import METRICS, RESULT, read_jsonl
+from experiments.run.run import finished, stored_config
 from tasks.catalogue import load_spec
 
 NOT_THE_TEST = {"train rows", "validation rows", "manual prompt"}  # parts of a task that do not alter its test
@@ -67,7 +67,7 @@ def read_row(folder: Path) -> RunRow:
     begun |= {"run": str(folder), "arm": arm_of(config), "steps": steps}
     if not (folder / RESULT).is_file():
         return RunRow(**begun, task=load_spec(config.task).name, finished=False)
-    result = read_result(folder)
+    _, result = finished(folder)
     ends = [("test_low", "test_high"), ("manual_test_low", "manual_test_high")]
     intervals = zip(ends, (result["test_interval"], result["manual_test_interval"]), strict=True)
     return RunRow(
