@@ -155,9 +155,12 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def as_yaml(node: ast.expr | None, values: dict[str, ast.expr]) -> str:
     """A default as it is written on the command line."""
-    if isinstance(node, ast.Name):
+    while isinstance(node, ast.Name) and node.id in values:
         node = values[node.id]
-    return plain(ast.literal_eval(node) if node else None)
+    try:
+        return plain(ast.literal_eval(node) if node else None)
+    except ValueError:  # made when it is needed, such as field(default_factory=list)
+        return ast.unparse(node) if node else ""
 
 
 def plain(value: object) -> str:
@@ -175,7 +178,9 @@ def in_words(node: ast.expr, values: dict[str, ast.expr]) -> str:
         return " or ".join(f"`{ast.literal_eval(choice)}`" for choice in getattr(node.slice, "elts", [node.slice]))
     text = ast.unparse(node)
     known = {"int": "whole number", "float": "number", "str": "text", "bool": "true or false", "None": "null"}
-    return known[text] if text in known else in_words(values[text], values)
+    if text in known:
+        return known[text]
+    return in_words(values[text], values) if text in values else f"`{text}`"
 
 
 # -- the API -----------------------------------------------------------------------------------------------------------

@@ -26,10 +26,10 @@ from experiments.train import main as train
 from tasks.catalogue import load_spec
 from tests.test_makefile import printed
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "docs"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 import reference
 
+ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 WRITTEN = [page for page in PAGES if page.name not in reference.PAGES]  # by hand
 PLACES = re.findall(r"`([\w/]+\.py):(\d+)`\s+`(\w+)`", (ROOT / "docs" / "house.md").read_text(encoding="utf-8"))
@@ -135,8 +135,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 # -- commands and keys ---------------------------------------------------------------------------------------------
 
 
-class Parsed(BaseException):  # noqa: N818: not an error; no command may catch it
-    """A command line is sound: here is what its parser made of it."""
+class Parsed(BaseException):
+    """Not an error, and nothing that a command would catch: holds what its parser made of a command line."""
 
 
 def check(words: list[str]) -> None:
