@@ -76,6 +76,12 @@ def anchors(page: Path) -> set[str]:
     return set(found)
 
 
+def test_anchors_are_those_of_github(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# What's `a_b`?\n\n## C: d, e\n\n```\n# no heading\n```\n\n## C: d, e\n", encoding="utf-8")
+    assert anchors(page) == {"whats-a_b", "c-d-e", "c-d-e-1"}
+
+
 @EACH_PAGE
 def test_links_within_the_tree_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
