@@ -12,8 +12,7 @@ from appo.anchor import Anchor
 from appo.policy import Policy
 from appo.rollout import Rollout
 
-TOLERANCE = 1e-4  # of log-probabilities, in nats: the largest difference
-LOW_TOLERANCE = 0.1  # in lower precisions, the root mean square: layers in bfloat16 move single unlikely tokens further
+TOLERANCE, LOW_TOLERANCE = 1e-4, 0.1  # nats: the largest difference; below float32, the root of the mean square
 
 
 class SelfCheckError(RuntimeError):
@@ -58,7 +57,6 @@ def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
 
 
 def _size(difference: Tensor, exact: bool) -> float:
-    """The largest difference, or the root of the mean square."""
     return (difference.abs().max() if exact else difference.square().mean().sqrt()).item()
 
 

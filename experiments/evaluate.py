@@ -24,6 +24,7 @@ from experiments.config.strict import LARGEST
 from experiments.run.fingerprint import changed_since
 from experiments.run.folder import read_result
 from experiments.run.run import Run, open_run
+from experiments.run.statistics import Interval, interval
 from experiments.terminal.command import Parser, UsageError, in_order
 from rewards.functional import normalise
 from rewards.reward import Reply
@@ -73,16 +74,16 @@ def evaluate(run: Run, votes: int = 1, how: Vote = "majority", sampled: bool = F
         if votes > 1 or sampled:
             raise UsageError("this run has one prompt for all inputs; sampling and votes need a run in mode tte")
         prompt = read_result(run.folder.path)["prompt"]
-        score = run.reward([prompt], examples).metrics[run.reward.metric].item()
+        values = run.reward.by_example([prompt], examples)[0].tolist()
     else:
         if votes > 1 and how == "margin" and not run.data.words:
             raise UsageError("generated text has no margin; use --vote majority")
         generator = torch.Generator(run.policy.device).manual_seed(seed) if votes > 1 or sampled else None
         editor, inputs = editor_of(run), [example.input for example in examples]
         prompts = [editor.write(inputs, seed=draw, generator=generator) for draw in range(votes)]
-        score = _voted(run, prompts, examples, how) if votes > 1 else _mean(run, prompts[0], examples)
+        values = _voted(run, prompts, examples, how) if votes > 1 else _each(run, prompts[0], examples)
     seconds = time.perf_counter() - started
-    if not math.isfinite(score):
+    if not all(map(math.isfinite, values)):
         raise FloatingPointError(NO_NUMBERS)
     return {
         "task": run.data.spec.name,
@@ -92,24 +93,26 @@ def evaluate(run: Run, votes: int = 1, how: Vote = "majority", sampled: bool = F
         "votes": votes,
         "vote": how if votes > 1 else None,
         "sampled": sampled or votes > 1,
-        "test_score": score,
+        "test_score": sum(values) / len(values),
+        "test_interval": interval(values),
         "prompts_written": 1 if run.config.mode == "fixed" else votes * len(examples),
         "answers_of_the_target": votes * len(examples),
         "milliseconds_per_input": 1000 * seconds / len(examples),
     }
 
 
-def _mean(run: Run, prompts: Sequence[str], examples: Sequence[Example]) -> float:
-    return run.reward.each(prompts, examples).metrics[run.reward.metric].mean().item()
+def _each(run: Run, prompts: Sequence[str], examples: Sequence[Example]) -> list[float]:
+    values: list[float] = run.reward.each(prompts, examples).metrics[run.reward.metric].tolist()
+    return values
 
 
-def _voted(run: Run, prompts: Sequence[Sequence[str]], examples: Sequence[Example], how: Vote) -> float:
+def _voted(run: Run, prompts: Sequence[Sequence[str]], examples: Sequence[Example], how: Vote) -> list[float]:
     inputs, choices = [example.input for example in examples], [example.choices for example in examples]
     replies = [run.reward.reply(row, inputs, choices) for row in prompts]
     if not all(reply.sound for row in replies for reply in row):
         raise FloatingPointError(NO_NUMBERS)
     chosen = [vote(given, how) for given in zip(*replies, strict=True)]
-    return sum(map(run.reward.right, chosen, examples)) / len(examples)
+    return list(map(run.reward.right, chosen, examples))
 
 
 @in_order
@@ -134,6 +137,8 @@ def main(argv: Sequence[str]) -> int:
     result["changed"] = parts or None
     for name, value in result.items():
         shown = f"{value:.3f}" if isinstance(value, float) else value
+        if isinstance(value, Interval):
+            shown = f"{value.low:.3f} to {value.high:.3f} (95 %)"
         print(f"{name.replace('_', ' '):<24}{shown}")
     run.folder.write_json("evaluation.json", result)  # last, so that the scores are shown even if this fails
     return 0

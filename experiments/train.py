@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from experiments.arms.untrained import BestOfN, UntrainedEditing
 from experiments.config import RunConfig, build_config, resumed_config
 from experiments.diagnostics.headroom import look
 from experiments.diagnostics.overlap import only_labels, overlap, word_runs
-from experiments.report import render_report
-from experiments.run.folder import HEADROOM, RESULT
+from experiments.page.run_page import render_report
+from experiments.run.folder import CANDIDATES, HEADROOM, METRICS, PREDICTIONS, PROMPTS, RESULT
 from experiments.run.models import save_agent
 from experiments.run.resume import begin, save
 from experiments.run.run import Run, prepare, stored_config
@@ -72,7 +72,9 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
                 raise StoppedError(signals.received)
     progress.close()
     save_agent(run.policy, run.folder.path / "agent")
-    result = arm.result()
+    result, candidates, predictions = arm.result()
+    run.folder.write_rows(CANDIDATES, candidates)
+    run.folder.write_rows(PREDICTIONS, predictions)
     run.folder.write_json(RESULT, result)
     run.folder.write_text("report.html", render_report(run.folder.path, run.reward.metric))
     return result
@@ -98,28 +100,28 @@ class Record:
         try:
             iteration = arm.step(number)
         except DivergedError as error:
-            self._write(number, error.iteration, time.perf_counter() - started)
+            self._write(number, error.iteration, time.perf_counter() - started, arm.cost)
             raise
-        self._write(number, iteration, time.perf_counter() - started)
+        self._write(number, iteration, time.perf_counter() - started, arm.cost)
         return iteration
 
-    def _write(self, number: int, iteration: Iteration, seconds: float) -> None:
+    def _write(self, number: int, iteration: Iteration, seconds: float, cost: Mapping[str, float]) -> None:
         prompts, rewarded, review = iteration.collected.prompts, iteration.collected.rewarded, iteration.review
         bare = sum(only_labels(prompt, self.run.target.words) for prompt in prompts) / len(prompts)
         row: dict[str, Any] = {"iteration": number, **iteration.stats, "label_list_rate": bare}
-        row |= {"seconds": seconds, "anchor": None}
+        row |= {"seconds": seconds, **cost, "tokens": int(iteration.collected.rollout.mask.sum()), "anchor": None}
         if review:
             sides = {side: getattr(review, side)._asdict() for side in ("policy_health", "anchor_health")}
             decision = review.decision.value
             row |= {"anchor": decision, "review": vars(review) | {"decision": decision} | sides}
-        self.run.folder.append("metrics.jsonl", [row])
+        self.run.folder.append(METRICS, [row])
         columns = {"reward": rewarded.scores.tolist()}
         columns |= {name: values.tolist() for name, values in rewarded.metrics.items()}
         rows = []
         for i, prompt in enumerate(prompts):
             worth = {name: values[i] for name, values in columns.items()}
             rows.append({"iteration": number, "prompt": prompt, **worth, "overlap": overlap(prompt, self.inputs)})
-        self.run.folder.append("prompts.jsonl", rows)
+        self.run.folder.append(PROMPTS, rows)
 
 
 # -- command line ------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def finish(run: Run, *prompts: str) -> dict[str, Any]:
     """The result of a run in which these prompts had the highest training rewards."""
     arm = FixedPrompt(run)
     arm.pool.add(prompts, [10.0] * len(prompts))
-    return arm.result()
+    return arm.result().result
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_better_prompt_wins_and_is_called_better(run: Run, better: str) -> Non
     result = finish(run, *JUNK, better)
     assert (result["prompt"], result["chosen"]) == (better, "tuned")
     assert result["validation_score"] > result["manual_validation_score"]
-    assert result["verdict"].startswith("better than the manual prompt (by ")
+    assert result["verdict"].startswith("better than the manual prompt (+")
 
 
 def test_scores_carry_rows_and_intervals(run: Run) -> None:
@@ -102,7 +102,7 @@ def editing(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_an_agent_that_edits_worse_than_the_manual_prompt_is_not_the_result(editing: Run) -> None:
     # Eight tokens are too few for an instruction of the lab.
-    result = TestTimeEditing(editing).result()
+    result = TestTimeEditing(editing).result().result
     assert result["edits_validation_score"] < result["manual_validation_score"]
     assert (result["prompt"], result["chosen"]) == (editing.data.spec.manual_prompt, "manual")
     assert result["validation_score"] == result["manual_validation_score"]

@@ -42,8 +42,8 @@ def arguments(folder: Path, *more: str) -> list[str]:
 
 
 def rows(folder: Path) -> tuple[list[dict[str, Any]], bytes]:
-    """What a run logged, without the column `seconds`."""
-    metrics = [{k: v for k, v in row.items() if k != "seconds"} for row in read_jsonl(folder / "metrics.jsonl")]
+    """What a run logged, without the columns of seconds."""
+    metrics = [{k: v for k, v in row.items() if "seconds" not in k} for row in read_jsonl(folder / "metrics.jsonl")]
     return metrics, (folder / "prompts.jsonl").read_bytes()
 
 

@@ -270,10 +270,10 @@ def _exempt_from_autocast(head: nn.Module) -> None:
 
     def exempt(hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            logits: Tensor = forward(hidden.to(head.weight.dtype))
+            logits: Tensor = forward(hidden.to(next(head.parameters()).dtype))
         return logits
 
-    head.forward = exempt  # type: ignore[method-assign]
+    head.forward = exempt
 
 
 def _make_dense(weight: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +16,12 @@ from appo.selfcheck import self_check
 from appo.trainer import APPOTrainer, Iteration
 from experiments.arms.batches import Batches
 from experiments.arms.pool import PromptPool
+from experiments.arms.result import Outcome
 from experiments.run.run import Run, stream
 from rewards.reward import RewardResult
 from tasks.spec import Example
+
+COSTS = ("scoring_seconds", "review_seconds", "answers")
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,13 @@ class Question:
         queries: distinct ones.
         copies: prompts for each of them.
         reward_fn: maps prompts, with those for one query side by side, to their rewards.
+        rows: how many examples each prompt is scored on.
     """
 
     queries: list[Query]
     copies: int
     reward_fn: Callable[[list[str]], RewardResult]
+    rows: int = 1
 
 
 class Arm(ABC):
@@ -43,11 +49,14 @@ class Arm(ABC):
 
     Attributes:
         pool: the prompts found so far, each for all inputs; empty in an arm that writes one for each input.
+        cost: of the last iteration and its review: seconds of scoring, seconds of the whole review, and how many
+            answers of the target were asked for.
     """
 
     def __init__(self, run: Run) -> None:
         config = run.config
         self.run, self.pool = run, PromptPool()
+        self.cost = dict.fromkeys(COSTS, 0.0)
         # A stream for each purpose: arms that use one of them differently still draw the same from the others.
         self.streams = {name: stream(config.seed, name) for name in ("batches", "pairs", "review")}
         self.batches = Batches(run.data.train, config.examples.batch_size, self.streams["batches"])
@@ -63,8 +72,8 @@ class Arm(ABC):
         """The question of a review, to be scored on the validation split; its pairs are training examples as always."""
 
     @abstractmethod
-    def result(self) -> dict[str, Any]:
-        """What best_prompt.json holds: the result and its scores on validation and test. Reads the test split."""
+    def result(self) -> Outcome:
+        """The result, its scores on validation and test, and what it was chosen among. Reads the test split."""
 
     def step(self, number: int) -> Iteration:
         """Iteration `number`, from 1, and the review that is due after it.
@@ -73,7 +82,8 @@ class Arm(ABC):
             SelfCheckError: the first rollout fails the self-check.
             DivergedError: training cannot go on.
         """
-        question = self.ask(self.batches.next(), self.streams["pairs"])
+        self.cost = dict.fromkeys(COSTS, 0.0)
+        question = self._counted(self.ask(self.batches.next(), self.streams["pairs"]))
         if number == 1:
             generator = torch.Generator(self.run.policy.device).manual_seed(0)
             rollout = self.run.policy.sample(question.queries, generator, question.copies)
@@ -91,14 +101,30 @@ class Arm(ABC):
         """The iteration with the review that follows it; unchanged if the reference is no anchor that may move."""
         if not self.trainer.updater.reference.reviewed:
             return iteration
-        question = self.ask_for_review(self.streams["review"])
+        started = time.perf_counter()
+        question = self._counted(self.ask_for_review(self.streams["review"]))
         metric = self.run.reward.metric
 
         def score(prompts: list[str]) -> list[float]:
             found: list[float] = question.reward_fn(prompts).metrics[metric].tolist()
             return found
 
-        return replace(iteration, review=self.trainer.review_anchor(question.queries, score, question.copies))
+        scoring = self.cost["scoring_seconds"]
+        review = self.trainer.review_anchor(question.queries, score, question.copies)
+        self.cost |= {"review_seconds": time.perf_counter() - started, "scoring_seconds": scoring}
+        return replace(iteration, review=review)
+
+    def _counted(self, question: Question) -> Question:
+        """The question with a reward function that adds to `cost`."""
+
+        def reward(prompts: list[str]) -> RewardResult:
+            started = time.perf_counter()
+            found = question.reward_fn(prompts)
+            self.cost["scoring_seconds"] += time.perf_counter() - started
+            self.cost["answers"] += question.rows * len(set(prompts) if question.rows > 1 else prompts)
+            return found
+
+        return replace(question, reward_fn=reward)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next iteration depends on, to be saved."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 from experiments.arms.arm import Arm, Question
 from experiments.arms.editor import editor_of
-from experiments.arms.result import described, scores
+from experiments.arms.result import Outcome, answers, described, predictions, scores
 from experiments.run.run import Run
 from tasks.spec import SPLITS, Example
 
@@ -37,21 +36,24 @@ class TestTimeEditing(Arm):
         queries = [self.editor.query(example.input, rng) for example in rows]
         return Question(queries, 1, lambda prompts: self.run.reward.each(prompts, rows))
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Outcome:
         """Lets the agent write its likeliest instruction for every input of validation and test.
 
         If the manual prompt scores no worse on validation, it is the result: `prompt` holds it, in place of null.
         """
         run, manual_prompt = self.run, self.run.data.spec.manual_prompt
-        written, edits, manual = {}, {}, {}
+        written, edited, by_hand = {}, {}, {}
         for split in SPLITS[1:]:
             examples = getattr(run.data, split)
             written[split] = self.editor.write([example.input for example in examples])
-            edits[split] = run.reward.each(written[split], examples).metrics[run.reward.metric]
-            manual[split] = run.reward.by_example([manual_prompt], examples)[0]
+            edited[split] = answers(run, written[split], examples)
+            by_hand[split] = answers(run, [manual_prompt] * len(examples), examples)
+        edits, manual = ({split: given[split].values for split in given} for given in (edited, by_hand))
         better = bool(edits["validation"].mean() > manual["validation"].mean())
         shown_edits = zip(run.data.test[:EDITS_SHOWN], written["test"], strict=False)
-        return {
+        for record, prompt in zip(edited["test"].records, written["test"], strict=True):
+            record["prompt"] = prompt
+        result = {
             "prompt": None if better else manual_prompt,
             "chosen": "edits" if better else "manual",
             "edits": [{"input": example.input, "prompt": prompt} for example, prompt in shown_edits],
@@ -60,3 +62,4 @@ class TestTimeEditing(Arm):
             **described(run),
             **scores(edits if better else manual, manual),
         }
+        return Outcome(result, [], predictions(run.data.test, by_hand["test"], edited["test"], run.target.words))

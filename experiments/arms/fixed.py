@@ -10,8 +10,9 @@ from typing import Any
 from appo.rollout import Query
 from appo.trainer import Iteration
 from experiments.arms.arm import Arm, Question
-from experiments.arms.result import described, scores
+from experiments.arms.result import Outcome, answers, described, predictions, scores, shares
 from experiments.run.run import Run, stream
+from experiments.run.statistics import interval
 from tasks.meta_prompt import as_lines, meta_prompt
 from tasks.spec import Example
 
@@ -33,12 +34,13 @@ class FixedPrompt(Arm):
     def ask(self, batch: Sequence[Example], rng: random.Random) -> Question:
         """One meta-prompt, K times."""
         query = meta_query(self.run, batch, rng)
-        return Question([query], self.run.config.prompts, lambda prompts: self.run.reward(prompts, batch))
+        return Question([query], self.run.config.prompts, lambda prompts: self.run.reward(prompts, batch), len(batch))
 
     def ask_for_review(self, rng: random.Random) -> Question:
         """A meta-prompt for each prompt to be compared."""
         queries = [meta_query(self.run, (), rng) for _ in range(self.run.config.anchor.prompts)]
-        return Question(queries, 1, lambda prompts: self.run.reward(prompts, self.run.data.validation))
+        rows = self.run.data.validation
+        return Question(queries, 1, lambda prompts: self.run.reward(prompts, rows), len(rows))
 
     def learn(self, question: Question) -> Iteration:
         """As in any arm; adds the prompts to the pool."""
@@ -46,7 +48,7 @@ class FixedPrompt(Arm):
         self.pool.add(iteration.collected.prompts, iteration.collected.rewarded.scores.tolist())
         return iteration
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Outcome:
         """Chooses the winner on validation and runs it on test.
 
         The manual prompt (and few-shot prompts, if wanted) are candidates too, so that the result never scores below
@@ -57,9 +59,12 @@ class FixedPrompt(Arm):
         Raises:
             FloatingPointError: no prompt has a finite score.
         """
-        run, manual = self.run, self.run.data.spec.manual_prompt
-        tuned = [entry.prompt for entry in self.pool.best(run.config.pool)]
-        candidates = [manual, *self._few_shot_prompts(), *tuned]
+        run, manual, test = self.run, self.run.data.spec.manual_prompt, self.run.data.test
+        rewards_of = {entry.prompt: entry.reward for entry in self.pool.best(run.config.pool)}
+        tuned = list(rewards_of)
+        shots = self._few_shot_prompts()
+        candidates = [manual, *shots, *tuned]
+        kinds = ["manual", *["few-shot"] * len(shots), *["tuned"] * len(tuned)]
         table = run.reward.table(candidates, run.data.validation)
         validation = table[run.reward.metric]
         rewards = run.reward.weighed({name: values.mean(1) for name, values in table.items()}).scores
@@ -69,22 +74,37 @@ class FixedPrompt(Arm):
         best = max(range(len(candidates)), key=lambda i: (means[i], rewards[i].item(), -i))
         best = best if means[best] > means[0] else 0
         published = tuned[:PAPER_POOL] or [manual]
-        *others, of_manual, of_best = run.reward.by_example([*published, manual, candidates[best]], run.data.test)
-        return {
+        others = run.reward.by_example(published, test)
+        of_manual, of_best = (answers(run, [prompt] * len(test), test) for prompt in (manual, candidates[best]))
+        luckiest = max(others.tolist(), key=sum)
+        result = {
             "prompt": candidates[best],
-            "chosen": "manual" if best == 0 else "tuned" if candidates[best] in tuned else "few-shot",
+            "chosen": kinds[best],
             **described(run),
             **scores(
-                {"validation": validation[best], "test": of_best}, {"validation": validation[0], "test": of_manual}
+                {"validation": validation[best], "test": of_best.values},
+                {"validation": validation[0], "test": of_manual.values},
             ),
-            "answers_on_test": {
-                "best": self._shares(candidates[best]), "manual": self._shares(manual), "right": self._shares(None),
-            } if run.data.words else {},
+            "answers_on_test": self._shares(of_best.records, of_manual.records) if run.data.words else {},
             "paper_protocol": {
                 "name": f"best of the top {len(published)} by training reward, chosen on test",
-                "test_score": max(values.mean().item() for values in others),
+                "test_score": sum(luckiest) / len(luckiest),
+                "test_interval": interval(luckiest),
             },
-        }  # fmt: skip
+        }
+        listed = [
+            {
+                "prompt": prompt,
+                "kind": kind,
+                "reward": rewards_of.get(prompt),
+                "validation_score": mean,
+                "validation_interval": interval(values),
+                "validation_rows": len(values),
+            }
+            for prompt, kind, mean, values in zip(candidates, kinds, means, validation.tolist(), strict=True)
+        ]
+        listed.sort(key=lambda row: -row["validation_score"])
+        return Outcome(result, listed, predictions(test, of_manual, of_best, run.target.words))
 
     def _few_shot_prompts(self) -> list[str]:
         """The manual prompt with training pairs behind it, drawn anew for each."""
@@ -93,11 +113,8 @@ class FixedPrompt(Arm):
         drawn = [rng.sample(data.train, count) for _ in range(config.few_shot)]
         return [f"{data.spec.manual_prompt}\n{as_lines(pairs)}\n" for pairs in drawn]
 
-    def _shares(self, prompt: str | None) -> dict[str, float]:
-        """How the target's answers on test are spread over the labels under a prompt; for None, the right answers."""
-        test = self.run.data.test
-        answers = [example.answer for example in test]
-        if prompt is not None:
-            inputs, choices = [example.input for example in test], [example.choices for example in test]
-            answers = [reply.answer for reply in self.run.reward.reply([prompt] * len(test), inputs, choices)]
-        return {word: answers.count(word) / len(answers) for word in self.run.data.words}
+    def _shares(self, best: Sequence[dict[str, Any]], manual: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+        """How the target's answers on test, and the right ones, are spread over the labels."""
+        given = {"best": [row["answer"] for row in best], "manual": [row["answer"] for row in manual]}
+        given["right"] = [example.answer for example in self.run.data.test]
+        return {name: shares(listed, self.run.data.words) for name, listed in given.items()}

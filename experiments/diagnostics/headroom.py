@@ -6,7 +6,6 @@ prompts differ by no more than chance, training has little to gain, and the verd
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 
 from experiments.arms.fixed import meta_query
+from experiments.arms.result import chance
 from experiments.run.run import Run, stream
 from experiments.run.statistics import LEVEL, Interval, interval, spread
-from tasks.spec import Example
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def look(run: Run, count: int) -> Headroom:
     return Headroom(
         metric=run.reward.metric,
         rows=len(rows),
-        chance=_chance(rows),
+        chance=chance(rows) or 0.0,
         manual=_mean(manual),
         manual_interval=interval(manual),
         empty=_mean(empty),
@@ -97,11 +96,6 @@ def _verdict(p: float | None, sampled: Sequence[float], manual: float) -> str:
     if max(sampled) <= manual:
         return f"prompts matter (p = {p:.2g}); none of the sampled ones beats the manual prompt yet"
     return f"prompts matter (p = {p:.2g}); the best sampled one beats the manual prompt, in part by luck"
-
-
-def _chance(rows: Sequence[Example]) -> float:
-    labels = Counter(example.label for example in rows if example.label is not None)
-    return max(labels.values(), default=0) / len(rows)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -20,6 +20,8 @@ from experiments.run.files import write_whole, writing
 
 LOCK = ".lock"  # names the process that is using a run's folder
 CONFIG, RESULT, HEADROOM = "config.yaml", "best_prompt.json", "headroom.json"
+METRICS, PROMPTS = "metrics.jsonl", "prompts.jsonl"  # grow row by row
+CANDIDATES, PREDICTIONS = "candidates.jsonl", "predictions.jsonl"  # written whole, at the end of a run
 SCORES = tuple(f"{which}{split}" for which in ("", "manual_") for split in ("validation", "test"))
 UNBEGUN = {LOCK, f"{CONFIG}.part"}  # all that a run leaves if killed before it wrote its configuration
 NUMBER = (int, float, type(None))  # a score; None where it was not finite
@@ -90,25 +92,28 @@ class RunFolder:
         """A file of text, such as the report."""
         write_whole(self.path / name, text)
 
+    def write_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A .jsonl file as a whole; NaN and infinity become null."""
+        self.write_text(name, _lines(rows))
+
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows to a .jsonl file, all or (unless the machine crashes) none; NaN and infinity become null."""
-        lines = "".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         path = self.path / name
         with writing(path):
             self.path.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 size = file.tell()
                 try:
-                    file.write(lines)
+                    file.write(_lines(rows))
                     file.flush()
                 except OSError:  # the disk is full: leave no half line
                     os.truncate(path, size)
                     raise
 
     def sizes(self) -> dict[str, int]:
-        """The size of each .jsonl file in bytes, after syncing it to the disk."""
+        """The size in bytes of each .jsonl file that grows, after syncing it to the disk."""
         sizes = {}
-        for path in sorted(self.path.glob("*.jsonl")):
+        for path in (self.path / name for name in (METRICS, PROMPTS) if (self.path / name).is_file()):
             with writing(path), path.open("rb") as file:
                 os.fsync(file.fileno())
             sizes[path.name] = path.stat().st_size
@@ -134,6 +139,10 @@ class RunFolder:
         """Removes the .jsonl files, for a run that begins anew."""
         for path in self.path.glob("*.jsonl"):
             path.unlink()
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def _finite(value: Any) -> Any:
@@ -167,9 +176,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     result = _object(path.read_bytes(), str(path))
     _check(result, RESULT_KEYS, str(path))
     for name in SCORES:
-        ends = result[f"{name}_interval"]
-        if len(ends) != 2 or not all(isinstance(end, NUMBER) for end in ends):
-            raise RunFolderError(f"{path}: '{name}_interval' is {reprlib.repr(ends)}; expected two numbers")
+        _check_interval(result, name, str(path))
     if result["mode"] == "tte":
         _check(result, {"edits": list, "prompt": (str, type(None))}, str(path))
         for edit in result["edits"]:
@@ -182,6 +189,48 @@ def read_result(folder: Path) -> dict[str, Any]:
             for name in shares:
                 _check(shares[name], dict.fromkeys(shares["right"], NUMBER), f"{path}: 'answers_on_test' {name!r}")
     return result
+
+
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """The rows of predictions.jsonl; none if the run has no such file.
+
+    Raises:
+        RunFolderError: a row is not what a run writes.
+    """
+    rows = _optional(folder / PREDICTIONS)
+    for n, row in enumerate(rows, 1):
+        where = f"{folder / PREDICTIONS}:{n}"
+        _check(row, {"input": str, "expected": list, "manual": dict, "best": dict}, where)
+        for side in ("manual", "best"):
+            _check(row[side], {"answer": str, "score": NUMBER, "probabilities": dict}, f"{where}: {side!r}")
+            _check(row[side]["probabilities"], dict.fromkeys(row[side]["probabilities"], NUMBER), f"{where}: {side!r}")
+        if not row["expected"] or not all(isinstance(answer, str) for answer in row["expected"]):
+            raise RunFolderError(f"{where}: 'expected' is {reprlib.repr(row['expected'])}; expected the right answers")
+    return rows
+
+
+def read_candidates(folder: Path) -> list[dict[str, Any]]:
+    """The rows of candidates.jsonl; none if the run has no such file.
+
+    Raises:
+        RunFolderError: a row is not what a run writes.
+    """
+    rows = _optional(folder / CANDIDATES)
+    for n, row in enumerate(rows, 1):
+        kinds: dict[str, Kind] = {"prompt": str, "kind": str, "reward": NUMBER, "validation_score": NUMBER}
+        _check(row, kinds | {"validation_interval": list, "validation_rows": int}, f"{folder / CANDIDATES}:{n}")
+        _check_interval(row, "validation", f"{folder / CANDIDATES}:{n}")
+    return rows
+
+
+def _optional(path: Path) -> list[dict[str, Any]]:
+    return read_jsonl(path) if path.is_file() else []
+
+
+def _check_interval(found: Mapping[str, Any], name: str, where: str) -> None:
+    ends = found[f"{name}_interval"]
+    if len(ends) != 2 or not all(isinstance(end, NUMBER) for end in ends):
+        raise RunFolderError(f"{where}: '{name}_interval' is {reprlib.repr(ends)}; expected two numbers")
 
 
 def read_headroom(folder: Path) -> list[str]:

@@ -68,6 +68,13 @@ def paired_p(one: Sequence[float], other: Sequence[float]) -> float:
     return float((1 + (swapped >= abs(differing.sum()) - 1e-9).sum()) / (1 + DRAWS))
 
 
+def paired_interval(one: Sequence[float], other: Sequence[float]) -> Interval:
+    """The interval of the mean difference between two prompts on the same rows: a percentile bootstrap over rows."""
+    differences = np.asarray(one) - np.asarray(other)
+    draws = np.random.default_rng(0).choice(differences, (DRAWS, len(differences))).mean(1)
+    return Interval(*np.quantile(draws, [0.025, 0.975]).tolist())
+
+
 def spread(table: Sequence[Sequence[float]]) -> Spread:
     """What K prompts on the same N rows show: do they differ by more than chance?
 
@@ -88,10 +95,11 @@ def compared(best: Sequence[float], manual: Sequence[float]) -> str:
     """The verdict on a prompt against the manual one, in words, from their values on the same test rows."""
     p = paired_p(best, manual)
     lead = float(np.mean(best) - np.mean(manual))
-    rows = f"{abs(lead):.3f} on {len(best)} test rows, p = {p:.2g}"
+    low, high = paired_interval(best, manual)
+    found = f"{lead:+.3f}, {low:+.3f} to {high:+.3f}, on {len(best)} test rows; p = {p:.2g}"
     if p >= LEVEL:
-        return f"no difference to the manual prompt that these rows can show ({rows})"
-    return f"better than the manual prompt (by {rows})" if lead > 0 else f"worse than the manual prompt (by {rows})"
+        return f"no difference to the manual prompt that these rows can show ({found})"
+    return f"{'better' if lead > 0 else 'worse'} than the manual prompt ({found})"
 
 
 def _binary(rows: np.ndarray) -> bool:

@@ -1,0 +1,376 @@
+"""The page of one run, finished or stopped, made from the files in its folder and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from experiments.config import RunConfig
+from experiments.config.strict import LARGEST, read_yaml
+from experiments.page.answers import answers_section
+from experiments.page.charts import MARKS, Curve, Dot, Mark, line_chart, sign, strip_chart, swatch
+from experiments.page.html import code, document, prompt, search, table
+from experiments.page.use import snippets
+from experiments.run.folder import (
+    CONFIG,
+    METRICS,
+    PROMPTS,
+    RESULT,
+    read_candidates,
+    read_headroom,
+    read_jsonl,
+    read_predictions,
+    read_result,
+)
+from experiments.terminal.console import WARNINGS
+
+LONGEST = 10**9  # rows from this iteration number on are not read
+MOST_CANDIDATES = 10  # are shown at once, the others on a click
+MOST_PROMPTS = 200  # of the best by training reward are listed
+SMOOTH = 10  # iterations in a running mean
+COPIED = 0.2  # share of a prompt's word runs found in training inputs from which the page warns
+ONE_SIDED = 0.9  # share of one answer from which the page warns
+
+
+class Shown(NamedTuple):
+    """A chart: its title, what it shows, the title of its axis, and columns of metrics.jsonl with their names."""
+
+    title: str
+    caption: str
+    unit: str
+    columns: tuple[tuple[str, str], ...]
+
+
+CURVES = (
+    Shown("Score", "on the iteration's training examples", "{metric}", (("{metric}_mean", "mean of its prompts"),)),
+    Shown("Reward", "of the iteration's prompts", "reward", (("reward_max", "best"), ("reward_mean", "mean"))),
+    Shown("KL to the anchor", "how far the agent has moved from its anchor", "nats a prompt", (("kl", "mean"),)),
+    Shown("Entropy", "near 0 the agent writes the same prompt again and again", "nats a token", (("entropy", "mean"),)),
+    Shown("Prompt length", "of the iteration's prompts", "tokens", (("length_mean", "mean"),)),
+    Shown("Value loss", "half squared error of the value head", "loss", (("value_loss", "mean"),)),
+)
+
+
+def render_report(folder: Path, metric: str) -> str:
+    """The HTML page of a run, built from its folder; `metric` names the score that prompts are judged by.
+
+    Raises:
+        RunFolderError: a file in the folder is not what a run writes.
+    """
+    config = read_yaml(folder / CONFIG)
+    metrics, prompts = (_iterations(folder / name) for name in (METRICS, PROMPTS))
+    candidates, predictions = read_candidates(folder), read_predictions(folder)
+    result = read_result(folder) if (folder / RESULT).is_file() else None
+    described = config | (result or {})
+    edited = described.get("mode") == "tte"
+    words = list(dict.fromkeys((result or {}).get("verbalizer", {}).values())) or _letters(predictions)
+    title = f"{described.get('task')}: a prompt tuned with APPO"
+    about = ", ".join(f"{key} {described.get(key)}" for key in ("seed", "agent", "target", "data"))
+    looked = read_headroom(folder)
+    return document(
+        title,
+        [
+            f"<h1>{escape(title)}</h1>",
+            f'<p class="muted">{len(metrics)} iterations, {len(prompts)} prompts scored, {escape(about)}</p>',
+            *(_answer(result) if result else _so_far(prompts)),
+            *(f'<p class="warning">{escape(line)}</p>' for line in _warnings(result, metrics, prompts)),
+            *(["<h2>Before training</h2>", *(f"<p>{escape(line.strip())}</p>" for line in looked)] if looked else []),
+            "<h2>How it went</h2>",
+            *_curves(metrics, metric),
+            *answers_section(predictions, words, edited),
+            *_candidates(candidates),
+            *([] if edited else _pool(prompts)),
+            *_reviews(metrics, metric),
+            *_cost(metrics, prompts),
+            *_use(result, folder),
+            *_configuration(config),
+        ],
+    )
+
+
+# -- the answer --------------------------------------------------------------------------------------------------
+
+
+def _answer(result: Mapping[str, Any]) -> list[str]:
+    """What the run found: the verdict, the prompt, and its scores beside the manual prompt's."""
+    kind = next((word for word in ("better", "worse") if result["verdict"].startswith(word)), "")
+    parts = [f'<p class="verdict {kind}">{escape(result["verdict"])}</p>']
+    if result["prompt"] is None:
+        best = "an instruction for each input"
+        edits = [f"<p>{escape(edit['input'])}</p>{prompt(edit['prompt'])}" for edit in result["edits"]]
+        parts += ["<p>The agent writes an instruction for each input, for example:</p>", *edits]
+    else:
+        best = "best prompt, chosen on validation"
+        parts.append(prompt(result["prompt"]))
+    rows = [
+        (name, score(result, f"{which}validation"), score(result, f"{which}test"))
+        for name, which in ((best, ""), ("manual prompt", "manual_"))
+    ]
+    if protocol := result.get("paper_protocol"):
+        rows.append((f"the paper's protocol: {protocol['name']}", "", score(protocol, "test")))
+    if result.get("chance") is not None:
+        rows.append(("always the most frequent answer", "", number(result["chance"])))
+    splits = [f"{split} ({result[f'{split}_rows']} rows)" for split in ("validation", "test")]
+    caption = f"{result['metric']}, with 95 % intervals"
+    return [
+        *parts,
+        table(caption, ("", *splits), rows),
+        f'<p class="muted">Manual prompt: {escape(result["manual_prompt"])}</p>',
+    ]
+
+
+def _so_far(prompts: Sequence[Mapping[str, Any]]) -> list[str]:
+    best = _best_first(prompts)[:1]
+    return [
+        "<p>The run was stopped before its end; this is how far it came. Nothing has been scored on the test rows.</p>",
+        *(f"<p>Best prompt by training reward so far:</p>{prompt(text)}" for text, _, _ in best),
+    ]
+
+
+def _warnings(
+    result: Mapping[str, Any] | None, metrics: Sequence[Mapping[str, Any]], prompts: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """What a reader should know before trusting the numbers."""
+    found = []
+    for name, bound, words in WARNINGS:
+        first = next((row for row in metrics if (_finite(row.get(name)) or 0.0) >= bound), None)
+        if first:
+            found.append(f"Iteration {first['iteration']}: {words}")
+    if result is None:
+        return found
+    copied = next((_finite(row.get("overlap")) for row in prompts if row.get("prompt") == result["prompt"]), None)
+    if copied and copied >= COPIED:
+        found.append(
+            f"{copied:.0%} of the prompt's runs of four words come from training inputs: it may work by their examples "
+            "and not as an instruction."
+        )
+    if spread := result.get("answers_on_test"):
+        word, share = max(spread["best"].items(), key=lambda item: item[1] or 0.0)
+        if (share or 0.0) >= ONE_SIDED > (spread["right"][word] or 0.0):
+            found.append(f"Under this prompt the target answers {word!r} to {share:.0%} of the test rows.")
+    return found
+
+
+# -- how it went -------------------------------------------------------------------------------------------------
+
+
+def _curves(metrics: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
+    marks = _marks(metrics)
+    figures = [_validation(metrics, metric, marks)]
+    for shown in CURVES:
+        curves, legend = [], []
+        for (column, name), style in zip(shown.columns, ("two", "one")[-len(shown.columns) :], strict=True):
+            points = _points(metrics, column.format(metric=metric))
+            if points:
+                curves += [Curve(points, name, f"line faint {style}"), Curve(_smooth(points), name, f"line {style}")]
+                legend.append(f"<span>{swatch(f'line {style}')}{escape(name)}, over the last {SMOOTH}</span>")
+        unit = shown.unit.format(metric=metric)
+        if curves:
+            legend.append(f"<span>{swatch('line faint one')}single iterations</span>")
+            figures.append(
+                _figure(shown.title, shown.caption, line_chart(shown.title, unit, curves, marks), legend, marks)
+            )
+        else:
+            figures.append(
+                f"<figure><figcaption>{escape(shown.title)}</figcaption><p>not measured in this run</p></figure>"
+            )
+    return ['<div class="curves">', *figures, "</div>"]
+
+
+def _validation(metrics: Sequence[Mapping[str, Any]], metric: str, marks: Sequence[Mark]) -> str:
+    """The single scores of every review."""
+    dots = [
+        Dot(float(row["iteration"]), score, side)
+        for row in metrics
+        for side, key in (("anchor", "anchor_scores"), ("agent", "policy_scores"))
+        for score in _numbers(_review(row).get(key))
+    ]
+    if not dots:
+        return ""
+    legend = [f"<span>{sign('agent')}the agent's prompts</span>", f"<span>{sign('anchor')}the anchor's</span>"]
+    ends = (float(metrics[0]["iteration"]), float(metrics[-1]["iteration"]))
+    chart = strip_chart("Validation scores at the anchor's reviews", f"{metric} on validation", dots, ends, marks)
+    return _figure("Validation", "at the anchor's reviews; bars are means", chart, legend, marks)
+
+
+def _figure(title: str, caption: str, chart: str, legend: Sequence[str], marks: Sequence[Mark]) -> str:
+    kinds = [kind for kind in MARKS if any(mark.kind == kind for mark in marks)]
+    signs = "".join(f"<span>{sign(kind)}{MARKS[kind]}</span>" for kind in kinds)
+    return (
+        f'<figure><figcaption>{escape(title)} <span class="muted">{escape(caption)}</span></figcaption>'
+        f'<div class="legend">{"".join(legend)}{signs}</div>{chart}</figure>'
+    )
+
+
+def _reviews(metrics: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
+    rows = []
+    for row in metrics:
+        review = _review(row)
+        if row.get("anchor") and review:
+            sides = [_numbers(review.get(side)) for side in ("policy_scores", "anchor_scores")]
+            reason = f"{row['anchor']}: {review.get('reason', '')}"
+            rows.append(
+                (reason, str(row["iteration"]), *(f"{number(_mean(side))} (n = {len(side)})" for side in sides))
+            )
+    if not rows:
+        return ["<h2>Anchor reviews</h2>", '<p class="muted">None in this run.</p>']
+    caption = f"Mean {metric} on validation of the prompts that each side wrote"
+    return ["<h2>Anchor reviews</h2>", table(caption, ("decision", "iteration", "agent", "anchor"), rows)]
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------
+
+
+def _candidates(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The prompts that the choice was made among."""
+    if not candidates:
+        return []
+    rows = [
+        (str(row.get("prompt")), str(row.get("kind")), number(_finite(row.get("reward"))), score(row, "validation"))
+        for row in candidates
+    ]
+    caption = f"Scored on all {candidates[0]['validation_rows']} validation rows, best first; 95 % intervals"
+    header = ("prompt", "kind", "training reward", "validation")
+    parts = ["<h2>Candidates</h2>", table(caption, header, rows[:MOST_CANDIDATES], texts=2)]
+    if rest := rows[MOST_CANDIDATES:]:
+        folded = table(f"The other {len(rest)} candidates", header, rest, texts=2)
+        parts.append(f"<details><summary>The other {len(rest)} candidates</summary>{folded}</details>")
+    return parts
+
+
+def _pool(prompts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All prompts, best first."""
+    best = _best_first(prompts)
+    if not best:
+        return []
+    rows = [(text, str(iteration), number(reward)) for text, reward, iteration in best[:MOST_PROMPTS]]
+    caption = f"The best {len(rows)} of {len(best)} distinct prompts by their highest training reward"
+    listed = table(caption, ("prompt", "iteration", "best reward"), rows, name="prompts")
+    return [
+        "<h2>All prompts</h2>",
+        f"<details><summary>{escape(caption)}</summary>{search('prompts', 'prompts')}{listed}</details>",
+    ]
+
+
+def _best_first(prompts: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, int]]:
+    """(prompt, highest reward, its iteration) of every distinct prompt."""
+    best: dict[str, tuple[float, int]] = {}
+    for row in prompts:
+        text, reward = str(row.get("prompt")), _finite(row.get("reward"))
+        if reward is not None and (text not in best or reward > best[text][0]):
+            best[text] = (reward, row["iteration"])
+    return [(text, *found) for text, found in sorted(best.items(), key=lambda item: -item[1][0])]
+
+
+# -- cost, use, configuration ------------------------------------------------------------------------------------
+
+
+def _cost(metrics: Sequence[Mapping[str, Any]], prompts: Sequence[object]) -> list[str]:
+    def total(column: str) -> float:
+        return sum(_numbers([row.get(column) for row in metrics]))
+
+    seconds, scoring, review = total("seconds"), total("scoring_seconds"), total("review_seconds")
+    if not seconds:
+        return []
+    phases = (("the agent: sampling and updates", seconds - scoring - review), ("the target: scoring", scoring))
+    rows = [(name, f"{part:.0f}", f"{part / seconds:.0%}") for name, part in (*phases, ("reviews", review))]
+    counted = f"{total('tokens'):.0f} tokens in {len(prompts)} prompts, {total('answers'):.0f} answers of the target"
+    return [
+        "<h2>Cost</h2>",
+        f"<p>{seconds:.0f} s of training; {counted}, reviews included in the answers only.</p>",
+        table("Seconds of training", ("part", "seconds", "share"), rows),
+    ]
+
+
+def _use(result: Mapping[str, Any] | None, folder: Path) -> list[str]:
+    if result is None or "template" not in result:
+        return []
+    shown = [f"<h3>{escape(title)}</h3>{code(text)}" for title, text in snippets(result, folder)]
+    return ["<h2>Use it</h2>", *shown]
+
+
+def _configuration(config: Mapping[str, Any]) -> list[str]:
+    """What differs from the defaults, then everything."""
+    defaults = _flat(dataclasses.asdict(RunConfig()))
+    differing = [
+        (key, str(value), str(defaults[key]))
+        for key, value in _flat(config).items()
+        if key in defaults and defaults[key] != value  # what a run adds, such as versions, is under "All keys"
+    ]
+    return [
+        "<h2>Configuration</h2>",
+        table("What differs from the defaults", ("key", "value", "default"), differing, texts=3) if differing else "",
+        "<details><summary>All keys</summary>"
+        + code(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        + "</details>",
+    ]
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return found
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+def score(row: Mapping[str, Any], name: str) -> str:
+    """A score with its interval."""
+    low, high = row.get(f"{name}_interval") or (None, None)
+    shown = number(_finite(row.get(f"{name}_score")))
+    return shown if low is None else f"{shown} ({number(low)} to {number(high)})"
+
+
+def number(value: float | None) -> str:
+    """Three decimals; nothing for None."""
+    return "" if value is None else f"{value:.3f}"
+
+
+def _marks(metrics: Sequence[Mapping[str, Any]]) -> list[Mark]:
+    return [Mark(float(row["iteration"]), str(row["anchor"])) for row in metrics if row.get("anchor") in MARKS]
+
+
+def _points(metrics: Sequence[Mapping[str, Any]], column: str) -> list[tuple[float, float]]:
+    return [(float(row["iteration"]), y) for row in metrics if (y := _finite(row.get(column))) is not None]
+
+
+def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    windows = [[y for _, y in points[max(0, i - SMOOTH + 1) : i + 1]] for i in range(len(points))]
+    return [(x, sum(ys) / len(ys)) for (x, _), ys in zip(points, windows, strict=True)]
+
+
+def _review(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    review = row.get("review")
+    return review if isinstance(review, Mapping) else {}
+
+
+def _letters(predictions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The letters of a task with choices, in order; none where answers are text."""
+    return sorted({word for row in predictions for word in row["manual"]["probabilities"]})
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _numbers(values: object) -> list[float]:
+    listed = values if isinstance(values, list) else []
+    return [number for value in listed if (number := _finite(value)) is not None]
+
+
+def _finite(value: object) -> float | None:
+    """The value if it is a number that can be drawn, else None; null, for example, stands for NaN."""
+    return float(value) if isinstance(value, int | float) and abs(value) <= LARGEST[float] else None
+
+
+def _iterations(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file that belong to an iteration; none if the run was stopped before its first."""
+    rows = read_jsonl(path) if path.is_file() else []
+    return [row for row in rows if isinstance(row.get("iteration"), int) and 0 <= row["iteration"] < LONGEST]
