@@ -10,6 +10,7 @@ PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11 python
 	if $$name $(USABLE) 2>/dev/null; then echo $$name; break; fi; done)
 NO_PYTHON = error: no Python from 3.11 on that can make environments (on Debian: python3-venv); name one with PYTHON=
 HAVE_PYTHON = @"$(PYTHON)" $(USABLE) 2>/dev/null || { echo "$(NO_PYTHON)" >&2; exit 2; }
+NO_MKDOCS = error: the site needs mkdocs: $(BIN)/pip install --constraint constraints.txt '.[docs]'
 INSTALL = -m pip install --quiet --disable-pip-version-check --constraint
 PYTEST = -m pytest --numprocesses auto --dist worksteal
 
@@ -20,10 +21,11 @@ OPTIONS = $(if $(TASK),--task "$(TASK)") $(if $(AGENT),--agent "$(AGENT)") $(if 
 SEEDS ?= 0 1 2 3 4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train tasks compare landscape lab bench test test-floor test-gpu test-browser weights fuzz lint mutate clean
+.PHONY: help setup train tasks compare landscape lab bench test test-floor test-gpu test-browser weights docs fuzz lint mutate \
+	clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo '  make train TASK=mnli [MODE=fixed|tte AGENT=folder|hub-id TARGET=folder|hub-id DATA=lab|hub|folder STEPS=n SEED=n RUN=folder]'
 	@echo '                       [ARGS="appo.kl_coef=0.1 prompts=8 ..."]'
@@ -78,6 +80,12 @@ test-browser: $(READY) ## the pages in Chromium: overflow, contrast, names, erro
 weights: $(READY) ## put a real language model into models/: make weights MODEL=smollm2
 	@$(BIN)/appo weights $(MODEL) $(ARGS)
 
+docs: $(READY) ## rewrite the generated pages and build the docs as a site, in site/
+	@$(BIN)/python docs/reference.py
+	@$(BIN)/python -c 'import mkdocs' 2>/dev/null || { echo "$(NO_MKDOCS)" >&2; exit 2; }
+	@$(BIN)/python -m mkdocs build --quiet --clean
+	@echo site/index.html
+
 fuzz: $(READY) ## search for input that is neither accepted nor refused with a one-line error: make fuzz MINUTES=60
 	@$(BIN)/python -m tests.fuzz $(MINUTES)
 
@@ -90,4 +98,4 @@ mutate: $(READY) ## break the maths on purpose, one fault at a time; the tests m
 	$(BIN)/python -m tests.mutate
 
 clean: ## remove the environment and caches, not the runs
-	rm -rf $(VENV) $(FLOOR) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(FLOOR) site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -1,9 +1,12 @@
-"""The examples: the one-file APPO does what appo/ does, and learns."""
+"""The examples: the one-file APPO does what appo/ does, and learns; the notebook runs."""
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import minimal_appo as minimal
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIG = minimal.Config(kl_coef=0.1, value_coef=0.1, lam=0.95, ppo_epochs=3)
 QUERY = (5, 6, 7, 8)
 
@@ -71,3 +75,27 @@ def test_one_file_appo_learns(capsys: pytest.CaptureFixture[str]) -> None:
     curve = minimal.main(minimal.Config(iterations=25))
     assert sum(curve[-5:]) / 5 > sum(curve[:3]) / 3 + 0.15
     assert "best prompt on validation" in capsys.readouterr().out
+
+
+# -- the notebook --------------------------------------------------------------------------------------------------
+
+TOUR: list[dict[str, Any]] = json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+TOUR_CODE = ["".join(cell["source"]) for cell in TOUR if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_is_committed_without_outputs() -> None:
+    for cell in TOUR:
+        assert cell["cell_type"] == "markdown" or (cell["outputs"], cell["execution_count"]) == ([], None)
+
+
+def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """From top to bottom, in its own folder, with fewer iterations."""
+    monkeypatch.chdir(EXAMPLES)
+    first, shortened = re.subn(r"^(STEPS|PERIOD) = \d+", r"\1 = 2", TOUR_CODE[0], flags=re.MULTILINE)
+    assert shortened == 2
+    names: dict[str, Any] = {}
+    for number, code in enumerate([first, *TOUR_CODE[1:]], 1):
+        exec(compile(code, f"tour.ipynb, code cell {number}", "exec"), names)
+    shown = capsys.readouterr().out
+    assert "iteration 2: " in shown  # the anchor's review
+    assert "on 600 test rows" in shown

@@ -39,3 +39,13 @@ def test_where_there_is_no_python_one_line_says_so(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: no Python from 3.11 on") and "PYTHON=" in done.stderr
     assert not (tmp_path / "venv").exists()
+
+
+def test_without_mkdocs_one_line_says_so(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" != -c ]\n', encoding="utf-8")  # imports nothing
+    python.chmod(0o755)
+    command = ["make", "docs", "--assume-old=ready", "READY=ready", f"BIN={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the site needs mkdocs: ") and "'.[docs]'" in done.stderr
