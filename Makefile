@@ -21,7 +21,7 @@ OPTIONS = $(if $(TASK),--task "$(TASK)") $(if $(AGENT),--agent "$(AGENT)") $(if 
 SEEDS ?= 0 1 2 3 4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train tasks compare landscape lab bench test test-floor test-gpu weights docs fuzz lint mutate clean
+.PHONY: help setup train tasks compare landscape lab bench test test-floor test-gpu test-browser weights docs fuzz lint mutate clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,10 @@ test-floor: $(FLOOR)/.ready ## the tests with the oldest versions that setup.cfg
 
 test-gpu: $(READY) ## whole runs on a GPU; skipped where there is none
 	$(BIN)/python -m pytest -m gpu -rs
+
+test-browser: $(READY) ## the pages in Chromium: overflow, contrast, names, errors; skipped where there is none
+	$(BIN)/python $(INSTALL) constraints.txt --editable '.[browser]'
+	$(BIN)/python -m pytest -m browser -rs
 
 weights: $(READY) ## put a real language model into models/: make weights MODEL=smollm2
 	@$(BIN)/appo weights $(MODEL) $(ARGS)

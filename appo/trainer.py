@@ -222,8 +222,7 @@ class APPOTrainer:
             self.anchor.rollback()
         if self.bad_steps >= 2 * self.config.max_bad_steps:
             reasons = ", ".join(name for name in FAULTS if stats.get(name))
-            message = f"{self.bad_steps} iterations in a row without a sound step ({reasons})"
-            raise DivergedError(message, iteration)
+            raise DivergedError(f"{self.bad_steps} iterations in a row without a sound step ({reasons})", iteration)
 
     # -- the anchor ----------------------------------------------------------------------------------------------------
 
@@ -260,8 +259,7 @@ class APPOTrainer:
             self.anchor.rollback()
         elif decision is not AnchorDecision.KEEP:
             decision, reason = AnchorDecision.KEEP, f"{reason}; {decision} is switched off"
-        sides = (policy_scores, anchor_scores, *thresholds, policy_health, anchor_health)
-        return AnchorReview(decision, reason, *sides)
+        return AnchorReview(decision, reason, policy_scores, anchor_scores, *thresholds, policy_health, anchor_health)
 
     def _written(self, queries: Sequence[Query], copies: int) -> tuple[list[str], Health]:
         """What the current policy writes to the queries of a review."""
@@ -308,11 +306,13 @@ def _stream(parent: torch.Generator | None, name: str, device: torch.device) -> 
 
 def _rewarded(found: Rewarded | Tensor | Sequence[float], count: int) -> Rewarded:
     """What a reward function returned, checked to have a number for each prompt."""
-    plain = isinstance(found, Tensor | Sequence)
-    rewarded: Any = Scores(torch.as_tensor(found, dtype=torch.float32, device="cpu")) if plain else found
-    if rewarded.scores.shape != (count,):
-        raise ValueError(f"the reward function gave rewards of shape {tuple(rewarded.scores.shape)}, not [{count}]")
-    return rewarded
+    try:
+        scores = torch.as_tensor(getattr(found, "scores", found), dtype=torch.float32, device="cpu")
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the reward function gave {found!r:.80}, not a number for each of {count} prompts") from error
+    if scores.shape != (count,):
+        raise ValueError(f"the reward function gave rewards of shape {tuple(scores.shape)}, not [{count}]")
+    return Scores(scores, getattr(found, "metrics", {}))
 
 
 def _health(rollout: Rollout, prompts: Sequence[str]) -> Health:

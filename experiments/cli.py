@@ -24,6 +24,7 @@ COMMANDS = {  # the modules of this package with a `main`, and what they do
     "tasks": "list the tasks, show one, or check those in a folder",
     "compare": "compare ways to tune a prompt, over seeds",
     "report": "rebuild the report of a run",
+    "push": "upload the agent of a run to the Hugging Face hub",
     "weights": "put a real language model into a folder",
 }
 

@@ -1,11 +1,12 @@
-"""Compares APPO with best-of-N sampling at the same number of scored prompts, over seeds.
+"""Compares APPO with best-of-N sampling at the same number of scored prompts, over seeds; or runs that exist.
 
     appo compare --task mnli --seeds 0 1 2 3 4
     appo compare --task mnli --arms anchor initial previous none best-of-n
+    appo compare --runs runs/mnli-* --out results.csv
 
 The arms are the four references of the KL penalty (anchor is APPO, initial is RLHF-style PPO, previous is plain
 PPO, none has no penalty), best-of-n, which never updates the agent, and test-time editing with the trained agent (tte)
-or the untrained one (tte-untrained). Prints a table in Markdown.
+or the untrained one (tte-untrained). Prints a table in Markdown. --out also writes a CSV file with a row for each run.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from typing import Any
 from appo.trainer import DivergedError
 from experiments.config import build_config
 from experiments.run.folder import read_jsonl
+from experiments.run.results import RunRow, grouped, read_row, write_csv
 from experiments.run.run import prepare
 from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order, one_line
 from experiments.train import train
+from tasks.errors import printable
 
 ARMS = {
     "anchor": ["appo.reference=anchor"],
@@ -58,14 +61,22 @@ def run_arm(arm: str, task: str, seed: int, folder: Path, assignments: Sequence[
 
 
 def parse_args(argv: Sequence[str]) -> Namespace:
-    """Task, seeds, arms, folder and assignments of a comparison."""
+    """What to compare: runs that exist; or task, seeds, arms, folder and assignments of runs to be made."""
     parser = Parser(prog="appo compare", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--task", default="mnli")
+    parser.add_argument("--runs", nargs="+", type=Path, metavar="DIR", help="folders of runs to show, finished or not")
+    parser.add_argument("--separate", action="store_true", help="--runs of several tasks: a table for each")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as CSV too, as in results.csv")
+    parser.add_argument("--task", help="default: mnli")
     parser.add_argument("--seeds", nargs="+", action="append", help="default: 0 1 2 3 4")
     parser.add_argument("--arms", nargs="+", action="append", help=f"of {', '.join(ARMS)} (default: anchor best-of-n)")
     parser.add_argument("--folder", type=Path, help="folder of the runs (default: runs/compare-DATE-TIME)")
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="sets a configuration field of every run")
     options = parser.parse_intermixed_args(argv)
+    if options.runs and any((options.task, options.seeds, options.arms, options.folder, options.assignments)):
+        raise UsageError("--runs shows runs that exist; it goes with --separate and --out only")
+    if options.separate and not options.runs:
+        raise UsageError("--separate goes with --runs only")
+    options.task = options.task or "mnli"
     for name, default in (("seeds", ["0", "1", "2", "3", "4"]), ("arms", ["anchor", "best-of-n"])):
         given = getattr(options, name) or [default]  # nargs="+" takes every word that follows, assignments too
         options.assignments += [word for words in given for word in words if "=" in word]
@@ -80,30 +91,80 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     return options
 
 
+def show(rows: Sequence[RunRow]) -> None:
+    """Prints a table of runs in Markdown."""
+    print("| run | task | arm | agent | target | seed | steps | test | manual, test | verdict |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        best = _score(row.test_score, row.test_low, row.test_high, row.test_rows)
+        manual = _score(row.manual_test_score, row.manual_test_low, row.manual_test_high, row.test_rows)
+        described = (row.run, row.task, row.arm, row.agent, row.target, row.seed, row.steps, best, manual, row.verdict)
+        print("| " + " | ".join(printable(str(cell)).replace("|", "\\|") for cell in described) + " |")
+
+
+def _score(score: float | None, low: float | None, high: float | None, rows: int | None) -> str:
+    """A score with its interval and number of rows; empty for a run that is not finished."""
+    if score is None or low is None or high is None:
+        return ""
+    return f"{score:.3f} ({low:.3f} to {high:.3f}, n = {rows})"
+
+
+def compare_runs(folders: Sequence[Path], separate: bool) -> list[RunRow]:
+    """Prints a table of runs that exist, or one for each task and test split; returns the rows.
+
+    Raises:
+        UsageError: the runs were not scored on the same test, and are not to be separate.
+    """
+    rows = [read_row(folder) for folder in folders]
+    groups = grouped(rows)
+    if len(groups) > 1 and not separate:
+        one, other = groups[0][0], groups[1][0]
+        what = f"another task ({other.task})" if one.task != other.task else "another test split or template"
+        raise UsageError(f"{other.run} has {what} than {one.run}; --separate shows each in a table of its own")
+    for number, group in enumerate(groups if separate else [rows]):
+        if number:
+            print()
+        show(group)
+    return rows
+
+
 @in_order
 def main(argv: Sequence[str]) -> int:
+    """Shows runs that exist, or makes them and shows their scores; returns the exit code."""
+    options = parse_args(argv)
+    if not options.runs:
+        return compare_arms(options)
+    rows = compare_runs(options.runs, options.separate)
+    if options.out:
+        write_csv(options.out, rows)
+    return 0
+
+
+def compare_arms(options: Namespace) -> int:
     """Runs all arms on all seeds and prints a row for each, then the means; returns the exit code.
 
     A run that diverges is a row without numbers, and the others go on.
     """
-    options = parse_args(argv)
     folder = options.folder or Path(f"runs/compare-{datetime.now():%Y%m%d-%H%M%S}")
     print("| arm | seed | prompts | first 20 | last 20 | validation | test | manual, test | top 5 on test | seconds |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
-    code = 0
+    code, made = 0, list[Path]()
     for arm in options.arms:
         found = []
         for seed in options.seeds:
+            made.append(folder / f"{arm}-{seed}")
             try:
                 result = run_arm(arm, options.task, seed, folder, options.assignments)
+                found.append([result[column] for column in COLUMNS])
+                cells = " | ".join(f"{value:.3f}" for value in found[-1])
+                line = f"| {arm} | {seed} | {result['prompts']} | {cells} | {result['seconds']:.0f} |"
             except (DivergedError, FloatingPointError) as error:
                 code = UNSOUND
                 print(f"error: {arm}, seed {seed}: {one_line(error)}", file=sys.stderr)
-                print(f"| {arm} | {seed} | | | | diverged | | | | |", flush=True)
-                continue
-            found.append([result[column] for column in COLUMNS])
-            cells = " | ".join(f"{value:.3f}" for value in found[-1])
-            print(f"| {arm} | {seed} | {result['prompts']} | {cells} | {result['seconds']:.0f} |", flush=True)
+                line = f"| {arm} | {seed} | | | | diverged | | | | |"
+            print(line, flush=True)
+            if options.out:  # after each run: a stop loses none
+                write_csv(options.out, map(read_row, made))
         means = " | ".join(f"{sum(column) / len(column):.3f}" for column in zip(*found, strict=True))
         if found:
             print(f"| **{arm}** | mean | | {means} | |", flush=True)

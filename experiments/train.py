@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from experiments.diagnostics.headroom import look
 from experiments.diagnostics.overlap import only_labels, overlap, word_runs
 from experiments.page.run_page import render_report
 from experiments.run.folder import CANDIDATES, HEADROOM, METRICS, PREDICTIONS, PROMPTS, RESULT
+from experiments.run.loggers import Log, final_scores, loggers
 from experiments.run.models import save_agent
 from experiments.run.resume import begin, save
 from experiments.run.run import Run, prepare, stored_config
@@ -47,6 +49,11 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
     Raises:
         StoppedError: a signal came; the iteration was finished, and a checkpoint and a report so far were written.
     """
+    with ExitStack() as open_loggers:
+        return _train(run, quiet, resume, open_loggers)
+
+
+def _train(run: Run, quiet: bool, resume: bool, open_loggers: ExitStack) -> dict[str, Any]:
     config = run.config
     arm = ARMS[config.mode, config.frozen](run)
     done, notes = begin(run, arm, resume)
@@ -58,7 +65,8 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
         if not quiet:
             print(*seen.lines(), sep="\n", file=sys.stderr, flush=True)
     progress = Progress(run.steps, run.reward.metric, quiet, done)
-    record = Record(run)
+    log = open_loggers.enter_context(loggers(config, run.folder, done))
+    record = Record(run, log)
     with Signals() as signals:
         for number in range(done + 1, run.steps + 1):
             iteration = record.timed(number, arm)
@@ -76,6 +84,7 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
     run.folder.write_rows(CANDIDATES, candidates)
     run.folder.write_rows(PREDICTIONS, predictions)
     run.folder.write_json(RESULT, result)
+    log(run.steps, final_scores(result))
     run.folder.write_text("report.html", render_report(run.folder.path, run.reward.metric))
     return result
 
@@ -88,10 +97,10 @@ def _fallbacks(run: Run) -> list[str]:
 
 
 class Record:
-    """Logs iterations: a row of metrics.jsonl for each, and a row of prompts.jsonl for every prompt."""
+    """Logs iterations: a row of metrics.jsonl for each, which `log` gets too, and one of prompts.jsonl per prompt."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, log: Log) -> None:
+        self.run, self.log = run, log
         self.inputs = word_runs(example.input for example in run.data.train)
 
     def timed(self, number: int, arm: Arm) -> Iteration:
@@ -115,6 +124,7 @@ class Record:
             decision = review.decision.value
             row |= {"anchor": decision, "review": vars(review) | {"decision": decision} | sides}
         self.run.folder.append(METRICS, [row])
+        self.log(number, row)
         columns = {"reward": rewarded.scores.tolist()}
         columns |= {name: values.tolist() for name, values in rewarded.metrics.items()}
         rows = []

@@ -143,7 +143,7 @@ MUTANTS = (
     Mutant("target: text after a stop string is kept", "rewards/local.py", "(text[: min(places)], True)", "(text, True)", "test_generation.py"),
     Mutant("target: a word's tokens scored at one position", "rewards/local.py", "logprobs[:, first + i, token]", "logprobs[:, first, token]", "test_target.py"),
     Mutant("reward: the worst of several right labels", "rewards/reward.py", "logits.clamp(min=lowest), -torch.inf)", "-logits, -torch.inf)", "test_generation.py"),
-    Mutant("rewards: any number is accepted", TR, "if rewarded.scores.shape != (count,):", "if False:", "test_trainer.py"),
+    Mutant("rewards: any number is accepted", TR, "if scores.shape != (count,):", "if False:", "test_trainer.py"),
     Mutant("packed: the head reads a slice", P, "states[0].contiguous()", "states[0]", "test_packed.py"),
     Mutant("lm: reading a context makes all logits", LM, "with _only_rows(self.model, [0]):\n", "if True:\n", "test_packed.py"),
     Mutant("cells: as many different names are enough", "tasks/cells.py", "len(own) == len(set(own)) == count", "len(set(own)) == count", "test_formats.py"),

@@ -64,6 +64,39 @@ def test_scores_carry_rows_and_intervals(run: Run) -> None:
         assert 0 <= low <= result[f"{name}_score"] <= high <= 1
 
 
+def test_the_difference_carries_its_interval(run: Run, better: str) -> None:
+    result = finish(run, better)
+    low, high = result["difference_interval"]
+    assert result["difference"] == pytest.approx(result["test_score"] - result["manual_test_score"])
+    assert 0 < low <= result["difference"] <= high and result["p"] < 0.05
+    labels = [example.answer for example in run.data.test]
+    assert result["chance"] == max(map(labels.count, run.data.words)) / len(labels)
+
+
+def test_candidates_and_predictions_add_up_to_the_scores(run: Run, better: str) -> None:
+    arm = FixedPrompt(run)
+    arm.pool.add([*JUNK, better], [1.0, 2.0, 3.0])
+    result, candidates, predictions = arm.result()
+    listed = {row["prompt"]: row for row in candidates}
+    assert set(listed) == {run.data.spec.manual_prompt, *JUNK, better}
+    assert candidates[0]["prompt"] == result["prompt"] == better
+    assert listed[better]["validation_score"] == pytest.approx(result["validation_score"])
+    assert (listed[better]["kind"], listed[better]["reward"]) == ("tuned", 3.0)
+    assert listed[run.data.spec.manual_prompt]["reward"] is None
+    assert [row["input"] for row in predictions] == [example.input for example in run.data.test]
+    assert [row["expected"] for row in predictions] == [[example.answer] for example in run.data.test]
+    for side, score in (("best", "test_score"), ("manual", "manual_test_score")):
+        right = [row[side]["answer"] in row["expected"] for row in predictions]
+        assert [row[side]["score"] for row in predictions] == right
+        assert sum(right) / len(right) == pytest.approx(result[score])
+        for row in predictions:
+            chances = row[side]["probabilities"]
+            assert (
+                sum(chances.values()) == pytest.approx(1)
+                and max(chances, key=chances.__getitem__) == row[side]["answer"]
+            )
+
+
 def test_answers_are_counted_over_the_labels(run: Run) -> None:
     spread = finish(run, *JUNK)["answers_on_test"]
     assert set(spread) == {"best", "manual", "right"}
@@ -102,7 +135,10 @@ def editing(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_an_agent_that_edits_worse_than_the_manual_prompt_is_not_the_result(editing: Run) -> None:
     # Eight tokens are too few for an instruction of the lab.
-    result = TestTimeEditing(editing).result().result
+    result, candidates, predictions = TestTimeEditing(editing).result()
+    assert candidates == [] and all(isinstance(row["best"]["prompt"], str) for row in predictions)
+    right = [row["best"]["score"] for row in predictions]
+    assert sum(right) / len(right) == pytest.approx(result["edits_test_score"])
     assert result["edits_validation_score"] < result["manual_validation_score"]
     assert (result["prompt"], result["chosen"]) == (editing.data.spec.manual_prompt, "manual")
     assert result["validation_score"] == result["manual_validation_score"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,11 @@ from typing import Any
 import pytest
 
 from appo.trainer import APPOTrainer, DivergedError, Iteration
+from experiments import train
 from experiments.compare import COLUMNS, main, parse_args
+from experiments.config import build_config
+from experiments.run.folder import read_result
+from experiments.run.results import arm_of
 
 SMALL = ["prompts=2", "threads=1", "sampling.max_new_tokens=8", "examples.test_limit=10", "pool=2", "steps=2"]
 
@@ -24,8 +30,14 @@ def rows(out: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[2:]]
 
 
+def csv_rows(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
 def test_a_row_for_each_run_and_a_mean_for_each_arm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments(tmp_path, "--arms", "anchor", "best-of-n", "--seeds", "0", "1", *SMALL)) == 0
+    out = ["--out", str(tmp_path / "results.csv")]
+    assert main(arguments(tmp_path, "--arms", "anchor", "best-of-n", "--seeds", "0", "1", *SMALL, *out)) == 0
     found = rows(capsys.readouterr().out)
     assert [row[:2] for row in found] == [
         *(["anchor", "0"], ["anchor", "1"], ["**anchor**", "mean"]),
@@ -34,6 +46,8 @@ def test_a_row_for_each_run_and_a_mean_for_each_arm(tmp_path: Path, capsys: pyte
     for one, other, mean in (found[:3], found[3:]):
         for i in range(3, 3 + len(COLUMNS)):  # each is rounded to three digits
             assert float(mean[i]) == pytest.approx((float(one[i]) + float(other[i])) / 2, abs=0.0011)
+    written = csv_rows(tmp_path / "results.csv")
+    assert [(row["arm"], row["seed"]) for row in written] == [tuple(row[:2]) for row in found if row[1] != "mean"]
 
 
 # What `make compare SEEDS=0 ARGS="steps=2"` and the like expand to.
@@ -80,10 +94,12 @@ def test_an_arm_that_diverges_is_a_row_and_the_others_go_on(
         raise DivergedError("no sound step", Iteration(collected, collected.stats()))
 
     monkeypatch.setattr(APPOTrainer, "step", diverging)  # best-of-n takes no step
-    assert main(arguments(tmp_path, "--seeds", "0", "--arms", "anchor", "best-of-n", *SMALL)) == 3
+    out = ["--out", str(tmp_path / "results.csv")]
+    assert main(arguments(tmp_path, "--seeds", "0", "--arms", "anchor", "best-of-n", *SMALL, *out)) == 3
     captured = capsys.readouterr()
     assert captured.err == "error: anchor, seed 0: no sound step\n"
     assert [row[:2] for row in rows(captured.out)] == [["anchor", "0"], ["best-of-n", "0"], ["**best-of-n**", "mean"]]
+    assert [row["finished"] for row in csv_rows(tmp_path / "results.csv")] == ["False", "True"]
     assert "diverged" in rows(captured.out)[0] and len(rows(captured.out)[0]) == len(rows(captured.out)[1])
 
 
@@ -102,3 +118,121 @@ def test_a_signal_ends_it_in_order(
     assert "Traceback" not in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["anchor-0"]
     assert list((tmp_path / "anchor-0" / "checkpoint").iterdir())
+
+
+# -- runs that exist ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs by name: two that can be compared, one of another task, one with another test split."""
+    folder = tmp_path_factory.mktemp("runs")
+    given = {
+        "appo": ["--task", "sst2"],
+        "random": ["--task", "sst2", "--seed", "0", "frozen=true"],
+        "mnli": ["--task", "mnli"],
+        "shorter": ["--task", "sst2", "examples.test_limit=5"],
+    }
+    for name, words in given.items():
+        assert train.main([*SMALL, "headroom=0", *words, "--run", str(folder / name)]) == 0
+    return {name: folder / name for name in given}
+
+
+def compared(made: dict[str, Path], *names: str, more: tuple[str, ...] = ()) -> int:
+    return main(["--runs", *(str(made[name]) for name in names), *more])
+
+
+def test_runs_that_exist_are_shown_with_intervals_and_verdict(
+    made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compared(made, "appo", "random", more=("--out", str(tmp_path / "results.csv"))) == 0
+    found, written = rows(capsys.readouterr().out), csv_rows(tmp_path / "results.csv")
+    assert [row[:7] for row in found] == [
+        [str(made["appo"]), "sst2", "anchor", "lab", "lab", "0", "2"],
+        [str(made["random"]), "sst2", "best-of-n", "lab", "lab", "0", "2"],
+    ]
+    for name, cells, row in zip(("appo", "random"), found, written, strict=True):
+        result = read_result(made[name])
+        for cell, which in ((cells[7], ""), (cells[8], "manual_")):
+            low, high = result[f"{which}test_interval"]
+            score = result[f"{which}test_score"]
+            assert cell == f"{score:.3f} ({low:.3f} to {high:.3f}, n = 10)"
+            written_ends = [float(row[f"{which}test_{end}"]) for end in ("score", "low", "high")]
+            assert written_ends == [score, low, high]
+        assert cells[9] == row["verdict"] == result["verdict"]
+        assert (row["test_rows"], row["steps"], row["finished"]) == ("10", "2", "True")
+    assert written[0]["test"] == written[1]["test"]
+
+
+def test_a_run_that_is_not_finished_is_marked(
+    made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = Path(shutil.copytree(made["appo"], tmp_path / "begun|half"))
+    (begun / "best_prompt.json").unlink()
+    (begun / "metrics.jsonl").write_text('{"iteration": 1}\n', encoding="utf-8")
+    assert compared(made | {"begun": begun}, "begun", "random", more=("--out", str(tmp_path / "a.csv"))) == 0
+    table = capsys.readouterr().out.replace("begun\\|half", "begun")
+    assert rows(table)[0][1:] == ["sst2", "anchor", "lab", "lab", "0", "1", "", "", "unfinished"]
+    assert [(row["finished"], row["test_score"] == "") for row in csv_rows(tmp_path / "a.csv")] == [
+        ("False", True),
+        ("True", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "fragment"),
+    [
+        (("appo", "mnli"), "mnli has another task (mnli) than "),
+        (("appo", "shorter"), "shorter has another test split or template than "),
+    ],
+)
+def test_runs_with_different_tests_are_refused_unless_they_are_shown_apart(
+    names: tuple[str, str], fragment: str, made: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compared(made, *names) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert fragment in captured.err and "--separate" in captured.err
+    assert compared(made, *names, more=("--separate",)) == 0
+    tables = capsys.readouterr().out.split("\n\n")
+    assert [[row[0] for row in rows(table)] for table in tables] == [[str(made[name])] for name in names]
+
+
+def test_runs_are_shown_in_the_order_given_and_grouped_where_they_belong(
+    made: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compared(made, "appo", "mnli", "random", more=("--separate",)) == 0
+    tables = capsys.readouterr().out.split("\n\n")
+    assert [[Path(row[0]).name for row in rows(table)] for table in tables] == [["appo", "random"], ["mnli"]]
+
+
+@pytest.mark.parametrize(
+    ("given", "fragment"),
+    [
+        (["--runs", "no-such-folder"], "'no-such-folder' holds no config.yaml; expected the folder of a run"),
+        (["--runs", "a", "--task", "sst2"], "--runs shows runs that exist; it goes with --separate and --out only"),
+        (["--runs", "a", "--seeds", "0"], "--runs shows runs that exist"),
+        (["--separate"], "--separate goes with --runs only"),
+    ],
+)
+def test_mistakes_with_runs_are_one_clear_line(
+    given: list[str], fragment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and fragment in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("assignments", "arm"),
+    [
+        ([], "anchor"),
+        (["appo.reference=none"], "none"),
+        (["frozen=true"], "best-of-n"),
+        (["mode=tte"], "tte"),
+        (["mode=tte", "appo.reference=initial"], "tte, initial"),
+        (["mode=tte", "frozen=true"], "tte-untrained"),
+    ],
+)
+def test_a_run_has_the_name_of_its_arm(assignments: list[str], arm: str) -> None:
+    assert arm_of(build_config(assignments=assignments)) == arm

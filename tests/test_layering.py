@@ -49,6 +49,8 @@ PLACES = {
     "torch": {"appo", "rewards", "experiments"},
     "tokenizers": {"experiments/lab"},
     "gguf": {"experiments/weights.py"},  # an extra
+    "wandb": {"experiments/run/loggers.py"},  # an extra
+    "huggingface_hub": {"experiments/run/hub.py"},
     "numpy": {"experiments/run/statistics.py"},
 }
 

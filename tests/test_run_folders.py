@@ -13,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments import evaluate, prompt, report, train
+from experiments import compare, evaluate, prompt, push, report, train
 from experiments.run.folder import read_jsonl
 from rewards.reward import ClassificationReward, RewardResult
 
@@ -42,6 +42,8 @@ COMMANDS: dict[str, Callable[[Path], int]] = {
     "prompt": lambda folder: prompt.main(["--run", str(folder), "--input", "a", "--answer"]),
     "resume": lambda folder: train.main(["--run", str(folder), "--resume", "--steps", "3"]),
     "report": lambda folder: report.main([str(folder)]),
+    "compare": lambda folder: compare.main(["--runs", str(folder)]),
+    "push": lambda folder: push.main(["--run", str(folder), "--repo", "me/agent", "--dry-run"]),
 }
 
 
@@ -87,9 +89,10 @@ def file_for_folder(name: str) -> Callable[[Path], object]:
     return change
 
 
-ALL = ("evaluate", "prompt", "resume", "report")
-USE = ("evaluate", "prompt")
-READ = ("evaluate", "prompt", "report")
+ALL = ("evaluate", "prompt", "resume", "report", "compare", "push")
+STRICT = ("evaluate", "prompt", "resume", "compare", "push")
+USE = ("evaluate", "prompt", "push")
+READ = ("evaluate", "prompt", "report", "compare", "push")
 DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {  # damage, who refuses it, what is named
     "no config": (lambda folder: (folder / "config.yaml").unlink(), ALL, "holds no config.yaml"),
     "empty config": (write("config.yaml", ""), ALL, "config.yaml: expected keys and values, found NoneType"),
@@ -97,8 +100,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {  #
     "config not in UTF-8": (write("config.yaml", b"task: caf\xe9\n"), ALL, "config.yaml: cannot be read"),
     "config that is a list": (write("config.yaml", "- 1\n"), ALL, "expected keys and values, found list"),
     "config nested deeply": (write("config.yaml", "a: " + "[" * 9_000), ALL, "config.yaml: not YAML"),
-    "config with an unknown key": (config(taks=1), ("evaluate", "prompt", "resume"), "config.yaml: unknown key 'taks'"),
-    "config with a wrong value": (config(prompts=-1), ("evaluate", "prompt", "resume"), "config.yaml: prompts is -1"),
+    "config with an unknown key": (config(taks=1), STRICT, "config.yaml: unknown key 'taks'"),
+    "config with a wrong value": (config(prompts=-1), STRICT, "config.yaml: prompts is -1"),
     "result that is empty": (write("best_prompt.json", "{}"), READ, "best_prompt.json: 'task' is missing"),
     "result that is a list": (write("best_prompt.json", "[]"), READ, "best_prompt.json: expected a JSON object"),
     "result that is no JSON": (write("best_prompt.json", "{"), READ, "best_prompt.json: not JSON"),
@@ -109,7 +112,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {  #
     "no result": (lambda folder: (folder / "best_prompt.json").unlink(), USE, "holds no best_prompt.json"),
     "agent that is a file": (file_for_folder("agent"), USE, "holds no folder 'agent'"),
     "no agent": (lambda folder: shutil.rmtree(folder / "agent"), USE, "holds no folder 'agent'"),
-    "metrics that are no JSON": (write("metrics.jsonl", "{}\nx\n"), ("report", "resume"), "metrics.jsonl"),
+    "metrics that are no JSON": (write("metrics.jsonl", "{}\nx\n"), ("report", "resume", "compare"), "metrics.jsonl"),
     "checkpoint that is a file": (file_for_folder("checkpoint"), ("resume",), "no checkpoint in"),
 }
 
@@ -126,7 +129,7 @@ def test_a_damaged_folder_is_refused_in_one_line(damage: str, folder: Path, caps
 @pytest.mark.parametrize("folder", ["tte"], indirect=True)
 def test_a_config_of_another_mode_than_the_result_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write("config.yaml", "{}")(folder)
-    for command in USE:
+    for command in (*USE, "compare"):
         code, error = said(command, folder, capsys)
         assert code == 2 and "config.yaml says mode fixed, but" in error, (command, code, error)
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from experiments.run.statistics import compared, interval, paired_p, spread, wilson
+from experiments.run.statistics import compared, interval, paired_interval, paired_p, spread, wilson
 
 scores = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30)
 
@@ -26,6 +27,40 @@ scores = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30)
 )
 def test_wilson_equals_the_published_table(right: int, n: int, low: float, high: float) -> None:
     assert wilson(right, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(1, 3000), st.floats(0, 1))
+def test_wilson_equals_scipy(n: int, share: float) -> None:
+    right = round(share * n)
+    theirs = stats.binomtest(right, n).proportion_ci(method="wilson")
+    assert wilson(right, n) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_mcnemar_equals_scipy(only_one: int, only_other: int) -> None:
+    one, other = [1.0] * only_one + [0.0] * only_other + [1.0], [0.0] * only_one + [1.0] * only_other + [1.0]
+    theirs = stats.binomtest(only_one, only_one + only_other).pvalue if only_one + only_other else 1.0
+    assert paired_p(one, other) == pytest.approx(theirs, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["binary", "real"])
+def test_the_interval_of_a_difference_is_near_scipys_bootstrap(kind: str) -> None:
+    rng = np.random.default_rng(3)
+    one, other = rng.beta(3, 2, 400), rng.beta(2, 2, 400)
+    if kind == "binary":
+        one, other = (one > 0.5).astype(float), (other > 0.5).astype(float)
+    theirs = stats.bootstrap((one - other,), np.mean, n_resamples=20_000, method="percentile", rng=4)
+    expected = (theirs.confidence_interval.low, theirs.confidence_interval.high)
+    width = expected[1] - expected[0]
+    assert paired_interval(one.tolist(), other.tolist()) == pytest.approx(expected, abs=0.06 * width)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=30))
+def test_the_interval_of_a_difference_turns_with_its_sides(pairs: list[tuple[float, float]]) -> None:
+    one, other = [a for a, _ in pairs], [b for _, b in pairs]
+    low, high = paired_interval(one, other)
+    assert (-high, -low) == pytest.approx(paired_interval(other, one), abs=1e-9)
+    assert low - 1e-9 <= np.mean(np.subtract(one, other)) + (high - low) and low <= high
 
 
 @given(scores)

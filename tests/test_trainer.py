@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -148,6 +150,28 @@ def test_another_number_of_rewards_than_prompts_is_refused(given: list[float] | 
     with pytest.raises(ValueError, match=r"the reward function gave rewards of shape .*, not \[8\]"):
         step(trainer, lambda prompts: given)
     assert torch.equal(flat(trainer), before) and len(trainer.buffer) == 0
+
+
+@pytest.mark.parametrize("given", [None, "0.5", ["a"] * 8, [None] * 8, {"a": 1.0}, iter([0.5] * 8), [[0.5], [1, 2]]])
+def test_rewards_that_are_no_numbers_are_refused(given: Any) -> None:
+    trainer = make()
+    before = flat(trainer)
+    with pytest.raises(TypeError, match=r"the reward function gave .*, not a number for each of 8 prompts"):
+        next(trainer.fit(queries(trainer), lambda prompts: given, 1, 4))
+    assert torch.equal(flat(trainer), before) and len(trainer.buffer) == 0
+
+
+def given_numbers() -> list[Any]:
+    """The same eight rewards in every form that is accepted."""
+    values = [i / 8 for i in range(8)]
+    forms = [values, tuple(values), torch.tensor(values), torch.tensor(values).numpy(), torch.tensor(values).double()]
+    return [*forms, [torch.tensor(value) for value in values], SimpleNamespace(scores=values)]
+
+
+@pytest.mark.parametrize("given", given_numbers(), ids=lambda given: type(given).__name__)
+def test_rewards_may_come_in_any_form_that_torch_reads(given: Any) -> None:
+    found = make()
+    assert step(found, lambda prompts: given)["reward_max"] == 7 / 8
 
 
 def test_exploring_changes_no_weight() -> None:

@@ -29,7 +29,9 @@ DEFAULT_PRESETS = {  # (the lab's agent, mode tte) -> name
     (False, True): "tte",
 }
 MAX_THREADS = 1024  # torch crashes if the system cannot start as many as asked
-RESUMABLE = ("steps", "epochs", "run", "checkpoint_every", "trust_remote_code")  # what may change on a resume
+RESUMABLE = (  # what may change on a resume
+    *("steps", "epochs", "run", "checkpoint_every", "trust_remote_code", "tensorboard", "wandb"),
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class RunConfig:
     headroom: int = 16  # prompts of the untrained agent that are scored before training; 0: no such check
     frozen: bool = False  # True: never update the agent, that is, best-of-N sampling; the control arm
     checkpoint_every: int = 10  # iterations between checkpoints; a stop by signal and the end of a run write one too
+    tensorboard: bool = False  # log to TensorBoard too, in the run's folder; needs the extra `tensorboard`
+    wandb: str | None = None  # log to this project of Weights & Biases too; null: do not; needs the extra `wandb`
     device: str = "auto"  # auto: cuda where there is one, else cpu
     dtype: Dtype = "auto"  # of the agent's arithmetic; weights stay float32. auto: bfloat16 on a GPU, float32 on a CPU
     target_dtype: Dtype = "auto"  # of the frozen target. auto: bfloat16 where the device has instructions for it
@@ -97,6 +101,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         _at_least(self, seed=0, epochs=1, steps=1, prompts=1, pool=1, checkpoint_every=1, threads=1)
         _at_least(self, few_shot=0, headroom=0)
+        if self.wandb == "":
+            raise ValueError("wandb is ''; expected the name of a project, or null")
         if self.threads > MAX_THREADS:
             raise ValueError(f"threads is {self.threads}; expected at most {MAX_THREADS}")
 

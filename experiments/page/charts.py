@@ -55,7 +55,8 @@ class Scale(NamedTuple):
 
 def ticks(low: float, high: float) -> list[float]:
     """Round numbers, 1, 2 or 5 times a power of ten apart, from at most `low` to at least `high`."""
-    wide = high - low if high - low > 1e-12 * max(abs(low), abs(high)) else max(abs(high), 1.0)
+    smallest = max(1e-12 * max(abs(low), abs(high)), 1e-300)  # what the sum of two ticks can still show
+    wide = high - low if high - low > smallest else max(abs(high), 1.0)
     rough = wide / TICKS
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(step for factor in (1, 2, 5, 10) if (step := factor * power) >= rough * (1 - 1e-9))

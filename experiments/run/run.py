@@ -20,6 +20,7 @@ from experiments.config import RunConfig, data_source, read_config
 from experiments.config.strict import ConfigError
 from experiments.run.fingerprint import Fingerprint, fingerprint
 from experiments.run.folder import CONFIG, RESULT, RunFolder, RunFolderError, read_result
+from experiments.run.loggers import check_extras
 from experiments.run.models import ModelError, load_model
 from rewards.local import LocalTarget
 from rewards.reward import ClassificationReward, GenerationReward, Reward
@@ -87,17 +88,27 @@ def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
     Raises:
         RunFolderError: the folder holds no finished run, or files of two different ones.
     """
+    config, _ = finished(folder)
+    agent = folder / "agent"
+    if not agent.is_dir():
+        raise RunFolderError(f"{str(folder)!r} holds no folder 'agent'; expected the folder of a finished run")
+    config = replace(config, agent=str(agent.absolute()), trust_remote_code=trust_remote_code)
+    return _assemble(config, RunFolder(folder, new=False))
+
+
+def finished(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """The configuration and the result of a finished run.
+
+    Raises:
+        RunFolderError: the folder holds no finished run, or files of two different ones.
+    """
     config, result = stored_config(folder), read_result(folder)
     if result["mode"] != config.mode:
         raise RunFolderError(
             f"{folder / CONFIG} says mode {config.mode}, but {folder / RESULT} comes from a run in mode "
             f"{result['mode']}"
         )
-    agent = folder / "agent"
-    if not agent.is_dir():
-        raise RunFolderError(f"{str(folder)!r} holds no folder 'agent'; expected the folder of a finished run")
-    config = replace(config, agent=str(agent.absolute()), trust_remote_code=trust_remote_code)
-    return _assemble(config, RunFolder(folder, new=False))
+    return config, result
 
 
 def stored_config(folder: Path) -> RunConfig:
@@ -114,6 +125,7 @@ def stored_config(folder: Path) -> RunConfig:
 
 def prepare(config: RunConfig, resume: bool = False) -> Run:
     """Loads data and models, and refuses what cannot work, before anything is written."""
+    check_extras(config)
     folder = Path(config.run or f"runs/{Path(config.task).stem}-{datetime.now():%Y%m%d-%H%M%S}")
     return _assemble(config, RunFolder(folder, new=not resume))
 

@@ -1,0 +1,42 @@
+"""Uploads the agent of a finished run to the Hugging Face hub, with a model card written from the run.
+
+    appo push --run runs/mnli-... --repo me/mnli-agent --dry-run      write the card, list what would be uploaded
+    appo push --run runs/mnli-... --repo me/mnli-agent --private
+
+The card is agent/README.md in the run's folder. One that is there is left as it is: complete it, say with a licence,
+between the dry run and the upload. The token is the one of `hf auth login`, or HF_TOKEN.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.run.hub import CARD, upload, write_card
+from experiments.terminal.command import Parser, in_order
+from tasks.errors import printable
+
+
+@in_order
+def main(argv: Sequence[str]) -> int:
+    """Writes the card and uploads the agent, or lists its files; returns the exit code."""
+    parser = Parser(prog="appo push", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the agent's name on the hub")
+    parser.add_argument("--private", action="store_true", help="create it so that only its owner sees it")
+    parser.add_argument("--dry-run", action="store_true", help="write the card and list the files, without a network")
+    options = parser.parse_args(argv)
+    agent = options.run / "agent"
+    kept = "" if write_card(options.run, options.repo) else "; it was there already, and is left as it is"
+    print(f"card: {printable(str(agent / CARD))}{kept}", file=sys.stderr)
+    if options.dry_run:
+        for path in sorted(path for path in agent.rglob("*") if path.is_file()):
+            print(f"{path.stat().st_size:>12,}  {printable(str(path.relative_to(agent)))}")
+        return 0
+    print(upload(agent, options.repo, options.private))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

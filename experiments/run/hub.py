@@ -1,0 +1,67 @@
+"""Uploads the agent that a run saved to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from experiments.run.card import HUB_ID, model_card
+from experiments.run.files import write_whole
+from experiments.run.folder import RunFolderError
+from experiments.run.run import finished
+
+CARD = "README.md"
+
+
+class PushError(ValueError):
+    """The hub cannot be reached, or refuses the upload."""
+
+
+def write_card(run: Path, repo: str) -> bool:
+    """Writes the card of a run's agent beside its weights, unless one is there; returns whether it did.
+
+    Raises:
+        PushError: `repo` is not of the form OWNER/NAME.
+        RunFolderError: the folder holds no finished run.
+    """
+    if not HUB_ID.fullmatch(repo):
+        raise PushError(f"the name on the hub is {repo!r}; expected OWNER/NAME, of letters, digits, '-', '_' and '.'")
+    config, result = finished(run)
+    agent = run / "agent"
+    if not agent.is_dir():
+        raise RunFolderError(f"{str(run)!r} holds no folder 'agent'; expected the folder of a finished run")
+    if (agent / CARD).is_file():
+        return False
+    chat = _has_chat_template(agent) if config.agent_chat is None else config.agent_chat
+    write_whole(agent / CARD, model_card(config, result, repo, chat))
+    return True
+
+
+def _has_chat_template(agent: Path) -> bool:
+    """Whether the agent's tokenizer has a chat template: a file of its own, or in the tokenizer's configuration."""
+    if (agent / "chat_template.jinja").is_file():
+        return True
+    try:
+        return "chat_template" in json.loads((agent / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def upload(agent: Path, repo: str, private: bool = False) -> str:
+    """Uploads a folder as a model, which is created if need be; returns its address.
+
+    Raises:
+        PushError: there is no token, no network, or no right to write there.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        raise PushError("there is no token for the hub; run `hf auth login`, or set HF_TOKEN")
+    hub = HfApi()
+    try:
+        address = hub.create_repo(repo, private=private or None, exist_ok=True)
+        hub.upload_folder(repo_id=repo, folder_path=agent, commit_message="Upload an agent of StablePrompt")
+    except Exception as error:  # whatever the client and its network library raise
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise PushError(f"cannot upload to {repo}: {reason}") from error
+    return str(address)

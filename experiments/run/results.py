@@ -1,0 +1,125 @@
+"""Runs side by side: a row for each, read from its folder, and all rows as a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.config import RunConfig
+from experiments.run.files import write_whole
+from experiments.run.fingerprint import Fingerprint
+from experiments.run.folder import METRICS, RESULT, read_jsonl
+from experiments.run.run import finished, stored_config
+from tasks.catalogue import load_spec
+
+NOT_THE_TEST = {"train rows", "validation rows", "manual prompt"}  # parts of a task that do not alter its test
+UNFINISHED = "unfinished"
+COPIED = (  # from the result into the row, under the same name
+    *("task", "metric", "test_rows", "test_score", "manual_test_score", "validation_rows", "validation_score"),
+    *("chosen", "verdict"),
+)
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """What a run did and found; None where it is not finished."""
+
+    run: str
+    task: str
+    mode: str
+    arm: str
+    agent: str
+    target: str
+    seed: int
+    steps: int  # iterations done
+    finished: bool
+    metric: str | None = None
+    test_rows: int | None = None
+    test_score: float | None = None
+    test_low: float | None = None  # ends of the 95 % interval
+    test_high: float | None = None
+    manual_test_score: float | None = None
+    manual_test_low: float | None = None
+    manual_test_high: float | None = None
+    validation_rows: int | None = None
+    validation_score: float | None = None
+    chosen: str | None = None  # what the result is: manual, tuned, few-shot or edits
+    verdict: str = UNFINISHED
+    test: str | None = None  # names the test: equal for runs that were scored on the same one
+
+
+def read_row(folder: Path) -> RunRow:
+    """The row of a run, finished or not.
+
+    Raises:
+        RunFolderError, ConfigError: the folder holds no run, or a file in it is not what a run writes.
+        TaskError: the run is not finished, and its task is not known here.
+    """
+    config = stored_config(folder)
+    metrics = folder / METRICS
+    steps = len(read_jsonl(metrics)) if metrics.is_file() else 0
+    begun: dict[str, Any] = {name: getattr(config, name) for name in ("mode", "agent", "target", "seed")}
+    begun |= {"run": str(folder), "arm": arm_of(config), "steps": steps}
+    if not (folder / RESULT).is_file():
+        return RunRow(**begun, task=load_spec(config.task).name, finished=False)
+    _, result = finished(folder)
+    ends = [("test_low", "test_high"), ("manual_test_low", "manual_test_high")]
+    intervals = zip(ends, (result["test_interval"], result["manual_test_interval"]), strict=True)
+    return RunRow(
+        **begun,
+        **{name: end for names, found in intervals for name, end in zip(names, found, strict=True)},
+        **{name: result[name] for name in COPIED},
+        finished=True,
+        test=_test(result.get("fingerprint")),
+    )
+
+
+def arm_of(config: RunConfig) -> str:
+    """The name of the way in which a run looks for prompts, as `appo compare --arms` has it."""
+    if config.frozen:
+        return "tte-untrained" if config.mode == "tte" else "best-of-n"
+    reference = config.appo.reference
+    if config.mode == "tte":
+        return "tte" if reference == "anchor" else f"tte, {reference}"
+    return reference
+
+
+def _test(fingerprint: Fingerprint | None) -> str:
+    """A short name of what a run was tested on: the test rows and how they are put to the target."""
+    parts = {name: hashed for name, hashed in (fingerprint or {}).items() if name not in NOT_THE_TEST}
+    return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()[:8]
+
+
+def grouped(rows: Sequence[RunRow]) -> list[list[RunRow]]:
+    """The rows in groups whose scores can be compared; an unfinished run joins the first group of its task."""
+    groups: list[list[RunRow]] = []
+    for row in sorted(rows, key=lambda row: not row.finished):  # the sort keeps the order of equals
+        like = (group for group in groups if _comparable(group[0], row))
+        group = next(like, None)
+        if group is None:
+            groups.append([row])
+        else:
+            group.append(row)
+    return groups
+
+
+def _comparable(one: RunRow, other: RunRow) -> bool:
+    return one.task == other.task and (one.test == other.test or not (one.finished and other.finished))
+
+
+def write_csv(path: Path, rows: Iterable[RunRow]) -> None:
+    """Writes the rows as a CSV file with a header.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(RunRow.__dataclass_fields__), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    write_whole(path, text.getvalue())
