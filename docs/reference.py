@@ -1,4 +1,4 @@
-"""Writes the two pages that are generated: docs/configuration.md and docs/api.md.
+"""Writes the two pages that are generated, docs/configuration.md and docs/api.md, and line numbers in docs/house.md.
 
     python docs/reference.py
 
@@ -200,12 +200,13 @@ Letters in shapes: B responses, Q query tokens, T response tokens, V vocabulary,
 def api() -> str:
     """The page docs/api.md."""
     parts = [API, "\n## appo\n", "\nThese names are imported from `appo` itself.\n"]
-    package = Module("appo/__init__.py")
-    for node in package.tree.body:
-        if isinstance(node, ast.ImportFrom):
-            module = Module(f"{(node.module or '').replace('.', '/')}.py")
+    imports = [node for node in ast.walk(Module("appo/__init__.py").tree) if isinstance(node, ast.ImportFrom)]
+    shown = set()
+    for node in imports:
+        if node.module and node.module.startswith("appo."):
+            module = Module(f"{node.module.replace('.', '/')}.py")
             parts += [entry(module, alias.name) for alias in node.names]
-    shown = {alias.name for node in package.tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+            shown |= {alias.name for alias in node.names}
     paths = ["appo/functional.py", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "appo/lm").glob("*.py"))]
     paths += [f"rewards/{name}.py" for name in ("reward", "target", "local", "functional")]
     paths += sorted({str(p.relative_to(ROOT)) for p in (ROOT / "rewards").glob("*.py")} - set(paths))
@@ -319,10 +320,24 @@ def docstring(node: ast.AST) -> str:
 PAGES = {"configuration.md": configuration, "api.md": api}
 
 
+def renumbered(page: str) -> str:
+    """A page whose places, such as `file.py:12` `name`, have the lines at which the names are defined now."""
+
+    def place(found: re.Match[str]) -> str:
+        path, line, gap, name = found.groups()
+        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+        at = [n for n, text in enumerate(lines, 1) if re.match(rf"\s*(def|class) {name}\b", text)]
+        return f"`{path}:{min(at, key=lambda n: abs(n - int(line)), default=line)}`{gap}`{name}`"
+
+    return re.sub(r"`([\w/]+\.py):(\d+)`(\s+)`(\w+)`", place, page)
+
+
 def main() -> None:
-    """Writes both pages."""
+    """Writes both pages, and the line numbers in docs/house.md."""
     for name, make in PAGES.items():
         (ROOT / "docs" / name).write_text(make(), encoding="utf-8")
+    house = ROOT / "docs" / "house.md"
+    house.write_text(renumbered(house.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

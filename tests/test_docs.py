@@ -64,7 +64,7 @@ def spans(page: Path) -> list[str]:
 def test_a_name_is_defined_where_the_house_says(file: str, line: str, name: str) -> None:
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     found = [n for n, text in enumerate(lines, 1) if re.match(rf"\s*(def|class) {name}\b", text)]
-    assert int(line) in found, f"{file}: {name} is at {found}"
+    assert int(line) in found, f"{file}: {name} is at {found}; run `python docs/reference.py`"
 
 
 def anchors(page: Path) -> set[str]:
@@ -178,9 +178,8 @@ def check_appo(words: list[str]) -> None:
     except Parsed as parsed:
         options = vars(*parsed.args)
         if name == "train":
-            assignments, file = options.pop("assignments"), options.pop("config")
-            options.pop("resume")
-            build_config(options, file, assignments)
+            keys = {key: value for key, value in options.items() if key in RunConfig.__dataclass_fields__}
+            build_config(keys, options["config"], options["assignments"])
     except SystemExit as end:  # --help
         assert end.code == 0
     else:
