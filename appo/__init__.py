@@ -7,15 +7,20 @@
     for iteration in trainer.fit([policy.query("Write a question.", "")], reward_fn, steps=50):
         print(iteration.stats["reward_mean"], iteration.collected.prompts[0])
 
-The maths is in `appo.functional`; start reading there.
+The maths is in `appo.functional`; start reading there. A name is loaded when it is first used: torch takes seconds, and
+a command that only reads settings needs none of it.
 """
 
-from appo.anchor import Anchor, AnchorDecision, KLController, decide
-from appo.config import AnchorConfig, APPOConfig, SamplingConfig
-from appo.lm.model import CausalLM, ContextTooLongError
-from appo.policy import Policy
-from appo.rollout import Batch, Query, Rollout, Scored
-from appo.trainer import AnchorReview, APPOTrainer, DivergedError, Iteration
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from appo.anchor import Anchor, AnchorDecision, KLController, decide
+    from appo.config import AnchorConfig, APPOConfig, SamplingConfig
+    from appo.lm.model import CausalLM, ContextTooLongError
+    from appo.policy import Policy
+    from appo.rollout import Batch, Query, Rollout, Scored
+    from appo.trainer import AnchorReview, APPOTrainer, DivergedError, Iteration
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,3 +28,20 @@ __all__ = [
     "ContextTooLongError", "DivergedError", "Iteration", "KLController", "Policy", "Query", "Rollout",
     "SamplingConfig", "Scored", "decide",
 ]  # fmt: skip
+
+_HOMES = {
+    "anchor": ("Anchor", "AnchorDecision", "KLController", "decide"),
+    "config": ("APPOConfig", "AnchorConfig", "SamplingConfig"),
+    "lm.model": ("CausalLM", "ContextTooLongError"),
+    "policy": ("Policy",),
+    "rollout": ("Batch", "Query", "Rollout", "Scored"),
+    "trainer": ("APPOTrainer", "AnchorReview", "DivergedError", "Iteration"),
+}  # module -> public names
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from the module that defines it."""
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,15 +11,18 @@ import reprlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from experiments.config import RunConfig, read_config
 from experiments.run.files import write_whole, writing
 
 LOCK = ".lock"  # names the process that is using a run's folder
 CONFIG, RESULT, HEADROOM = "config.yaml", "best_prompt.json", "headroom.json"
+SO_FAR = "best_so_far.json"  # of a run that was stopped
 SCORES = tuple(f"{which}{split}" for which in ("", "manual_") for split in ("validation", "test"))
 UNBEGUN = {LOCK, f"{CONFIG}.part"}  # all that a run leaves if killed before it wrote its configuration
 NUMBER = (int, float, type(None))  # a score; None where it was not finite
@@ -130,6 +133,10 @@ class RunFolder:
         for path, size in paths.items():
             os.truncate(path, size)
 
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there."""
+        (self.path / name).unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Removes the .jsonl files, for a run that begins anew."""
         for path in self.path.glob("*.jsonl"):
@@ -153,6 +160,23 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """
     with path.open("rb") as lines:  # not str.splitlines, which also breaks at \u2028 and the like
         return [_object(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.endswith(b"\n")]
+
+
+def new_folder(config: RunConfig) -> Path:
+    """The folder that a run of this configuration writes into."""
+    return Path(config.run or f"runs/{Path(config.task).stem}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def stored_config(folder: Path) -> RunConfig:
+    """The configuration that a run left in its folder.
+
+    Raises:
+        RunFolderError: there is none.
+        ConfigError: it is not what a run writes.
+    """
+    if not (folder / CONFIG).is_file():
+        raise RunFolderError(f"{str(folder)!r} holds no {CONFIG}; expected the folder of a run")
+    return read_config(folder / CONFIG)
 
 
 def read_result(folder: Path) -> dict[str, Any]:
