@@ -89,6 +89,15 @@ class RunFolder:
         """One JSON object as a file of its own; NaN and infinity become null."""
         self.write_text(name, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """What `write_json` wrote; None if the file is not there.
+
+        Raises:
+            RunFolderError: the file holds anything else.
+        """
+        path = self.path / name
+        return _object(path.read_bytes(), str(path)) if path.is_file() else None
+
     def write_text(self, name: str, text: str) -> None:
         """A file of text, such as the report."""
         write_whole(self.path / name, text)
