@@ -29,19 +29,9 @@ __all__ = [
     "SamplingConfig", "Scored", "decide",
 ]  # fmt: skip
 
-_HOMES = {
-    "anchor": ("Anchor", "AnchorDecision", "KLController", "decide"),
-    "config": ("APPOConfig", "AnchorConfig", "SamplingConfig"),
-    "lm.model": ("CausalLM", "ContextTooLongError"),
-    "policy": ("Policy",),
-    "rollout": ("Batch", "Query", "Rollout", "Scored"),
-    "trainer": ("APPOTrainer", "AnchorReview", "DivergedError", "Iteration"),
-}  # module -> public names
-
 
 def __getattr__(name: str) -> Any:
-    """A public name, from the module that defines it."""
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    modules = (import_module(f"appo.{part}") for part in ("config", "lm.model", "rollout", "trainer"))
+    return next(getattr(module, name) for module in modules if hasattr(module, name))

@@ -210,8 +210,8 @@ class APPOTrainer:
     def _rounded_alike(self, rollout: Rollout) -> Rollout:
         """The rollout with log-probabilities and values from one pass over all its tokens, as in the loss.
 
-        In low precision those of sampling, token by token, are rounded otherwise (by 0.03 nats a token in bfloat16, with
-        SmolLM2-135M): ratios would not start at 1, and the KL to the anchor not at 0.
+        In low precision those of sampling, token by token, are rounded otherwise (by 0.03 nats a token in bfloat16,
+        with SmolLM2-135M): ratios would not start at 1, and the KL to the anchor not at 0.
         """
         now = self.policy.evaluate(rollout)
         return replace(rollout, logprobs=now.logprobs, values=now.values)

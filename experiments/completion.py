@@ -1,7 +1,7 @@
 """Prints a script that completes the commands of `appo`, and files behind them.
 
-    eval "$(appo completion bash)"        in ~/.bashrc
-    eval "$(appo completion zsh)"         in ~/.zshrc, after compinit
+eval "$(appo completion bash)"        in ~/.bashrc
+eval "$(appo completion zsh)"         in ~/.zshrc, after compinit
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ def _table(title: str, names: Sequence[str], about: bool = False) -> Iterator[st
         spec = load_spec(name)
         places = {"lab": (LAB_DIR / "data" / name).is_dir(), "hub": bool(spec.hub)}
         data = " ".join(place for place in places if places[place]) or "files"
-        line = f"  {name:<{wide}}{spec.kind:<9}{spec.metric:<14}{data:<9}{spec.description.partition(' (')[0] if about else ''}"
-        yield clip(line.rstrip(), WIDTH)
+        asked = spec.description.partition(" (")[0] if about else ""
+        yield clip(f"  {name:<{wide}}{spec.kind:<9}{spec.metric:<14}{data:<9}{asked}".rstrip(), WIDTH)
 
 
 def show(name: str, source: str) -> Iterator[str]:

@@ -9,7 +9,7 @@
 Any key of the configuration is set by its dotted name; preset=NAME sets many. --show-config lists all keys.
 
 Writes a folder: config.yaml, metrics.jsonl (a row per iteration), prompts.jsonl (a row per scored prompt),
-best_prompt.json and report.html. The test split is read once, at the end. A run that is stopped leaves best_so_far.json.
+best_prompt.json and report.html. The test split is read once, at the end. A stopped run leaves best_so_far.json.
 """
 
 from __future__ import annotations

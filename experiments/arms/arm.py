@@ -101,7 +101,7 @@ class Arm(ABC):
         return replace(iteration, review=self.trainer.review_anchor(question.queries, score, question.copies))
 
     def best_so_far(self) -> dict[str, Any] | None:
-        """What best_so_far.json holds if the run is stopped; None where there is no single prompt. Reads no test row."""
+        """What best_so_far.json of a stopped run holds; None where there is no single prompt. Reads no test row."""
         return None
 
     def state_dict(self) -> dict[str, Any]:

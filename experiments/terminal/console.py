@@ -77,7 +77,8 @@ class Progress:
         seconds, self._before = now - self._before, now
         left = self._steps - iteration
         if iteration == self._timed and left > 1 and not self._quiet:
-            self.say(f"about {duration(seconds * left)} left: {left} iterations of {seconds:.2g} s, then the test split")
+            time_left = duration(seconds * left)
+            self.say(f"about {time_left} left: {left} iterations of {seconds:.2g} s, then the test split")
 
     def close(self) -> None:
         """Leaves the bar as it stands, and nothing below it."""
@@ -128,8 +129,9 @@ def stopped(folder: Path, kept: Path, found: Mapping[str, Any] | None) -> str:
     lines = []
     if found:
         scores = " and ".join(_score(found, f"{which}validation") for which in ("", "manual_"))
+        rows = f"{found['validation_rows']} validation rows"
         lines.append(f"best prompt so far: {found['prompt']}")
-        lines.append(f"  {found['metric']} on {found['validation_rows']} validation rows, and of the manual prompt: {scores}")
+        lines.append(f"  its {found['metric']} on {rows}, and that of the manual prompt: {scores}")
         lines.append(f"  kept in {kept}; the test split was not read")
     lines.append(f"to go on: {our_command('train', '--run', str(folder), '--resume')}")
     return "\n".join(lines)
