@@ -1,7 +1,9 @@
 """Prints a script that completes the commands of `appo`, and files behind them.
 
-eval "$(appo completion bash)"        in ~/.bashrc
-eval "$(appo completion zsh)"         in ~/.zshrc, after compinit
+    eval "$(appo completion bash)"        in ~/.bashrc
+    eval "$(appo completion zsh)"         in ~/.zshrc, after compinit
+
+The script is static: a shell that has it starts no Python.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -173,7 +174,7 @@ def test_the_help_of_a_command_loads_no_torch_and_ends_with_examples(name: str) 
     code += "try: main()\nfinally: print(*sys.modules)"
     out, _ = started(["-c", code]).communicate()
     assert not {"torch", "transformers", "datasets"} & set(out.splitlines()[-1].split())
-    assert name == "report" or f"examples:\n  appo {name} " in out.replace('eval "$(', "")
+    assert name == "report" or re.search(rf"examples:\n  .*appo {name} ", out)
 
 
 def test_show_config_and_the_list_of_tasks_load_no_torch() -> None:
