@@ -1,12 +1,10 @@
 """APPO, the training loop; reads like the paper's algorithm box.
 
-    for each iteration:
-        step(queries, reward_fn)          collect: sample prompts, score them, reference log-probabilities
-                                          update:  advantages, then PPO epochs on both losses
-        every `period` iterations:
-        review_anchor(queries, score_fn)  promote, roll back, or keep
-
-`fit` does all of it. Where queries and rewards come from, and what is logged, is the caller's business.
+for each iteration:
+    step(queries, reward_fn)          collect: sample prompts, score them, reference log-probabilities
+                                      update:  advantages, then PPO epochs on both losses
+    every `period` iterations:
+    review_anchor(queries, score_fn)  promote, roll back, or keep
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +24,7 @@ from appo.config import AnchorConfig, APPOConfig
 from appo.functional import kl_estimate, masked_mean
 from appo.policy import Policy
 from appo.rollout import Query, Rollout, RolloutBuffer
-from appo.update import FAULTS, Updater, mean
+from appo.update import FAULTS, Updater
 
 
 class Rewarded(Protocol):
@@ -246,7 +245,7 @@ class APPOTrainer:
             prompts, anchor_health = self._written(queries, copies)
         anchor_scores = list(score_fn(prompts))
         thresholds = (config.promote_threshold, config.rollback_threshold)
-        policy_mean, anchor_mean = mean(policy_scores), mean(anchor_scores)
+        policy_mean, anchor_mean = fmean(policy_scores), fmean(anchor_scores)
         decision = decide(policy_mean, anchor_mean, *thresholds)
         reason = f"mean score {policy_mean:.3f} against the anchor's {anchor_mean:.3f}"
         sign = collapse(policy_health, anchor_health) if config.collapse else None
@@ -321,7 +320,7 @@ def _health(rollout: Rollout, prompts: Sequence[str]) -> Health:
         length=rollout.mask.sum(1).float().mean().item(),
         empty_rate=prompts.count("") / len(prompts),
         distinct=len(set(prompts)) / len(prompts),
-        distinct_2=mean([_distinct([prompt], 2) for prompt in prompts if len(prompt.split()) > 1] or [1.0]),
+        distinct_2=fmean([_distinct([prompt], 2) for prompt in prompts if len(prompt.split()) > 1] or [1.0]),
         entropy=-masked_mean(rollout.logprobs, rollout.mask).item(),
     )
 

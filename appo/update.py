@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -94,11 +95,11 @@ class Updater:
             parts = minibatches(batch, config.minibatch_size, self.generator)
             epoch = [self.optimizer_step(part, kl_coef) for part in parts]
             steps += epoch
-            if config.target_kl is not None and mean([s.get("approx_kl", 0.0) for s in epoch]) > config.target_kl:
+            if config.target_kl is not None and fmean([s.get("approx_kl", 0.0) for s in epoch]) > config.target_kl:
                 break
         names = dict.fromkeys(name for step in steps for name in step if name not in FAULTS)
         faults = {name: sum(step.get(name, 0.0) for step in steps) for name in FAULTS}
-        return {name: mean([step[name] for step in steps if name in step]) for name in names} | faults
+        return {name: fmean([step[name] for step in steps if name in step]) for name in names} | faults
 
     def _follow(self, scores: Tensor) -> float:
         """Returns the running mean of earlier scores (on the first call, of these), then updates it with these."""
@@ -166,8 +167,3 @@ class Updater:
             "approx_kl": policy.approx_kl,
         }
         return loss, {name: value.detach() for name, value in stats.items()}
-
-
-def mean(scores: Sequence[float]) -> float:
-    """The mean of at least one number."""
-    return sum(scores) / len(scores)

@@ -17,16 +17,30 @@ from importlib.metadata import PackageNotFoundError, version
 from experiments.terminal.command import Program, UsageError, in_order
 from experiments.terminal.signals import end_at_once
 
-COMMANDS = {  # the modules of this package with a `main`, and what they do
-    "train": "tune a prompt for a task",
-    "evaluate": "score a finished run on its test split",
-    "prompt": "print a run's instruction for an input, and the target's answer under it",
-    "tasks": "list the tasks, show one, or check those in a folder",
-    "compare": "compare ways to tune a prompt, over seeds",
-    "report": "rebuild the report of a run",
-    "push": "upload the agent of a run to the Hugging Face hub",
-    "weights": "put a real language model into a folder",
+GROUPS = {  # the modules of this package with a `main`, and what they do
+    "tune": {
+        "train": "tune a prompt for a task",
+        "compare": "compare ways to tune a prompt, over seeds",
+    },
+    "use a finished run": {
+        "prompt": "print a run's instruction for an input, and the target's answer under it",
+        "evaluate": "score a finished run on its test split",
+        "report": "rebuild the report of a run",
+        "push": "upload the agent of a run to the Hugging Face hub",
+    },
+    "before the first run": {
+        "tasks": "list the tasks, show one, or check those in a folder",
+        "weights": "put a real language model into a folder",
+        "completion": "print a script that completes commands in bash or zsh",
+    },
 }
+COMMANDS = {name: what for group in GROUPS.values() for name, what in group.items()}
+EXAMPLES = """examples:
+  appo train --task mnli                              with the lab's tiny models, in a few minutes
+  appo train --task mnli --show-config                every key, its value and what it means
+  appo train --task my/reviews.yaml --agent models/smollm2 --target models/gemma3-270m --dry-run
+  appo prompt --run runs/mnli-20260101-120000 --input "premise : ..." --answer
+"""
 
 
 def main() -> int:
@@ -44,8 +58,9 @@ def _say(argv: Sequence[str]) -> int:
     """Prints the help or the version; raises UsageError for an unknown command."""
     if argv[0] in ("-h", "--help"):
         print("usage: appo COMMAND ...\n")
-        print("\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items()))
-        print("\n`appo COMMAND --help` lists what a command takes.")
+        for title, group in GROUPS.items():
+            print(f"{title}:", *(f"  {name:<12}{what}" for name, what in group.items()), "", sep="\n")
+        print(EXAMPLES, "`appo COMMAND --help` lists what a command takes.", sep="\n")
         return 0
     if argv[0] == "--version":
         try:

@@ -15,27 +15,32 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from experiments.arms.editor import editor_of
 from experiments.run.fingerprint import changed_since
 from experiments.run.folder import read_result
-from experiments.run.run import Run, open_run
 from experiments.terminal.command import Parser, in_order
-from rewards.target import NO_NUMBERS
+from experiments.terminal.signals import ending_at_once
 from tasks.cells import Row, column, lettered, text_of
 from tasks.errors import TaskError, printable, shown
 from tasks.rows import SUFFIXES, read_rows, read_text
 
+if TYPE_CHECKING:
+    from experiments.run.run import Run
+
 
 def instructions(run: Run, inputs: Sequence[str]) -> list[str]:
     """The run's instruction for each input."""
+    from experiments.arms.editor import editor_of
+
     prompt = read_result(run.folder.path)["prompt"]
     return editor_of(run).write(inputs) if prompt is None else [prompt] * len(inputs)
 
 
 def answers(run: Run, prompts: Sequence[str], inputs: Sequence[str]) -> list[dict[str, Any]]:
     """The target's answer to each input under its prompt; with label words or letters also their probabilities."""
+    from rewards.target import NO_NUMBERS
+
     choices = [len(offered_words(run, text)) or None for text in inputs]
     replies = run.reward.reply(prompts, inputs, choices)
     if not all(reply.sound for reply in replies):
@@ -102,7 +107,7 @@ def _input(row: Row, where: str) -> str:
 @in_order
 def main(argv: Sequence[str]) -> int:
     """Prints the instruction for one input, or a JSON line for each input of a file; returns the exit code."""
-    parser = Parser(prog="appo prompt", description=(__doc__ or "").split("\n")[0])
+    parser = Parser("appo prompt", __doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--input", help="one input")
@@ -111,6 +116,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
     options = parser.parse_args(argv)
     inputs = [options.input.replace("\\n", "\n")] if options.input is not None else read_inputs(options.file)
+    with ending_at_once():
+        from experiments.run.run import open_run  # takes seconds to load
     run = open_run(options.run, options.trust_remote_code)
     if parts := changed_since(options.run, run.fingerprint):
         print(f"note: the task is not what the run was made with; changed: {parts}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Lists, shows and checks the tasks.
 
-    appo tasks                              all of them, in a table
+    appo tasks                              a list
+    appo tasks --all                        the same, with the subjects of mmlu/ one by one
     appo tasks --show mnli                  one: its fields, template, prompts, and an example
     appo tasks --check --data DIR           loads every task whose files are in DIR, and prints sizes
 
@@ -14,7 +15,8 @@ from collections.abc import Iterator, Sequence
 
 from experiments.config import LAB_DIR, data_source
 from experiments.terminal.command import Parser, in_order
-from tasks.catalogue import load_spec, task_names
+from experiments.terminal.console import clip
+from tasks.catalogue import family_of, load_spec, task_names
 from tasks.errors import MissingFilesError, printable
 from tasks.meta_prompt import meta_prompt
 from tasks.sources import load_task
@@ -22,15 +24,37 @@ from tasks.spec import TaskSpec, fill
 from tasks.splits import TaskData
 
 ANSWERS_SHOWN = 6
+WIDTH = 100  # columns of the list
+LONG = ("mmlu",)  # families that are one line in the list
 
 
-def overview() -> Iterator[str]:
-    """A line for every task: kind of answer, metric, whether the lab and the hub have its data, and a description."""
-    yield f"{'task':<45}{'answer':<9}{'metric':<14}{'lab':<5}{'hub':<5}about"
-    for name in task_names():
+def overview(every: bool = False) -> Iterator[str]:
+    """The tasks in groups, a line for each: kind of answer, metric, where its data can come from, what it is about.
+
+    Args:
+        every: also the members of mmlu/ one by one; else a line stands for all of them.
+    """
+    yield from _table("tasks with a spec of their own", [name for name in task_names() if not family_of(name)], True)
+    for family in dict.fromkeys(filter(None, map(family_of, task_names()))):
+        members = [name for name in task_names() if family_of(name) == family]
+        title = load_spec(members[0]).description.rpartition("(")[2].removesuffix(")")
+        if family in LONG and not every:
+            yield f"\n{title}\n  {family}/<subject>: {len(members)} tasks, see appo tasks --all"
+        else:
+            yield from _table(title, members)
+    yield "\n`appo tasks --show TASK` shows one of them."
+
+
+def _table(title: str, names: Sequence[str], about: bool = False) -> Iterator[str]:
+    """A group of tasks, in lines of at most WIDTH columns."""
+    wide = max(map(len, names)) + 2
+    yield f"\n{title}\n  {'task':<{wide}}{'answer':<9}{'metric':<14}{'data':<9}{'about' if about else ''}".rstrip()
+    for name in names:
         spec = load_spec(name)
-        lab = "yes" if (LAB_DIR / "data" / name).is_dir() else ""
-        yield f"{name:<45}{spec.kind:<9}{spec.metric:<14}{lab:<5}{'yes' if spec.hub else '':<5}{spec.description}"
+        places = {"lab": (LAB_DIR / "data" / name).is_dir(), "hub": bool(spec.hub)}
+        data = " ".join(place for place in places if places[place]) or "files"
+        asked = spec.description.partition(" (")[0] if about else ""
+        yield clip(f"  {name:<{wide}}{spec.kind:<9}{spec.metric:<14}{data:<9}{asked}".rstrip(), WIDTH)
 
 
 def show(name: str, source: str) -> Iterator[str]:
@@ -97,9 +121,10 @@ def check(source: str) -> Iterator[str]:
 @in_order
 def main(argv: Sequence[str]) -> int:
     """Prints what was asked for; returns the exit code."""
-    parser = Parser(prog="appo tasks", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser("appo tasks", __doc__)
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--list", action="store_true", help="all tasks (the default)")
+    group.add_argument("--list", action="store_true", help="the tasks, in groups (the default)")
+    group.add_argument("--all", action="store_true", help="the same, with the subjects of mmlu/ one by one")
     group.add_argument("--show", metavar="TASK", help="one task, by name or by the path of its spec")
     group.add_argument("--check", action="store_true", help="load every task whose files are there")
     parser.add_argument("--data", default="lab", help="lab, hub, or a folder of files (default: lab)")
@@ -107,7 +132,7 @@ def main(argv: Sequence[str]) -> int:
     if options.show:
         print(*show(options.show, options.data), sep="\n")
         return 0
-    for line in check(options.data) if options.check else overview():
+    for line in check(options.data) if options.check else overview(options.all):
         print(line, flush=True)
     return 0
 

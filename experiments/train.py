@@ -2,149 +2,103 @@
 
     appo train --task mnli
     appo train --task sst2 --agent google/gemma-1.1-2b-it --target google/gemma-1.1-2b-it --data hub
-    appo train --task rte --seed 1 appo.kl_coef=0.1 prompts=8
+    appo train --task rte --seed 1 preset=paper appo.kl_coef=0.1 prompts=8 --show-config
+    appo train --task my/reviews.yaml --agent models/smollm2 --target models/gemma3-270m --dry-run
+    appo train --run runs/mnli-20260101-120000 --resume
+
+Any key of the configuration is set by its dotted name; preset=NAME sets many. --show-config lists all keys.
 
 Writes a folder: config.yaml, metrics.jsonl (a row per iteration), prompts.jsonl (a row per scored prompt),
-best_prompt.json and report.html. The test split is read once, at the end.
+best_prompt.json and report.html. The test split is read once, at the end. A stopped run leaves best_so_far.json.
 """
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from appo.trainer import DivergedError, Iteration
-from experiments.arms.arm import Arm
-from experiments.arms.editing import TestTimeEditing
-from experiments.arms.fixed import FixedPrompt
-from experiments.arms.untrained import BestOfN, UntrainedEditing
-from experiments.config import RunConfig, build_config, resumed_config
-from experiments.diagnostics.headroom import look
-from experiments.diagnostics.overlap import only_labels, overlap, word_runs
-from experiments.page.run_page import render_report
-from experiments.run.folder import CANDIDATES, HEADROOM, METRICS, PREDICTIONS, PROMPTS, RESULT
-from experiments.run.loggers import Log, final_scores, loggers
-from experiments.run.models import save_agent
-from experiments.run.resume import begin, save
-from experiments.run.run import Run, prepare, stored_config
+from experiments.config import (
+    COMMAND_LINE,
+    RunConfig,
+    flat,
+    merged_config,
+    origins,
+    resumed_config,
+    sources,
+    to_dict,
+)
+from experiments.config.explained import explained
+from experiments.run.folder import CONFIG, SO_FAR, RunFolder, new_folder, stored_config
 from experiments.terminal.command import Parser, UsageError, in_order
-from experiments.terminal.console import Progress, summary
-from experiments.terminal.signals import Signals, StoppedError
+from experiments.terminal.console import stopped, summary
+from experiments.terminal.signals import ending_at_once
+from experiments.tuning import header
 
-ARMS: dict[tuple[str, bool], type[Arm]] = {  # (mode, frozen)
-    ("fixed", False): FixedPrompt,
-    ("tte", False): TestTimeEditing,
-    ("fixed", True): BestOfN,
-    ("tte", True): UntrainedEditing,
-}
+if TYPE_CHECKING:
+    from experiments.run.run import Run
 
 
 def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]:
-    """Runs all iterations and the final evaluation; returns what best_prompt.json holds.
+    """Runs all iterations and the final evaluation, as `experiments.tuning.loop.train`, which takes long to load."""
+    from experiments.tuning import loop
 
-    Raises:
-        StoppedError: a signal came; the iteration was finished, and a checkpoint and a report so far were written.
-    """
-    with ExitStack() as open_loggers:
-        return _train(run, quiet, resume, open_loggers)
-
-
-def _train(run: Run, quiet: bool, resume: bool, open_loggers: ExitStack) -> dict[str, Any]:
-    config = run.config
-    arm = ARMS[config.mode, config.frozen](run)
-    done, notes = begin(run, arm, resume)
-    for note in [*notes, *_fallbacks(run)]:
-        print(f"note: {note}", file=sys.stderr)
-    if config.headroom and done == 0:
-        seen = look(run, config.headroom)
-        run.folder.write_json(HEADROOM, seen.as_json())
-        if not quiet:
-            print(*seen.lines(), sep="\n", file=sys.stderr, flush=True)
-    progress = Progress(run.steps, run.reward.metric, quiet, done)
-    log = open_loggers.enter_context(loggers(config, run.folder, done))
-    record = Record(run, log)
-    with Signals() as signals:
-        for number in range(done + 1, run.steps + 1):
-            iteration = record.timed(number, arm)
-            progress.show(number, iteration.stats, arm.pool.leader())
-            last = signals.received or number == run.steps
-            if last or number % config.checkpoint_every == 0:
-                save(run, arm, number)
-            if signals.received:
-                progress.close()
-                run.folder.write_text("report.html", render_report(run.folder.path, run.reward.metric))
-                raise StoppedError(signals.received)
-    progress.close()
-    save_agent(run.policy, run.folder.path / "agent")
-    result, candidates, predictions = arm.result()
-    run.folder.write_rows(CANDIDATES, candidates)
-    run.folder.write_rows(PREDICTIONS, predictions)
-    run.folder.write_json(RESULT, result)
-    log(run.steps, final_scores(result))
-    run.folder.write_text("report.html", render_report(run.folder.path, run.reward.metric))
-    return result
-
-
-def _fallbacks(run: Run) -> list[str]:
-    """Notes on models that run slower than they could."""
-    packed = {"agent": run.policy.lm.packed, "target": run.target.described().get("packed", True)}
-    slow = [role for role in packed if not packed[role]]
-    return [f"the {role} runs in padded batches: its attention cannot run shared prefixes once" for role in slow]
-
-
-class Record:
-    """Logs iterations: a row of metrics.jsonl for each, which `log` gets too, and one of prompts.jsonl per prompt."""
-
-    def __init__(self, run: Run, log: Log) -> None:
-        self.run, self.log = run, log
-        self.inputs = word_runs(example.input for example in run.data.train)
-
-    def timed(self, number: int, arm: Arm) -> Iteration:
-        """Runs iteration `number` of the arm and logs it, also if it raises DivergedError."""
-        started = time.perf_counter()
-        try:
-            iteration = arm.step(number)
-        except DivergedError as error:
-            self._write(number, error.iteration, time.perf_counter() - started, arm.cost)
-            raise
-        self._write(number, iteration, time.perf_counter() - started, arm.cost)
-        return iteration
-
-    def _write(self, number: int, iteration: Iteration, seconds: float, cost: Mapping[str, float]) -> None:
-        prompts, rewarded, review = iteration.collected.prompts, iteration.collected.rewarded, iteration.review
-        bare = sum(only_labels(prompt, self.run.target.words) for prompt in prompts) / len(prompts)
-        row: dict[str, Any] = {"iteration": number, **iteration.stats, "label_list_rate": bare}
-        row |= {"seconds": seconds, **cost, "tokens": int(iteration.collected.rollout.mask.sum()), "anchor": None}
-        if review:
-            sides = {side: getattr(review, side)._asdict() for side in ("policy_health", "anchor_health")}
-            decision = review.decision.value
-            row |= {"anchor": decision, "review": vars(review) | {"decision": decision} | sides}
-        self.run.folder.append(METRICS, [row])
-        self.log(number, row)
-        columns = {"reward": rewarded.scores.tolist()}
-        columns |= {name: values.tolist() for name, values in rewarded.metrics.items()}
-        rows = []
-        for i, prompt in enumerate(prompts):
-            worth = {name: values[i] for name, values in columns.items()}
-            rows.append({"iteration": number, "prompt": prompt, **worth, "overlap": overlap(prompt, self.inputs)})
-        self.run.folder.append(PROMPTS, rows)
+    return loop.train(run, quiet, resume)
 
 
 # -- command line ------------------------------------------------------------------------------------------------
 
 
+class Asked(NamedTuple):
+    """What the command line asks for.
+
+    Attributes:
+        config: the run's configuration.
+        origins: dotted key -> where its value comes from; keys that have their default are left out.
+        preset: the preset in force, in words.
+        only: "show_config" or "dry_run", if that is all that is wanted; else "".
+        resume: resume an interrupted run.
+    """
+
+    config: RunConfig
+    origins: dict[str, str]
+    preset: str
+    only: str
+    resume: bool
+
+
 def parse_args(argv: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
     """The configuration that the command line asks for, and whether to resume an interrupted run."""
-    parser = Parser(
-        prog="appo train",
-        description=(__doc__ or "").split("\n\n")[0],
-        epilog="Any field of experiments/config/ is set by its dotted name, such as appo.kl_coef=0.05 or "
-        "sampling.max_new_tokens=100. preset=published takes the published code's values.",
-    )
+    asked = read_args(argv)
+    return asked.config, asked.resume
+
+
+def read_args(argv: Sequence[str] | None = None) -> Asked:
+    """All that the command line asks for.
+
+    Raises:
+        UsageError, ConfigError: it cannot be read, or asks for what cannot be.
+    """
+    options = vars(_parser().parse_intermixed_args(argv))  # key=value anywhere among the options
+    assignments, file, resume, only = (options.pop(name) for name in ("assignments", "config", "resume", "only"))
+    if not resume:
+        found = sources(options, file, assignments)
+        presets = [name.removeprefix("preset ") for name, *_ in reversed(found) if name.startswith("preset ")]
+        preset = ", which builds on ".join(presets) or "none: the defaults"
+        return Asked(merged_config(found), origins(found), preset, only, resume)
+    if not options["run"]:
+        raise UsageError("--resume needs --run, the folder of the run to resume")
+    before = stored_config(Path(options["run"]))
+    config = resumed_config(before, options, file, assignments)
+    stored, kept = flat(to_dict(before)), str(Path(options["run"], CONFIG))
+    where = {key: kept if value == stored[key] else COMMAND_LINE for key, value in flat(to_dict(config)).items()}
+    return Asked(config, where, f"as {kept} says", only, resume)
+
+
+def _parser() -> Parser:
+    parser = Parser("appo train", __doc__)
     parser.add_argument("--task", help="a name, see `appo tasks`, or the path of a spec (default: mnli)")
     parser.add_argument("--mode", choices=["fixed", "tte"], help="one prompt, or one for each input (default: fixed)")
     parser.add_argument("--agent", help="model that writes the prompts: folder or hub id of a causal LM (default: lab)")
@@ -155,14 +109,15 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
     parser.add_argument("--run", help="the run's folder, which must not exist yet (default: runs/TASK-DATE-TIME)")
     parser.add_argument("--resume", action="store_true", help="resume the run in --run from its last checkpoint")
     parser.add_argument("--config", help="a YAML file of configuration keys")
+    group = parser.add_mutually_exclusive_group()
+    for flag, what in (
+        ("--show-config", "print every key with its value, where that comes from and what it means; run nothing"),
+        ("--dry-run", "load everything, measure what there is to gain, time and memory; write nothing"),
+    ):
+        name = flag.removeprefix("--").replace("-", "_")
+        group.add_argument(flag, dest="only", action="store_const", const=name, default="", help=what)
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="sets any field of the configuration")
-    options = vars(parser.parse_intermixed_args(argv))  # key=value anywhere among the options
-    assignments, file, resume = options.pop("assignments"), options.pop("config"), options.pop("resume")
-    if not resume:
-        return build_config(options, file, assignments), False
-    if not options["run"]:
-        raise UsageError("--resume needs --run, the folder of the run to resume")
-    return resumed_config(stored_config(Path(options["run"])), options, file, assignments), True
+    return parser
 
 
 @in_order
@@ -171,15 +126,29 @@ def main(argv: Sequence[str]) -> int:
     or training diverged; 70: a fault of the program; 74: a file cannot be read or written; 130 and 143: stopped
     by Ctrl-C or SIGTERM.
     """
-    config, resume = parse_args(argv)
-    run = prepare(config, resume)
-    with run.folder.lock():
+    asked = read_args(argv)
+    if asked.only == "show_config":
+        print(*explained(asked.config, asked.origins), sep="\n")
+        return 0
+    config = replace(asked.config, run=str(new_folder(asked.config)))
+    folder = RunFolder(new_folder(config), new=not asked.resume)  # refused here, before anything slow
+    print(*header.asked(config, asked.preset, None if asked.only else folder.path), sep="\n", flush=True)
+    with ending_at_once():
+        from experiments.run.run import prepare
+        from experiments.tuning import loop, trial
+    run = prepare(config, asked.resume)
+    print(*header.loaded(run), sep="\n", flush=True)
+    if asked.only == "dry_run":
+        print(*trial.trial(run), sep="\n")
+        return 0
+    with folder.lock():
         try:
-            result = train(run, resume=resume)
+            result = loop.train(run, resume=asked.resume)
         except KeyboardInterrupt:
-            print(f"--run {run.folder.path} --resume goes on from the last checkpoint", file=sys.stderr)
+            if (folder.path / CONFIG).is_file():
+                print(stopped(folder.path, folder.path / SO_FAR, folder.read_json(SO_FAR)), file=sys.stderr)
             raise
-    print(f"\n{summary(result, run.folder.path)}")
+    print(f"\n{summary(result, folder.path)}")
     return 0
 
 

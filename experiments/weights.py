@@ -221,9 +221,7 @@ def main(argv: Sequence[str]) -> int:
     """Downloads or converts a model; returns the exit code."""
     names = ", ".join(SOURCES)
     parser = Parser(
-        prog="appo weights",
-        description=(__doc__ or "").split("\n\n")[0],
-        epilog=" ".join(f"{name}: {source.licence}" for name, source in SOURCES.items()),
+        "appo weights", "\n\n".join([__doc__ or "", *(f"{name}: {source.licence}" for name, source in SOURCES.items())])
     )
     parser.add_argument("model", help=f"one of {names}, or a GGUF file")
     parser.add_argument("folder", nargs="?", type=Path, help="folder to write (default: models/NAME)")

@@ -74,13 +74,19 @@ def task_names() -> list[str]:
 
 
 @cache
-def _catalogue() -> dict[str, Path]:
-    """Task name -> the file that describes it."""
-    found: dict[str, Path] = {}
+def _catalogue() -> dict[str, tuple[Path, bool]]:
+    """Task name -> the file that describes it, and whether that file describes a family."""
+    found: dict[str, tuple[Path, bool]] = {}
     for path in sorted(SPEC_DIR.glob("*.yaml")):
         data = _read(path)
-        found |= dict.fromkeys(data.get("members", [data.get("name")]), path)
+        found |= dict.fromkeys(data.get("members", [data.get("name")]), (path, "members" in data))
     return found
+
+
+def family_of(name: str) -> str:
+    """The name of the family that a task of the catalogue belongs to; "" if it has a spec of its own."""
+    path, member = _catalogue()[name]
+    return path.stem if member else ""
 
 
 def is_spec_file(name: str) -> bool:
@@ -106,7 +112,7 @@ def load_spec(name: str) -> TaskSpec:
         hint = f"did you mean {near[0]!r}? " if near else ""
         names = [task for task in known if "/" not in task]  # the members of mmlu/ are too many to list
         raise TaskError(f"unknown task {shown(name)}; {hint}tasks are {', '.join(names)} and those of mmlu/")
-    path = _catalogue()[name]
+    path, _ = _catalogue()[name]
     data = _read(path)
     return _check_spec(path, _member(data, name) if "members" in data else data)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import cast
 import pytest
 import torch
 
+import appo as library
 from appo.lm.model import ContextTooLongError
 from appo.selfcheck import SelfCheckError
 from appo.trainer import DivergedError, Iteration
@@ -101,8 +103,9 @@ def test_a_signal_while_torch_is_being_loaded_ends_without_a_traceback(number: i
     while process.poll() is None and "libtorch" not in maps.read_text(encoding="utf-8"):
         time.sleep(0.001)
     process.send_signal(number)
-    _, said = process.communicate()
+    shown, said = process.communicate()
     assert (process.returncode, said) == (code, "stopped\n")
+    assert shown.startswith("task       mnli")  # the header comes before anything that takes long
 
 
 def test_an_output_that_nobody_reads_on_ends_a_command_without_a_word() -> None:
@@ -163,6 +166,34 @@ def test_every_program_ends_in_order_and_every_subcommand_is_one() -> None:
     programs = {path.stem for path, text in sources.items() if '__name__ == "__main__"' in text} - {"cli"}
     assert programs == {path.stem for path, text in sources.items() if "@in_order\ndef main(argv" in text}
     assert set(COMMANDS) <= programs
+
+
+@pytest.mark.parametrize("name", ["train", "prompt", "tasks", "weights", "report", "completion"])
+def test_the_help_of_a_command_loads_no_torch_and_ends_with_examples(name: str) -> None:
+    code = f"import sys; from experiments.{name} import main; sys.argv = ['appo', '--help']\n"
+    code += "try: main()\nfinally: print(*sys.modules)"
+    out, _ = started(["-c", code]).communicate()
+    assert not {"torch", "transformers", "datasets"} & set(out.splitlines()[-1].split())
+    assert name == "report" or re.search(rf"examples:\n  .*appo {name} ", out)
+
+
+def test_show_config_and_the_list_of_tasks_load_no_torch() -> None:
+    for name, arguments in (("train", ["--show-config"]), ("tasks", [])):
+        code = f"import sys; from experiments.{name} import main; main({arguments}); print(*sys.modules)"
+        out, _ = started(["-c", code]).communicate()
+        assert not {"torch", "transformers"} & set(out.splitlines()[-1].split())
+
+
+def test_the_public_names_of_appo_are_there_though_loaded_late() -> None:
+    assert all(hasattr(library, name) for name in library.__all__)
+    assert not hasattr(library, "no_such_name")
+
+
+def test_completion_offers_the_commands_in_bash() -> None:
+    ask = "COMP_WORDS=(appo tr) COMP_CWORD=1; _appo; echo ${COMPREPLY[@]}"
+    code = f'eval "$({sys.executable} -m experiments.cli completion bash)"; {ask}'
+    done = subprocess.run(["bash", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("train\n", "")
 
 
 def test_help_loads_nothing_that_takes_long() -> None:

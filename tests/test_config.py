@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from experiments.config import CONFIG_DIR, ConfigError, RunConfig, build_config, to_dict
+from experiments.config.explained import explained, meanings
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
@@ -504,3 +505,19 @@ def test_keys_that_messages_advise_exist() -> None:
     ]
     advised = {match[0] for text in texts for match in pattern.finditer(text)}
     assert advised and advised <= set(flat(to_dict(RunConfig())))
+
+
+# -- for a person to read ----------------------------------------------------------------------------------------
+
+
+def test_every_key_has_a_meaning_of_one_line() -> None:
+    meaning = meanings(RunConfig)
+    assert list(meaning) == list(flat(to_dict(RunConfig())))
+    assert all(text and "\n" not in text for text in meaning.values())
+    assert meaning["appo.clip_range"] == "of the probability ratio [P]"
+
+
+def test_values_are_shown_as_the_command_line_takes_them() -> None:
+    config = build_config(OTHER, None, ["appo.max_ratio=null", "frozen=true", "run=runs/a b"])
+    shown = [line.partition("  # ")[0].rstrip() for line in explained(config, {}) if "  # " in line]
+    assert build_config(None, None, [*shown, "agent=some/model"]) == config

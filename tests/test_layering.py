@@ -35,6 +35,14 @@ ROOMS = {
     "experiments/run": {"experiments.config"},
     "experiments/arms": {"experiments.config", "experiments.run"},
     "experiments/diagnostics": {"experiments.config", "experiments.run", "experiments.arms"},
+    "experiments/tuning": {
+        "experiments.config",
+        "experiments.run",
+        "experiments.arms",
+        "experiments.diagnostics",
+        "experiments.terminal",
+        "experiments.report",
+    },
     "experiments/lab": {"experiments.config", "experiments.run", "experiments.terminal"},
     "experiments/bench": {"experiments.config", "experiments.run", "experiments.terminal", "experiments.lab"},
 }

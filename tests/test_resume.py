@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -85,6 +86,36 @@ def test_a_signal_ends_the_iteration_and_resuming_gives_the_same_run(
     assert main(["--run", str(folder), "--resume"]) == 0
     assert rows(folder) == rows(undisturbed)
     assert weights(folder) == weights(undisturbed)
+    assert not (folder / "best_so_far.json").exists()  # best_prompt.json takes its place
+
+
+def test_a_stopped_run_leaves_its_best_prompt_and_the_command_that_goes_on(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a run"
+    assert interrupted(folder, monkeypatch, at=3) == 130
+    found = json.loads((folder / "best_so_far.json").read_text(encoding="utf-8"))
+    tried = {row["prompt"] for row in read_jsonl(folder / "prompts.jsonl")}
+    assert found["prompt"] in tried | {found["manual_prompt"]}
+    assert found["iteration"] == 3 and "the test split was not read" in found["chosen_by"]
+    assert found["validation_rows"] == 8 and len(found["validation_interval"]) == 2
+    assert found["validation_score"] >= found["manual_validation_score"]
+    assert not any("test" in key for key in found)
+    said = capsys.readouterr().err.splitlines()
+    assert f"best prompt so far: {found['prompt']}" in said and said[-1] == "stopped"
+    (command,) = [line.removeprefix("to go on: ") for line in said if line.startswith("to go on: ")]
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert rows(folder) == rows(undisturbed)
+
+
+def test_a_stopped_run_with_a_prompt_for_each_input_has_no_single_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert interrupted(folder, monkeypatch, 1, given=arguments(folder, "mode=tte", "steps=3")) == 130
+    assert not (folder / "best_so_far.json").exists()
+    assert f"--run {folder} --resume" in capsys.readouterr().err
 
 
 def test_handlers_are_as_before_after_a_block() -> None:

@@ -12,10 +12,23 @@ from tests.test_formats import bigbench
 from tests.test_sources import REAL
 
 
+def named(page: str) -> list[str]:
+    """The tasks of the list: the first words of its indented lines, without the headings."""
+    words = [line.split()[0] for line in page.splitlines() if line.startswith("  ")]
+    return [word for word in words if word != "task"]
+
+
 def test_the_list_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--all"]) == 0
+    assert sorted(named(capsys.readouterr().out)) == task_names()
+
+
+def test_the_list_fits_on_a_terminal_and_has_one_line_for_mmlu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == task_names()
+    page = capsys.readouterr().out
+    assert max(map(len, page.splitlines())) <= 100
+    assert sorted(named(page)) == sorted([*(n for n in task_names() if not n.startswith("mmlu/")), "mmlu/<subject>:"])
+    assert "mmlu/<subject>: 57 tasks, see appo tasks --all" in page
 
 
 @pytest.mark.parametrize("name", ["mnli", "antonyms", "openbookqa"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,11 +14,11 @@ from types import SimpleNamespace
 import pytest
 
 from appo.policy import Policy
-from experiments import train as train_module
 from experiments.arms.fixed import FixedPrompt
 from experiments.config import build_config
 from experiments.run.folder import read_jsonl
 from experiments.run.run import prepare
+from experiments.terminal.console import Progress
 from experiments.train import main, parse_args, train
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +47,68 @@ def test_command_line_ends_with_a_table(finished: tuple[Path, subprocess.Complet
     folder, process = finished
     for part in ("manual prompt", "best prompt found", "validation", "test", "paper's protocol", str(folder)):
         assert part in process.stdout
+    prompt, report = process.stdout.splitlines()[-2:]
+    assert prompt.endswith(f"prompt --run {folder} --input TEXT --answer")
+    assert report.endswith(f"open {folder / 'report.html'}")
+
+
+def test_command_line_begins_with_a_header(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, process = finished
+    header = dict(re.split(r"  +", line, maxsplit=1) for line in process.stdout.split("\n\n")[0].splitlines())
+    assert header["task"].startswith("sst2, judged by accuracy, data from lab: ")
+    assert header["models"] == "agent lab, target lab, on auto"
+    assert header["preset"] == "lab, which builds on paper"
+    assert header["iteration"] == "4 prompts x 16 examples"
+    assert (header["length"], header["writes to"]) == ("10 iterations", str(folder))
+    size = r"0\.\d M parameters in float32"
+    assert re.fullmatch(rf"agent {size}, target {size}, on (cpu, threads 1|cuda.*)", header["loaded"])
+    assert header[""] == "32 train, 32 validation and 30 test rows, 10 iterations"
+    assert "\r" not in process.stderr and "\x1b" not in process.stderr
+    assert re.search(r"^about .* left: 8 iterations of ", process.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize("mode", ["fixed", "tte"])
+def test_a_dry_run_measures_and_writes_nothing(
+    mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = [*SMALL[1:], "prompts=2", "examples.batch_size=4", "headroom=0"]
+    assert main(["--task", "sst2", "--mode", mode, "--dry-run", *small]) == 0
+    page = capsys.readouterr().out
+    for part in ("writes to  nothing: a dry run", "headroom: accuracy on 32 validation rows", "16 prompts of"):
+        assert part in page
+    steps = {"fixed": 100, "tte": 200}[mode]
+    assert re.search(rf"^time: about .* for {steps} iterations of .* s ", page, re.MULTILINE)
+    assert 0.1 < float(re.search(r"^memory: (.*) GiB", page, re.MULTILINE)[1]) < 20  # type: ignore[index]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_show_config_says_where_each_value_comes_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text("appo: {lam: 0.5}\n", encoding="utf-8")
+    file = str(tmp_path / "mine.yaml")
+    assert (
+        main(["--show-config", "--config", file, "--task", "rte", "appo.gamma=0.9", "--run", str(tmp_path / "r")]) == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    shown = dict(re.split(r" +# ", line, maxsplit=1) for line in lines if "  # " in line)
+    expected = {
+        "task=rte": "command line", "appo.gamma=0.9": "command line", "appo.lam=0.5": f"config file {file}",
+        "steps=100": "preset lab", "appo.ppo_epochs=4": "preset paper", "seed=0": "default",
+    }  # fmt: skip
+    assert {key: shown[key] for key in expected} == expected
+    assert lines[lines.index(next(line for line in lines if line.startswith("seed=0"))) + 1] == (
+        "    of splits, batches, sampling and minibatch order"
+    )
+    assert not (tmp_path / "r").exists()
+
+
+def test_show_config_of_a_resumed_run_names_the_runs_own_file(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = finished[0]
+    assert main(["--show-config", "--run", str(folder), "--resume", "--steps", "12"]) == 0
+    shown = dict(re.findall(r"^(\S+) +# (.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert (shown["steps=12"], shown["prompts=4"]) == ("command line", f"{folder}/config.yaml")
 
 
 def test_run_leaves_its_files(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -179,7 +242,7 @@ def test_interrupted_run_keeps_its_rows_and_shows_no_traceback(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module.Progress, "show", interrupt)
+    monkeypatch.setattr(Progress, "show", interrupt)
     assert main(["--task", "sst2", "--steps", "3", "--run", str(tmp_path / "run"), *SMALL]) == 130
     assert "stopped" in capsys.readouterr().err
     assert len(read_jsonl(tmp_path / "run/metrics.jsonl")) == 1

@@ -126,6 +126,10 @@ class Arm(ABC):
 
         return replace(question, reward_fn=reward)
 
+    def best_so_far(self) -> dict[str, Any] | None:
+        """What best_so_far.json of a stopped run holds; None where there is no single prompt. Reads no test row."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """All that the next iteration depends on, to be saved."""
         return {

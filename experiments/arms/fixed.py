@@ -10,7 +10,7 @@ from typing import Any
 from appo.rollout import Query
 from appo.trainer import Iteration
 from experiments.arms.arm import Arm, Question
-from experiments.arms.result import Outcome, answers, described, predictions, scores, shares
+from experiments.arms.result import Outcome, answers, described, predictions, scores, shares, split_scores
 from experiments.run.run import Run, stream
 from experiments.run.statistics import interval
 from tasks.meta_prompt import as_lines, meta_prompt
@@ -105,6 +105,21 @@ class FixedPrompt(Arm):
         ]
         listed.sort(key=lambda row: -row["validation_score"])
         return Outcome(result, listed, predictions(test, of_manual, of_best, run.target.words))
+
+    def best_so_far(self) -> dict[str, Any] | None:
+        """The best on validation of the manual prompt and as many prompts of the pool as an iteration scores."""
+        run, manual, metric = self.run, self.run.data.spec.manual_prompt, self.run.reward.metric
+        candidates = [manual, *(entry.prompt for entry in self.pool.best(run.config.prompts))]
+        values = run.reward.by_example(candidates, run.data.validation)
+        best = int(values.mean(1).nan_to_num(-math.inf).argmax())  # the first of equals
+        return {
+            "prompt": candidates[best],
+            "chosen": "manual" if best == 0 else "tuned",
+            "chosen_by": f"{metric} on validation, of the manual prompt and the {len(candidates) - 1} best by training "
+            "reward; the run was stopped, and the test split was not read",
+            **described(run),
+            **split_scores("validation", values[best], values[0]),
+        }
 
     def _few_shot_prompts(self) -> list[str]:
         """The manual prompt with training pairs behind it, drawn anew for each."""

@@ -78,15 +78,21 @@ def scores(best: Mapping[str, Tensor], manual: Mapping[str, Tensor]) -> dict[str
     same = torch.equal(best["validation"], manual["validation"]) and torch.equal(best["test"], manual["test"])
     found: dict[str, Any] = {}
     for split in SPLITS[1:]:
-        found[f"{split}_rows"] = len(best[split])
-        for name, values in ((split, best[split]), (f"manual_{split}", manual[split])):
-            found[f"{name}_score"] = values.mean().item()
-            found[f"{name}_interval"] = interval(values.tolist())
+        found |= split_scores(split, best[split], manual[split])
     of_best, of_manual = best["test"].tolist(), manual["test"].tolist()
     found["difference"] = best["test"].mean().item() - manual["test"].mean().item()
     found["difference_interval"] = paired_interval(of_best, of_manual)
     found["p"] = paired_p(of_best, of_manual)
     found["verdict"] = NO_BETTER if same else compared(of_best, of_manual)
+    return found
+
+
+def split_scores(split: str, best: Tensor, manual: Tensor) -> dict[str, Any]:
+    """Rows, means and intervals of the result and the manual prompt on one split, from their row values."""
+    found: dict[str, Any] = {f"{split}_rows": len(best)}
+    for name, values in ((split, best), (f"manual_{split}", manual)):
+        found[f"{name}_score"] = values.mean().item()
+        found[f"{name}_interval"] = interval(values.tolist())
     return found
 
 

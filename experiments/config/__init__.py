@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from appo.config import AnchorConfig, APPOConfig, SamplingConfig
 from experiments.config.strict import ConfigError, Tree, assigned, construct, merge, read_yaml
@@ -20,6 +20,7 @@ from tasks.errors import shown
 
 CONFIG_DIR = Path(__file__).parents[1] / "configs"
 LAB = "lab"
+COMMAND_LINE = "command line"
 Dtype = Literal["auto", "float32", "bfloat16"]
 LAB_DIR = Path(__file__).parents[1] / "lab"
 DEFAULT_PRESETS = {  # (the lab's agent, mode tte) -> name
@@ -117,10 +118,35 @@ def _at_least(config: Any, **bounds: float) -> None:
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
+class Source(NamedTuple):
+    """Some keys of a configuration, and where they come from.
+
+    Attributes:
+        name: "preset NAME", "config file PATH", "command line" or, on a resume, "the run's config.yaml".
+        file: the file that they were read from, for errors; "" for the command line.
+        keys: nested.
+    """
+
+    name: str
+    file: str
+    keys: Tree
+
+
 def build_config(
     options: Mapping[str, Any] | None = None, file: str | None = None, assignments: Sequence[str] = ()
 ) -> RunConfig:
-    """The configuration of a run; later sources win: defaults, preset, file, named options, assignments.
+    """The configuration of a run, from its `sources`.
+
+    Raises:
+        ConfigError: unknown key or preset, wrong type, value out of range, file not readable.
+    """
+    return merged_config(sources(options, file, assignments))
+
+
+def sources(
+    options: Mapping[str, Any] | None = None, file: str | None = None, assignments: Sequence[str] = ()
+) -> list[Source]:
+    """What fills a configuration; later sources win: preset, file, named options, assignments.
 
     Args:
         options: top-level keys, as from --task and --seed; None values are left out.
@@ -129,28 +155,43 @@ def build_config(
             preset is `lab` (in mode tte `lab_tte`) for the lab's agent, and none (in mode tte `tte`) for any other.
 
     Raises:
-        ConfigError: unknown key or preset, wrong type, value out of range, file not readable.
+        ConfigError: unknown preset, file not readable, an assignment that is none.
     """
     tree = read_yaml(Path(file)) if file else {}
     if tree.get("trust_remote_code"):
         raise ConfigError(f"{file}: trust_remote_code counts on the command line only, as trust_remote_code=true")
-    origins = [(file or "", tree), ("", _given(options)), ("", assigned(assignments))]
+    found = [Source(f"config file {file}", file, tree)] if file else []
+    found += [Source(COMMAND_LINE, "", _given(options)), Source(COMMAND_LINE, "", assigned(assignments))]
     preset: object = None
     agent, mode = LAB, "fixed"
-    for _, source in origins:
-        preset = source.pop("preset", preset)
-        agent, mode = source.get("agent", agent), source.get("mode", mode)
+    for source in found:
+        preset = source.keys.pop("preset", preset)
+        agent, mode = source.keys.get("agent", agent), source.keys.get("mode", mode)
     if preset is None:
         preset = DEFAULT_PRESETS[agent == LAB, mode == "tte"]
     while preset is not None:  # a preset may build on another
         path = _preset(preset)
         tree = read_yaml(path)
+        found.insert(0, Source(f"preset {preset}", str(path), tree))
         preset = tree.pop("preset", None)
-        origins.insert(0, (str(path), tree))
+    return found
+
+
+def merged_config(found: Sequence[Source]) -> RunConfig:
+    """The configuration that these sources fill; later ones win.
+
+    Raises:
+        ConfigError: unknown key, wrong type, value out of range.
+    """
     merged: Tree = {}
-    for origin, source in origins:
-        merge(merged, source, RunConfig, origin)
+    for source in found:
+        merge(merged, source.keys, RunConfig, source.file)
     return construct(RunConfig, merged)
+
+
+def origins(found: Sequence[Source]) -> dict[str, str]:
+    """The name of the source that each key's value comes from; keys that have their default are left out."""
+    return {key: source.name for source in found for key in flat(source.keys)}
 
 
 def read_config(path: Path) -> RunConfig:
@@ -180,7 +221,7 @@ def resumed_config(
     for source in asked:
         merge(tree, source, RunConfig)
     after = construct(RunConfig, tree)
-    old, new = (_flat(to_dict(config)) for config in (before, after))
+    old, new = (flat(to_dict(config)) for config in (before, after))
     changed = [f"{key} ({old[key]} -> {new[key]})" for key in old if old[key] != new[key] and key not in RESUMABLE]
     if changed:
         raise ConfigError(f"--resume cannot change {', '.join(changed)}; only {', '.join(RESUMABLE)} may differ")
@@ -207,11 +248,12 @@ def _preset(name: object) -> Path:
     return presets[name]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: Tree = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys and values as dotted keys and values."""
+    found: Tree = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

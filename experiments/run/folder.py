@@ -11,17 +11,20 @@ import reprlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from experiments.config import RunConfig, read_config
 from experiments.run.files import write_whole, writing
 
 LOCK = ".lock"  # names the process that is using a run's folder
 CONFIG, RESULT, HEADROOM = "config.yaml", "best_prompt.json", "headroom.json"
 METRICS, PROMPTS = "metrics.jsonl", "prompts.jsonl"  # grow row by row
 CANDIDATES, PREDICTIONS = "candidates.jsonl", "predictions.jsonl"  # written whole, at the end of a run
+SO_FAR = "best_so_far.json"  # of a run that was stopped
 SCORES = tuple(f"{which}{split}" for which in ("", "manual_") for split in ("validation", "test"))
 UNBEGUN = {LOCK, f"{CONFIG}.part"}  # all that a run leaves if killed before it wrote its configuration
 NUMBER = (int, float, type(None))  # a score; None where it was not finite
@@ -88,6 +91,15 @@ class RunFolder:
         """One JSON object as a file of its own; NaN and infinity become null."""
         self.write_text(name, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """What `write_json` wrote; None if the file is not there.
+
+        Raises:
+            RunFolderError: the file holds anything else.
+        """
+        path = self.path / name
+        return _object(path.read_bytes(), str(path)) if path.is_file() else None
+
     def write_text(self, name: str, text: str) -> None:
         """A file of text, such as the report."""
         write_whole(self.path / name, text)
@@ -135,6 +147,10 @@ class RunFolder:
         for path, size in paths.items():
             os.truncate(path, size)
 
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there."""
+        (self.path / name).unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Removes the .jsonl files, for a run that begins anew."""
         for path in self.path.glob("*.jsonl"):
@@ -162,6 +178,23 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """
     with path.open("rb") as lines:  # not str.splitlines, which also breaks at \u2028 and the like
         return [_object(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.endswith(b"\n")]
+
+
+def new_folder(config: RunConfig) -> Path:
+    """The folder that a run of this configuration writes into."""
+    return Path(config.run or f"runs/{Path(config.task).stem}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def stored_config(folder: Path) -> RunConfig:
+    """The configuration that a run left in its folder.
+
+    Raises:
+        RunFolderError: there is none.
+        ConfigError: it is not what a run writes.
+    """
+    if not (folder / CONFIG).is_file():
+        raise RunFolderError(f"{str(folder)!r} holds no {CONFIG}; expected the folder of a run")
+    return read_config(folder / CONFIG)
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from experiments.config import to_dict
 from experiments.run import checkpoint
 from experiments.run.checkpoint import CheckpointError
 from experiments.run.fingerprint import differing
-from experiments.run.folder import RESULT, RunFolderError, read_jsonl
-from experiments.run.run import Run, stored_config
+from experiments.run.folder import RESULT, RunFolderError, read_jsonl, stored_config
+from experiments.run.run import Run
 
 
 class Stateful(Protocol):

@@ -7,7 +7,6 @@ import platform
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ import torch
 
 from appo.lm.model import CausalLM, ContextTooLongError
 from appo.policy import Policy
-from experiments.config import RunConfig, data_source, read_config
+from experiments.config import RunConfig, data_source
 from experiments.config.strict import ConfigError
 from experiments.run.fingerprint import Fingerprint, fingerprint
-from experiments.run.folder import CONFIG, RESULT, RunFolder, RunFolderError, read_result
+from experiments.run.folder import CONFIG, RESULT, RunFolder, RunFolderError, new_folder, read_result, stored_config
 from experiments.run.loggers import check_extras
 from experiments.run.models import ModelError, load_model
 from rewards.local import LocalTarget
@@ -45,6 +44,7 @@ class Run:
     reward: Reward
     folder: RunFolder
     fingerprint: Fingerprint  # of the task
+    sizes: dict[str, int]  # parameters of agent and target
 
     @property
     def steps_per_epoch(self) -> int:
@@ -111,23 +111,10 @@ def finished(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
     return config, result
 
 
-def stored_config(folder: Path) -> RunConfig:
-    """The configuration that a run left in its folder.
-
-    Raises:
-        RunFolderError: there is none.
-        ConfigError: it is not what a run writes.
-    """
-    if not (folder / CONFIG).is_file():
-        raise RunFolderError(f"{str(folder)!r} holds no {CONFIG}; expected the folder of a run")
-    return read_config(folder / CONFIG)
-
-
 def prepare(config: RunConfig, resume: bool = False) -> Run:
     """Loads data and models, and refuses what cannot work, before anything is written."""
     check_extras(config)
-    folder = Path(config.run or f"runs/{Path(config.task).stem}-{datetime.now():%Y%m%d-%H%M%S}")
-    return _assemble(config, RunFolder(folder, new=not resume))
+    return _assemble(config, RunFolder(new_folder(config), new=not resume))
 
 
 def _assemble(config: RunConfig, folder: RunFolder) -> Run:
@@ -141,10 +128,15 @@ def _assemble(config: RunConfig, folder: RunFolder) -> Run:
     except ValueError as error:  # a label word that its tokenizer does not know, or cannot tell from another
         raise ModelError(f"target: {error}") from error
     target = Remembered(local)
-    run = Run(config, data, policy, target, _reward(config, data, target), folder, fingerprint(data))
+    sizes = {"agent": _size(agent), "target": _size(answering)}
+    run = Run(config, data, policy, target, _reward(config, data, target), folder, fingerprint(data), sizes)
     _check_agent_fits(run)
     _check_target_fits(run, answering)
     return run
+
+
+def _size(lm: CausalLM) -> int:
+    return sum(parameter.numel() for parameter in lm.model.parameters())
 
 
 def _load_data(config: RunConfig) -> TaskData:

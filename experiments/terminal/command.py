@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from experiments.terminal.signals import StoppedError, raise_instead
 from tasks.errors import printable
@@ -37,7 +37,24 @@ class UsageError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like any other error."""
+    """A parser whose errors are one line, like any other error.
+
+    Args:
+        prog: the command.
+        doc: the docstring of its module: the first paragraph says what the command does, indented lines are examples,
+            and any other paragraph follows them.
+        options: as for argparse.
+    """
+
+    def __init__(self, prog: str, doc: str | None = None, **options: Any) -> None:
+        if doc:
+            first, *rest = doc.strip().split("\n\n")
+            examples = [part for part in rest if part.startswith("    ")]
+            told = "\n\n".join(part for part in rest if part not in examples)
+            shown = "\n".join(["examples:", *examples]).replace("\n    ", "\n  ")
+            options |= {"description": first, "epilog": f"{shown}\n\n{told}".strip()}
+            options |= {"formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(prog, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raises UsageError."""

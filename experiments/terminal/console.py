@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ WARNINGS = (  # statistic, lowest value to warn of, warning
 class Progress:
     """A progress bar with reward, accuracy and KL, and the best prompt so far below it.
 
-    Where stderr is no terminal (a log file, CI), it prints a plain line now and then.
+    Where stderr is no terminal (a log file, CI), it prints a plain line now and then. After the second iteration a
+    line says how long the rest will take; the first is no measure, as it warms up and checks itself.
 
     Args:
         steps: iterations in all.
@@ -33,11 +36,12 @@ class Progress:
 
     def __init__(self, steps: int, metric: str = "accuracy", quiet: bool = False, done: int = 0) -> None:
         self._steps, self._metric, self._quiet = steps, metric, quiet
+        self._timed, self._before = done + 2, time.perf_counter()
         self._warned: set[str] = set()
         self._live = not quiet and sys.stderr.isatty()
         if self._live:
             self._bar = tqdm(total=steps, initial=done, desc="tuning", unit="it", dynamic_ncols=True, position=0)
-            self._best = tqdm(total=0, bar_format="{desc}", position=1)
+            self._best = tqdm(total=0, bar_format="{desc}", position=1, leave=False)
 
     def show(self, iteration: int, stats: Mapping[str, float], best: str = "") -> None:
         """Moves on to `iteration`; `best` says which prompt is the best so far."""
@@ -45,25 +49,50 @@ class Progress:
             self._warn(iteration, stats)
         numbers = {"reward": stats["reward_mean"], self._metric: stats[f"{self._metric}_mean"], "kl": stats["kl"]}
         if self._live:
+            self._bar.set_postfix({name: f"{value:.2f}" for name, value in numbers.items()}, refresh=False)
             self._bar.update()
-            self._bar.set_postfix({name: f"{value:.2f}" for name, value in numbers.items()})
             self._best.set_description_str(clip(best, shutil.get_terminal_size().columns - 1))
         elif not self._quiet and (iteration % max(1, self._steps // 20) == 0 or iteration == 1):
             line = "  ".join(f"{name} {value:.2f}" for name, value in numbers.items())
             print(f"{iteration:4d}/{self._steps}  {line}  {clip(best, 100)}", file=sys.stderr, flush=True)
+        self._foretell(iteration)
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        if self._live:
+            sys.stderr.write("\r\x1b[J")  # a Ctrl-C leaves ^C on the bar's line; tqdm draws the bar again
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
 
     def _warn(self, iteration: int, stats: Mapping[str, float]) -> None:
         """Warns, once for each statistic, that something is going wrong."""
         for name, bound, words in WARNINGS:
             if stats.get(name, 0.0) >= bound and name not in self._warned:
                 self._warned.add(name)
-                tqdm.write(f"warning: iteration {iteration}: {words}", file=sys.stderr)
+                self.say(f"warning: iteration {iteration}: {words}")
+
+    def _foretell(self, iteration: int) -> None:
+        """Says, once, how long the iterations that are left will take."""
+        now = time.perf_counter()
+        seconds, self._before = now - self._before, now
+        left = self._steps - iteration
+        if iteration == self._timed and left > 1 and not self._quiet:
+            time_left = duration(seconds * left)
+            self.say(f"about {time_left} left: {left} iterations of {seconds:.2g} s, then the test split")
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Leaves the bar as it stands, and nothing below it."""
         if self._live:
             self._best.close()
             self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 40 s, 12 min, 3 h 20 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def clip(text: str, width: int) -> str:
@@ -89,7 +118,33 @@ def summary(result: Mapping[str, Any], folder: Path) -> str:
     else:
         lines.append(f"prompt:      {result['prompt']}")
     lines.append(f"report:      {folder / 'report.html'}")
+    lines += ["", "use it, and look at the report:"]
+    lines.append(f"  {our_command('prompt', '--run', str(folder), '--input', 'TEXT', '--answer')}")
+    lines.append(f"  {'open' if sys.platform == 'darwin' else 'xdg-open'} {shlex.quote(str(folder / 'report.html'))}")
     return "\n".join(lines)
+
+
+def stopped(folder: Path, kept: Path, found: Mapping[str, Any] | None) -> str:
+    """What a run that was stopped ends with: the best prompt so far, if it left one in `kept`, and how to go on."""
+    lines = []
+    if found:
+        scores = " and ".join(_score(found, f"{which}validation") for which in ("", "manual_"))
+        rows = f"{found['validation_rows']} validation rows"
+        lines.append(f"best prompt so far: {found['prompt']}")
+        lines.append(f"  its {found['metric']} on {rows}, and that of the manual prompt: {scores}")
+        lines.append(f"  kept in {kept}; the test split was not read")
+    lines.append(f"to go on: {our_command('train', '--run', str(folder), '--resume')}")
+    return "\n".join(lines)
+
+
+def our_command(*words: str) -> str:
+    """A command of `appo` as a person can type it here, whichever way this process was started."""
+    started = Path(sys.argv[0])
+    if shutil.which("appo"):
+        program = ["appo"]
+    else:
+        program = [str(started)] if started.name == "appo" else [sys.executable, "-m", "experiments.cli"]
+    return shlex.join([*program, *words])
 
 
 def _score(result: Mapping[str, Any], name: str) -> str:

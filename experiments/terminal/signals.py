@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
@@ -40,15 +41,41 @@ def _end(number: int, frame: object) -> None:
     os._exit(128 + number)
 
 
-class Signals:
-    """Notes a first SIGINT or SIGTERM while a block runs; a second one raises StoppedError at once."""
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Lets SIGINT and SIGTERM end the process without a traceback, while a block imports what takes seconds."""
+    numbers = (signal.SIGINT, signal.SIGTERM) if _may_handle() else ()
+    before = {number: signal.signal(number, _end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    def __init__(self) -> None:
+
+def _may_handle() -> bool:
+    """Whether this is the main thread; Python sets handlers nowhere else."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Signals:
+    """Notes a first SIGINT or SIGTERM while a block runs; a second one raises StoppedError at once.
+
+    Args:
+        say: shows a line to the user.
+    """
+
+    def __init__(self, say: Callable[[str], None] = _print) -> None:
         self.received = 0
+        self._say = say
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        if _may_handle():
             self._handlers = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -61,4 +88,4 @@ class Signals:
             raise StoppedError(number)
         self.received = number
         with suppress(RuntimeError):  # the signal came during another print
-            print("\nfinishing this iteration; once more to stop at once", file=sys.stderr, flush=True)
+            self._say("finishing this iteration; once more to stop at once")

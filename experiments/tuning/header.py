@@ -1,0 +1,57 @@
+"""The header of a run: what it is about to do. Nothing here takes long to load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.config import RunConfig
+from tasks.catalogue import load_spec
+from tasks.errors import printable
+
+if TYPE_CHECKING:
+    from experiments.run.run import Run
+
+
+def asked(config: RunConfig, preset: str, folder: Path | None) -> Iterator[str]:
+    """What is known before data and models are loaded.
+
+    Args:
+        config: of the run.
+        preset: the preset in force, in words.
+        folder: where the run writes; None: nowhere.
+
+    Raises:
+        TaskError: no such task, or its spec is malformed.
+    """
+    spec = load_spec(config.task)
+    yield _line("task", f"{spec.name}, judged by {spec.metric}, data from {config.data}: {spec.description}")
+    yield _line("models", f"agent {config.agent}, target {config.target}, on {config.device}")
+    yield _line("preset", preset)
+    size = config.examples.batch_size
+    each = f"{config.prompts} prompts x {size} examples" if config.mode == "fixed" else _each_input(config, size)
+    yield _line("iteration", each + (", the agent never updated" if config.frozen else ""))
+    yield _line("length", f"{config.steps} iterations" if config.steps else f"{config.epochs} epochs")
+    yield _line("writes to", str(folder) if folder else "nothing: a dry run")
+
+
+def loaded(run: Run) -> Iterator[str]:
+    """What is known once data and models are loaded."""
+    environment = run.environment()
+    sizes = ", ".join(
+        f"{role} {count / 1e6:,.1f} M parameters in {environment[f'{role}_computes_in']}"
+        for role, count in run.sizes.items()
+    )
+    threads = f", threads {environment['threads']}" if run.policy.device.type == "cpu" else ""
+    yield _line("loaded", f"{sizes}, on {environment['device']}{threads}")
+    rows = f"{len(run.data.train)} train, {len(run.data.validation)} validation and {len(run.data.test)} test rows"
+    yield _line("", f"{rows}, {run.steps} iterations")
+
+
+def _each_input(config: RunConfig, size: int) -> str:
+    return f"{config.prompts} prompts for each of {size} inputs"
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<11}{printable(text)}"

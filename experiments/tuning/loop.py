@@ -1,0 +1,131 @@
+"""A run from its first iteration to its result: the loop, and the log that it writes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from appo.trainer import DivergedError, Iteration
+from experiments.arms.arm import Arm
+from experiments.arms.editing import TestTimeEditing
+from experiments.arms.fixed import FixedPrompt
+from experiments.arms.untrained import BestOfN, UntrainedEditing
+from experiments.diagnostics.headroom import look
+from experiments.diagnostics.overlap import only_labels, overlap, word_runs
+from experiments.page.run_page import render_report
+from experiments.run.folder import CANDIDATES, HEADROOM, METRICS, PREDICTIONS, PROMPTS, RESULT, SO_FAR
+from experiments.run.loggers import Log, final_scores, loggers
+from experiments.run.models import save_agent
+from experiments.run.resume import begin, save
+from experiments.run.run import Run
+from experiments.terminal.console import Progress
+from experiments.terminal.signals import Signals, StoppedError
+
+ARMS: dict[tuple[str, bool], type[Arm]] = {  # (mode, frozen)
+    ("fixed", False): FixedPrompt,
+    ("tte", False): TestTimeEditing,
+    ("fixed", True): BestOfN,
+    ("tte", True): UntrainedEditing,
+}
+
+
+def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]:
+    """Runs all iterations and the final evaluation; returns what best_prompt.json holds.
+
+    Raises:
+        StoppedError: a signal came; the iteration was finished, and a checkpoint, a report and the best prompt so far
+            were written.
+    """
+    config = run.config
+    arm = arm_of(run)
+    done, notes = begin(run, arm, resume)
+    for note in [*notes, *_fallbacks(run)]:
+        print(f"note: {note}", file=sys.stderr)
+    if config.headroom and done == 0:
+        seen = look(run, config.headroom)
+        run.folder.write_json(HEADROOM, seen.as_json())
+        if not quiet:
+            print(*seen.lines(), sep="\n", file=sys.stderr, flush=True)
+    progress = Progress(run.steps, run.reward.metric, quiet, done)
+    with loggers(config, run.folder, done) as log:
+        record = Record(run, log)
+        with Signals(progress.say) as signals:
+            for number in range(done + 1, run.steps + 1):
+                iteration = record.timed(number, arm)
+                progress.show(number, iteration.stats, arm.pool.leader())
+                last = signals.received or number == run.steps
+                if last or number % config.checkpoint_every == 0:
+                    save(run, arm, number)
+                if signals.received:
+                    progress.close()
+                    run.folder.write_text("report.html", render_report(run.folder.path, run.reward.metric))
+                    if found := arm.best_so_far():
+                        run.folder.write_json(SO_FAR, {"iteration": number, **found})
+                    raise StoppedError(signals.received)
+        progress.close()
+        return _finish(run, arm, log)
+
+
+def _finish(run: Run, arm: Arm, log: Log) -> dict[str, Any]:
+    """Saves the agent, chooses the result and writes everything about it."""
+    save_agent(run.policy, run.folder.path / "agent")
+    result, candidates, predictions = arm.result()
+    run.folder.write_rows(CANDIDATES, candidates)
+    run.folder.write_rows(PREDICTIONS, predictions)
+    run.folder.write_json(RESULT, result)
+    run.folder.remove(SO_FAR)
+    log(run.steps, final_scores(result))
+    run.folder.write_text("report.html", render_report(run.folder.path, run.reward.metric))
+    return result
+
+
+def arm_of(run: Run) -> Arm:
+    """The arm that the configuration asks for."""
+    return ARMS[run.config.mode, run.config.frozen](run)
+
+
+def _fallbacks(run: Run) -> list[str]:
+    """Notes on models that run slower than they could."""
+    packed = {"agent": run.policy.lm.packed, "target": run.target.described().get("packed", True)}
+    slow = [role for role in packed if not packed[role]]
+    return [f"the {role} runs in padded batches: its attention cannot run shared prefixes once" for role in slow]
+
+
+class Record:
+    """Logs iterations: a row of metrics.jsonl for each, which `log` gets too, and one of prompts.jsonl per prompt."""
+
+    def __init__(self, run: Run, log: Log) -> None:
+        self.run, self.log = run, log
+        self.inputs = word_runs(example.input for example in run.data.train)
+
+    def timed(self, number: int, arm: Arm) -> Iteration:
+        """Runs iteration `number` of the arm and logs it, also if it raises DivergedError."""
+        started = time.perf_counter()
+        try:
+            iteration = arm.step(number)
+        except DivergedError as error:
+            self._write(number, error.iteration, time.perf_counter() - started, arm.cost)
+            raise
+        self._write(number, iteration, time.perf_counter() - started, arm.cost)
+        return iteration
+
+    def _write(self, number: int, iteration: Iteration, seconds: float, cost: Mapping[str, float]) -> None:
+        prompts, rewarded, review = iteration.collected.prompts, iteration.collected.rewarded, iteration.review
+        bare = sum(only_labels(prompt, self.run.target.words) for prompt in prompts) / len(prompts)
+        row: dict[str, Any] = {"iteration": number, **iteration.stats, "label_list_rate": bare}
+        row |= {"seconds": seconds, **cost, "tokens": int(iteration.collected.rollout.mask.sum()), "anchor": None}
+        if review:
+            sides = {side: getattr(review, side)._asdict() for side in ("policy_health", "anchor_health")}
+            decision = review.decision.value
+            row |= {"anchor": decision, "review": vars(review) | {"decision": decision} | sides}
+        self.run.folder.append(METRICS, [row])
+        self.log(number, row)
+        columns = {"reward": rewarded.scores.tolist()}
+        columns |= {name: values.tolist() for name, values in rewarded.metrics.items()}
+        rows = []
+        for i, prompt in enumerate(prompts):
+            worth = {name: values[i] for name, values in columns.items()}
+            rows.append({"iteration": number, "prompt": prompt, **worth, "overlap": overlap(prompt, self.inputs)})
+        self.run.folder.append(PROMPTS, rows)

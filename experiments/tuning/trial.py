@@ -1,0 +1,44 @@
+"""A dry run: what a run would gain, how long it would take and how much memory, found out on its first iterations."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+
+from experiments.diagnostics.headroom import look
+from experiments.run.run import Run
+from experiments.terminal.console import duration
+from experiments.tuning.loop import arm_of
+
+LOOKED_AT = 16  # prompts of the untrained agent, where the configuration asks for no look at the headroom
+
+
+def trial(run: Run) -> Iterator[str]:
+    """Looks at the headroom and makes two iterations; writes nothing.
+
+    The first iteration checks itself and warms up, so the second one is timed. What is left out of the estimate is
+    said in its line.
+    """
+    yield from look(run, run.config.headroom or LOOKED_AT).lines()
+    arm = arm_of(run)
+    arm.step(1)
+    started = time.perf_counter()
+    arm.step(2)
+    seconds = time.perf_counter() - started
+    yield (
+        f"time: about {duration(seconds * run.steps)} for {run.steps} iterations of {seconds:.2g} s (sampling, scoring "
+        "and updating); reviews of the anchor and the final scores come on top"
+    )
+    yield f"memory: {peak(run.policy.device) / 2**30:.1f} GiB at the peak"
+
+
+def peak(device: torch.device) -> float:
+    """The most memory that this process has used so far, in bytes: of the GPU, if the models are on one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB
