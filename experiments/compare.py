@@ -22,8 +22,8 @@ from typing import Any
 
 from appo.trainer import DivergedError
 from experiments.config import build_config
+from experiments.diagnostics.results import RunRow, grouped, read_row, write_csv
 from experiments.run.folder import read_jsonl
-from experiments.run.results import RunRow, grouped, read_row, write_csv
 from experiments.run.run import prepare
 from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order, one_line
 from experiments.train import train

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.run.hub import CARD, upload, write_card
+from experiments.hub.upload import CARD, upload, write_card
 from experiments.terminal.command import Parser, in_order
 from tasks.errors import printable
 

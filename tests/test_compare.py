@@ -15,8 +15,8 @@ from appo.trainer import APPOTrainer, DivergedError, Iteration
 from experiments import train
 from experiments.compare import COLUMNS, main, parse_args
 from experiments.config import build_config
+from experiments.diagnostics.results import arm_of
 from experiments.run.folder import read_result
-from experiments.run.results import arm_of
 
 SMALL = ["prompts=2", "threads=1", "sampling.max_new_tokens=8", "examples.test_limit=10", "pool=2", "steps=2"]
 

@@ -31,6 +31,7 @@ MAY_IMPORT = {
 ROOMS = {
     "appo/lm": {"appo.functional"},
     "experiments/config": set(),
+    "experiments/hub": {"experiments.config", "experiments.run"},
     "experiments/terminal": set(),
     "experiments/run": {"experiments.config"},
     "experiments/arms": {"experiments.config", "experiments.run"},
@@ -58,7 +59,7 @@ PLACES = {
     "tokenizers": {"experiments/lab"},
     "gguf": {"experiments/weights.py"},  # an extra
     "wandb": {"experiments/run/loggers.py"},  # an extra
-    "huggingface_hub": {"experiments/run/hub.py"},
+    "huggingface_hub": {"experiments/hub/upload.py"},
     "numpy": {"experiments/run/statistics.py"},
 }
 

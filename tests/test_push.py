@@ -17,7 +17,7 @@ import yaml
 
 from experiments import push, train
 from experiments.config import RunConfig
-from experiments.run.card import model_card
+from experiments.hub.card import model_card
 from experiments.run.folder import read_result
 from experiments.run.run import stored_config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from experiments.run.card import HUB_ID, model_card
+from experiments.hub.card import HUB_ID, model_card
 from experiments.run.files import write_whole
 from experiments.run.folder import RunFolderError
 from experiments.run.run import finished
