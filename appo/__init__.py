@@ -7,8 +7,7 @@
     for iteration in trainer.fit([policy.query("Write a question.", "")], reward_fn, steps=50):
         print(iteration.stats["reward_mean"], iteration.collected.prompts[0])
 
-The maths is in `appo.functional`; start reading there. A name is loaded when it is first used: torch takes seconds, and
-a command that only reads settings needs none of it.
+The maths is in `appo.functional`; start reading there. Names are loaded on first use, since torch takes seconds.
 """
 
 from importlib import import_module

@@ -165,8 +165,7 @@ class RolloutBuffer:
             if f.name in ("queries", "owner"):
                 continue
             columns = [getattr(part, f.name) for part in self._parts]
-            padded = [F.pad(x, (0, width - x.shape[1])) if x.dim() > 1 else x for x in columns]
-            merged[f.name] = torch.cat(padded)
+            merged[f.name] = torch.cat([F.pad(x, (0, width - x.shape[1])) if x.dim() > 1 else x for x in columns])
         owner = torch.cat([part.owner + start for part, start in zip(self._parts, starts, strict=True)])
         return Scored(queries=tuple(q for part in self._parts for q in part.queries), owner=owner, **merged)
 

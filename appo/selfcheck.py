@@ -32,6 +32,10 @@ def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
     """
     exact = policy.lm.compute_dtype.itemsize >= 4
     tolerance = TOLERANCE if exact else LOW_TOLERANCE
+
+    def size(difference: Tensor) -> float:
+        return (difference.abs().max() if exact else difference.square().mean().sqrt()).item()
+
     together = policy.evaluate(rollout).logprobs
     if not torch.equal(together, anchor.logprobs(rollout)):
         cause = _dropout(policy) or "the anchor is not a copy of the agent's current weights"
@@ -40,24 +44,19 @@ def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
     queries = [len(rollout.queries[m].tokens) for m in rollout.owner.tolist()]
     shortest = min(range(len(rollout)), key=lambda i: queries[i] + int(rollout.mask[i].sum()))
     alone = rollout.select(torch.tensor([shortest], device="cpu"))
-    error = _size(policy.evaluate(alone).logprobs[0] - together[shortest][rollout.mask[shortest]], exact)
-    if not error <= tolerance:
+    difference = policy.evaluate(alone).logprobs[0] - together[shortest][rollout.mask[shortest]]
+    if not (error := size(difference)) <= tolerance:
         raise SelfCheckError(
             f"response {shortest} has different log-probabilities alone and batched (by {error:.2g}); likely cause: "
             "padding side or position ids: the model sees the padding"
         )
 
     difference = (rollout.logprobs - together)[rollout.mask]
-    error = _size(difference, exact)
-    if not error <= tolerance:
+    if not (error := size(difference)) <= tolerance:
         raise SelfCheckError(
             f"recomputed log-probabilities differ from the sampled ones by {error:.2g}, "
             f"more than {tolerance:g}; likely cause: {_dropout(policy) or _sampling_cause(difference)}"
         )
-
-
-def _size(difference: Tensor, exact: bool) -> float:
-    return (difference.abs().max() if exact else difference.square().mean().sqrt()).item()
 
 
 def _dropout(policy: nn.Module) -> str | None:

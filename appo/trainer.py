@@ -114,9 +114,6 @@ class APPOTrainer:
         anchor: when the anchor is reviewed, and by how much.
         generator: for sampling rollouts, on the policy's device. Reviews and the minibatch order have generators of
             their own, made from its seed, so that none of the three changes what another draws.
-
-    Raises:
-        ValueError: the policy has nothing to train.
     """
 
     def __init__(
@@ -215,12 +212,11 @@ class APPOTrainer:
 
     def _guard(self, iteration: Iteration) -> None:
         """After `max_bad_steps` iterations in a row without a sound step, rolls back; after twice as many, raises."""
-        stats = iteration.stats
-        self.bad_steps = self.bad_steps + 1 if stats["skipped_steps"] == 1.0 else 0
+        self.bad_steps = self.bad_steps + 1 if iteration.stats["skipped_steps"] == 1.0 else 0
         if self.bad_steps == self.config.max_bad_steps and self.anchor_config.rollback:
             self.anchor.rollback()
         if self.bad_steps >= 2 * self.config.max_bad_steps:
-            reasons = ", ".join(name for name in FAULTS if stats.get(name))
+            reasons = ", ".join(name for name in FAULTS if iteration.stats.get(name))
             raise DivergedError(f"{self.bad_steps} iterations in a row without a sound step ({reasons})", iteration)
 
     # -- the anchor ----------------------------------------------------------------------------------------------------
