@@ -99,7 +99,6 @@ def test_files_that_are_named_exist(page: Path) -> None:
         assert (ROOT / name).exists(), name
 
 
-@pytest.mark.xfail(strict=True, reason="the pictures are still to be made; remove this mark with them")
 @pytest.mark.parametrize("picture", re.findall(r'<img src="([^"]+)"', text_of(ROOT / "README.md")))
 def test_the_readmes_pictures_are_there(picture: str) -> None:
     assert (ROOT / picture).is_file()
