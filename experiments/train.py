@@ -25,6 +25,7 @@ from experiments.config import (
     RunConfig,
     flat,
     merged_config,
+    on_toys,
     origins,
     resumed_config,
     sources,
@@ -133,6 +134,8 @@ def main(argv: Sequence[str]) -> int:
     config = replace(asked.config, run=str(new_folder(asked.config)))
     folder = RunFolder(new_folder(config), new=not asked.resume)  # refused here, before anything slow
     print(*header.asked(config, asked.preset, None if asked.only else folder.path), sep="\n", flush=True)
+    if warning := on_toys(config.task, config.data, config.agent, config.target):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     with ending_at_once():
         from experiments.run.run import prepare
         from experiments.tuning import loop, trial

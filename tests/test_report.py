@@ -291,6 +291,14 @@ def test_a_copied_prompt_and_a_one_sided_target_are_warned_of(tmp_path: Path) ->
     assert 'class="warning"' not in render(tmp_path).split("<main>")[1]
 
 
+def test_toy_models_on_foreign_data_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "toy models" not in render(tmp_path)
+    monkeypatch.setitem(CONFIG, "target", "lab")  # type: ignore[arg-type]
+    assert "toy models" not in render(tmp_path)  # the data are the lab's
+    monkeypatch.setitem(CONFIG, "data", "hub")  # type: ignore[arg-type]
+    assert "target lab: toy models that know nothing but the lab" in render(tmp_path)
+
+
 def test_a_collapse_during_the_run_is_warned_of(tmp_path: Path) -> None:
     metrics = [row(1), row(2) | {"empty_rate": 1.0}, row(3) | {"empty_rate": 1.0}]
     assert "Iteration 2: nearly all prompts are empty" in render(tmp_path, metrics)

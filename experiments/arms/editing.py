@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from experiments.arms.arm import Arm, Question
 from experiments.arms.editor import editor_of
-from experiments.arms.result import Outcome, answers, described, predictions, scores
+from experiments.arms.result import Outcome, answers, chance, described, predictions, scores
 from experiments.run.run import Run
 from tasks.spec import SPLITS, Example
 
@@ -60,6 +60,7 @@ class TestTimeEditing(Arm):
             "edits_validation_score": edits["validation"].mean().item(),
             "edits_test_score": edits["test"].mean().item(),
             **described(run),
+            "chance": chance(run.data.test),
             **scores(edits if better else manual, manual),
         }
         return Outcome(result, [], predictions(run.data.test, by_hand["test"], edited["test"], run.target.words))

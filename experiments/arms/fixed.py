@@ -10,7 +10,7 @@ from typing import Any
 from appo.rollout import Query
 from appo.trainer import Iteration
 from experiments.arms.arm import Arm, Question
-from experiments.arms.result import Outcome, answers, described, predictions, scores, shares, split_scores
+from experiments.arms.result import Outcome, answers, chance, described, predictions, scores, shares, split_scores
 from experiments.run.run import Run, stream
 from experiments.run.statistics import interval
 from tasks.meta_prompt import as_lines, meta_prompt
@@ -81,6 +81,7 @@ class FixedPrompt(Arm):
             "prompt": candidates[best],
             "chosen": kinds[best],
             **described(run),
+            "chance": chance(test),
             **scores(
                 {"validation": validation[best], "test": of_best.values},
                 {"validation": validation[0], "test": of_manual.values},

@@ -114,6 +114,5 @@ def described(run: Run) -> dict[str, Any]:
         "target": run.config.target,
         "seed": run.config.seed,
         "manual_prompt": spec.manual_prompt,
-        "chance": chance(run.data.test),
         "fingerprint": run.fingerprint,
     }

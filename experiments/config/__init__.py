@@ -235,6 +235,17 @@ def data_source(task: str, data: str) -> str:
     return str(Path(task).parent) if is_spec_file(task) else str(LAB_DIR / "data")
 
 
+def on_toys(task: str, data: str, agent: str, target: str) -> str | None:
+    """A warning if the lab's tiny models are to work on data that are not the lab's; None if they are not."""
+    toys = [f"{role} {name}" for role, name in (("agent", agent), ("target", target)) if name == LAB]
+    if not toys or data_source(task, data) == data_source(LAB, LAB):
+        return None
+    return (
+        f"{' and '.join(toys)}: toy models that know nothing but the lab's own language; what they make of other data "
+        "means nothing. Name real models with --agent and --target"
+    )
+
+
 def _given(options: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in (options or {}).items() if value is not None}
 

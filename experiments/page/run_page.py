@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from experiments.config import RunConfig
+from experiments.config import RunConfig, on_toys
 from experiments.config.strict import LARGEST, read_yaml
 from experiments.page.answers import answers_section
 from experiments.page.charts import MARKS, Curve, Dot, Mark, line_chart, sign, strip_chart, swatch
@@ -78,7 +78,7 @@ def render_report(folder: Path, metric: str) -> str:
             f"<h1>{escape(title)}</h1>",
             f'<p class="muted">{len(metrics)} iterations, {len(prompts)} prompts scored, {escape(about)}</p>',
             *(_answer(result) if result else _so_far(prompts)),
-            *(f'<p class="warning">{escape(line)}</p>' for line in _warnings(result, metrics, prompts)),
+            *(f'<p class="warning">{escape(line)}</p>' for line in _warnings(config, result, metrics, prompts)),
             *(["<h2>Before training</h2>", *(f"<p>{escape(line.strip())}</p>" for line in looked)] if looked else []),
             "<h2>How it went</h2>",
             *_curves(metrics, metric),
@@ -133,10 +133,14 @@ def _so_far(prompts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _warnings(
-    result: Mapping[str, Any] | None, metrics: Sequence[Mapping[str, Any]], prompts: Sequence[Mapping[str, Any]]
+    config: Mapping[str, Any],
+    result: Mapping[str, Any] | None,
+    metrics: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Mapping[str, Any]],
 ) -> list[str]:
     """What a reader should know before trusting the numbers."""
-    found = []
+    toys = on_toys(*(str(config.get(key)) for key in ("task", "data", "agent", "target")))
+    found = [toys] if toys else []
     for name, bound, words in WARNINGS:
         first = next((row for row in metrics if (_finite(row.get(name)) or 0.0) >= bound), None)
         if first:

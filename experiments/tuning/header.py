@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.config import RunConfig
-from tasks.catalogue import load_spec
+from experiments.config import LAB, RunConfig, data_source
+from tasks.catalogue import is_spec_file, load_spec
 from tasks.errors import printable
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ def asked(config: RunConfig, preset: str, folder: Path | None) -> Iterator[str]:
         TaskError: no such task, or its spec is malformed.
     """
     spec = load_spec(config.task)
-    yield _line("task", f"{spec.name}, judged by {spec.metric}, data from {config.data}: {spec.description}")
+    source = config.data if config.data != LAB or not is_spec_file(config.task) else data_source(config.task, LAB)
+    yield _line("task", f"{spec.name}, judged by {spec.metric}, data from {source}: {spec.description}")
     yield _line("models", f"agent {config.agent}, target {config.target}, on {config.device}")
     yield _line("preset", preset)
     size = config.examples.batch_size
