@@ -2,11 +2,12 @@
 
     appo compare --task mnli --seeds 0 1 2 3 4
     appo compare --task mnli --arms anchor initial previous none best-of-n
-    appo compare --runs runs/mnli-* --out results.csv
+    appo compare --runs runs/mnli-* --out results.csv --page comparison.html
 
 The arms are the four references of the KL penalty (anchor is APPO, initial is RLHF-style PPO, previous is plain
 PPO, none has no penalty), best-of-n, which never updates the agent, and test-time editing with the trained agent (tte)
-or the untrained one (tte-untrained). Prints a table in Markdown. --out also writes a CSV file with a row for each run.
+or the untrained one (tte-untrained). Prints a table in Markdown. --out also writes a CSV file with a row for each run,
+--page a page with curves and intervals.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any
 from appo.trainer import DivergedError
 from experiments.config import build_config
 from experiments.diagnostics.results import RunRow, grouped, read_row, write_csv
+from experiments.page.comparison import render_comparison
+from experiments.run.files import write_whole
 from experiments.run.folder import read_jsonl
 from experiments.run.run import prepare
 from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order, one_line
@@ -66,6 +69,7 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--runs", nargs="+", type=Path, metavar="DIR", help="folders of runs to show, finished or not")
     parser.add_argument("--separate", action="store_true", help="--runs of several tasks: a table for each")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as CSV too, as in results.csv")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="draw a page too, as in comparison.html")
     parser.add_argument("--task", help="default: mnli")
     parser.add_argument("--seeds", nargs="+", action="append", help="default: 0 1 2 3 4")
     parser.add_argument("--arms", nargs="+", action="append", help=f"of {', '.join(ARMS)} (default: anchor best-of-n)")
@@ -73,9 +77,11 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="sets a configuration field of every run")
     options = parser.parse_intermixed_args(argv)
     if options.runs and any((options.task, options.seeds, options.arms, options.folder, options.assignments)):
-        raise UsageError("--runs shows runs that exist; it goes with --separate and --out only")
+        raise UsageError("--runs shows runs that exist; it goes with --separate, --out and --page only")
     if options.separate and not options.runs:
         raise UsageError("--separate goes with --runs only")
+    if options.separate and options.page:
+        raise UsageError("--page shows runs of one test; leave out --separate")
     options.task = options.task or "mnli"
     for name, default in (("seeds", ["0", "1", "2", "3", "4"]), ("arms", ["anchor", "best-of-n"])):
         given = getattr(options, name) or [default]  # nargs="+" takes every word that follows, assignments too
@@ -135,9 +141,16 @@ def main(argv: Sequence[str]) -> int:
     if not options.runs:
         return compare_arms(options)
     rows = compare_runs(options.runs, options.separate)
+    keep(rows, options)
+    return 0
+
+
+def keep(rows: Sequence[RunRow], options: Namespace) -> None:
+    """Writes the rows as CSV and as a page, where asked for."""
     if options.out:
         write_csv(options.out, rows)
-    return 0
+    if options.page:
+        write_whole(options.page, render_comparison(rows))
 
 
 def compare_arms(options: Namespace) -> int:
@@ -163,8 +176,7 @@ def compare_arms(options: Namespace) -> int:
                 print(f"error: {arm}, seed {seed}: {one_line(error)}", file=sys.stderr)
                 line = f"| {arm} | {seed} | | | | diverged | | | | |"
             print(line, flush=True)
-            if options.out:  # after each run: a stop loses none
-                write_csv(options.out, map(read_row, made))
+            keep([read_row(run) for run in made], options)  # after each run: a stop loses none
         means = " | ".join(f"{sum(column) / len(column):.3f}" for column in zip(*found, strict=True))
         if found:
             print(f"| **{arm}** | mean | | {means} | |", flush=True)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from experiments.config import build_config
+from experiments.diagnostics.results import read_row
+from experiments.page.comparison import render_comparison
 from experiments.page.run_page import render_report
 from experiments.run.run import prepare
 from experiments.train import train
@@ -23,6 +25,7 @@ pytestmark = [
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[browser]'")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
 RUNS = {"fixed": ("mnli", "fixed"), "tte": ("mixed", "tte"), "text": ("antonyms", "fixed")}
+PAGES = [*RUNS, "stopped", "comparison"]
 SMALL = ["threads=1", "examples.test_limit=30", "headroom=4", "prompts=4", "anchor.period=2", "anchor.prompts=2"]
 RULES = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}}
 
@@ -41,7 +44,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in ("best_prompt.json", "predictions.jsonl", "candidates.jsonl"):
         (stopped / name).unlink()
     (stopped / "report.html").write_text(render_report(stopped, "accuracy"), encoding="utf-8")
-    return found | {"stopped": stopped / "report.html"}
+    comparison = stopped.parent / "comparison.html"
+    comparison.write_text(render_comparison([read_row(found["fixed"].parent), read_row(stopped)]), encoding="utf-8")
+    return found | {"stopped": stopped / "report.html", "comparison": comparison}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,7 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-@pytest.mark.parametrize("name", [*RUNS, "stopped"])
+@pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_page_is_sound(name: str, scheme: str, width: int, pages: dict[str, Path], browser: Any) -> None:
@@ -77,7 +82,7 @@ def test_a_page_is_sound(name: str, scheme: str, width: int, pages: dict[str, Pa
     page.close()
 
 
-@pytest.mark.parametrize("name", [*RUNS, "stopped"])
+@pytest.mark.parametrize("name", PAGES)
 def test_nothing_is_cut_off_on_paper(name: str, pages: dict[str, Path], browser: Any) -> None:
     page = browser.new_page(viewport={"width": 720, "height": 1000})  # the width of a sheet of A4
     page.goto(pages[name].as_uri())

@@ -164,6 +164,28 @@ def test_runs_that_exist_are_shown_with_intervals_and_verdict(
     assert written[0]["test"] == written[1]["test"]
 
 
+def test_the_page_of_a_comparison_shows_every_run_and_every_arm(made: dict[str, Path], tmp_path: Path) -> None:
+    assert compared(made, "appo", "random", more=("--page", str(tmp_path / "page.html"))) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<h1>sst2: 2 ways to tune a prompt, 2 runs</h1>" in page
+    forest, curves = page.split("<h2>While training")
+    for name, arm in (("appo", "anchor"), ("random", "best-of-n")):
+        result = read_result(made[name])
+        low, high = result["test_interval"]
+        assert f">{arm}, seed 0</text>" in forest and f"{arm}, seed 0 {result['test_score']:.3f}" in forest
+        assert f"{arm} (1 runs)" in curves
+        assert f"{result['test_score']:.3f} ({low:.3f} to {high:.3f}, n = 10)" in curves
+    assert curves.count("<polyline") == curves.count("<polygon") == 2
+
+
+def test_a_page_without_a_finished_run_says_so(made: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(made["appo"], tmp_path / "run")
+    (tmp_path / "run/best_prompt.json").unlink()
+    assert main(["--runs", str(tmp_path / "run"), "--page", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<p>No run is finished.</p>" in page and "<polyline" in page
+
+
 def test_a_run_that_is_not_finished_is_marked(
     made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,9 +232,13 @@ def test_runs_are_shown_in_the_order_given_and_grouped_where_they_belong(
     ("given", "fragment"),
     [
         (["--runs", "no-such-folder"], "'no-such-folder' holds no config.yaml; expected the folder of a run"),
-        (["--runs", "a", "--task", "sst2"], "--runs shows runs that exist; it goes with --separate and --out only"),
+        (
+            ["--runs", "a", "--task", "sst2"],
+            "--runs shows runs that exist; it goes with --separate, --out and --page only",
+        ),
         (["--runs", "a", "--seeds", "0"], "--runs shows runs that exist"),
         (["--separate"], "--separate goes with --runs only"),
+        (["--runs", "a", "--separate", "--page", "b"], "--page shows runs of one test; leave out --separate"),
     ],
 )
 def test_mistakes_with_runs_are_one_clear_line(

@@ -36,7 +36,12 @@ ROOMS = {
     "experiments/run": {"experiments.config"},
     "experiments/arms": {"experiments.config", "experiments.run"},
     "experiments/diagnostics": {"experiments.config", "experiments.run", "experiments.arms"},
-    "experiments/page": {"experiments.config", "experiments.run", "experiments.terminal"},
+    "experiments/page": {
+        "experiments.config",
+        "experiments.run",
+        "experiments.terminal",
+        "experiments.diagnostics",
+    },
     "experiments/tuning": {
         "experiments.config",
         "experiments.run",

@@ -30,6 +30,23 @@ class Mark(NamedTuple):
     kind: str
 
 
+class Band(NamedTuple):
+    """An area between two lines: its points (x, low, high), and the class that styles it."""
+
+    points: list[tuple[float, float, float]]
+    style: str
+
+
+class Entry(NamedTuple):
+    """A score with its interval, in a chart of many."""
+
+    name: str
+    score: float
+    low: float
+    high: float
+    style: str
+
+
 class Dot(NamedTuple):
     """A point of a strip chart; agent and anchor have different shapes."""
 
@@ -71,7 +88,9 @@ def shown(value: float, step: float) -> str:
     return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}".replace("-", "\N{MINUS SIGN}")
 
 
-def line_chart(name: str, unit: str, curves: Sequence[Curve], marks: Sequence[Mark] = ()) -> str:
+def line_chart(
+    name: str, unit: str, curves: Sequence[Curve], marks: Sequence[Mark] = (), bands: Sequence[Band] = ()
+) -> str:
     """Curves over iterations, with vertical lines where the anchor moved.
 
     Args:
@@ -79,10 +98,16 @@ def line_chart(name: str, unit: str, curves: Sequence[Curve], marks: Sequence[Ma
         unit: title of the vertical axis.
         curves: at least one point in all.
         marks: promotions and rollbacks.
+        bands: areas behind the curves.
     """
     points = [point for curve in curves for point in curve.points]
+    points += [(x, y) for band in bands for x, *ends in band.points for y in ends]
     scale, axes = _axes(points, unit)
     drawn = [_mark(mark, scale) for mark in marks]
+    for band in bands:
+        around = [(x, low) for x, low, _ in band.points] + [(x, high) for x, _, high in reversed(band.points)]
+        path = " ".join(f"{x},{y}" for x, y in (scale.place(*point) for point in around))
+        drawn.append(f'<polygon class="band {band.style}" points="{path}"/>')
     for curve in curves:
         path = " ".join(f"{x},{y}" for x, y in (scale.place(*point) for point in curve.points))
         if len(curve.points) == 1:
@@ -116,6 +141,35 @@ def strip_chart(
             kind = "one" if side == "agent" else "two"
             drawn.append(f'<line class="mean {kind}" x1="{x - 6:.1f}" x2="{x + 6:.1f}" y1="{y}" y2="{y}"/>')
     return _svg(name, f"{len({dot.x for dot in dots})} reviews", [axes, *drawn])
+
+
+def forest(name: str, unit: str, entries: Sequence[Entry], line: float) -> str:
+    """Scores with their intervals, one below the other, and a dashed line to compare them with."""
+    names, row, top = 190, 20, 8
+    height = top + row * len(entries) + 44
+    across = ticks(min(line, *(entry.low for entry in entries)), max(line, *(entry.high for entry in entries)))
+    low, high = across[0], across[-1]
+
+    def at(value: float) -> float:
+        return round(names + (value - low) / (high - low) * (WIDTH - names - RIGHT - 10), 1)
+
+    foot = height - 44
+    out = [f'<line class="rule" x1="{at(line)}" x2="{at(line)}" y1="{top}" y2="{foot}"/>']
+    for value in across:
+        out.append(f'<text x="{at(value)}" y="{foot + 18}" text-anchor="middle">{shown(value, across[1] - low)}</text>')
+        out.append(f'<line class="grid" x1="{at(value)}" x2="{at(value)}" y1="{top}" y2="{foot}"/>')
+    for i, entry in enumerate(entries):
+        y = top + row * i + row / 2
+        out.append(f'<text x="{names - 10}" y="{y + 4}" text-anchor="end">{escape(_short(entry.name))}</text>')
+        out.append(f'<line class="mean {entry.style}" x1="{at(entry.low)}" x2="{at(entry.high)}" y1="{y}" y2="{y}"/>')
+        out.append(f'<circle class="dot {entry.style}" cx="{at(entry.score)}" cy="{y}" r="4"/>')
+    out.append(f'<text class="axis" x="{(names + WIDTH) / 2}" y="{height - 8}" text-anchor="middle">{unit}</text>')
+    label = escape(f"{name}: " + "; ".join(f"{entry.name} {entry.score:.3f}" for entry in entries))
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{"".join(out)}</svg>'
+
+
+def _short(name: str, most: int = 32) -> str:
+    return name if len(name) <= most else f"{name[: most - 3]}..."
 
 
 def swatch(style: str) -> str:

@@ -13,9 +13,11 @@ from html import escape
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2125; --soft: #4d565f; --paper: #fff; --wash: #f1f4f7; --rule: #c3cad1;
-  --one: #1f5fa8; --two: #a04a00; --good: #1c6b3c; --bad: #a8281c; }
+  --one: #1f5fa8; --two: #a04a00; --three: #6b3fa0; --four: #00695c;
+  --good: #1c6b3c; --bad: #a8281c; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --soft: #b1bac3; --paper: #15181b; --wash: #22272c;
-  --rule: #48515a; --one: #7db4f2; --two: #f0a45d; --good: #74cf98; --bad: #f5917f; } }
+  --rule: #48515a; --one: #7db4f2; --two: #f0a45d; --three: #c3a1f0; --four: #5fc9b8;
+  --good: #74cf98; --bad: #f5917f; } }
 * { box-sizing: border-box; }
 body { font: 1rem/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 66rem;
   margin: 0 auto; padding: 1rem; overflow-wrap: break-word; }
@@ -39,13 +41,19 @@ tbody th { font-weight: normal; } tbody th, td.long { min-width: 12rem; overflow
 pre { background: var(--wash); padding: .7rem 1rem; overflow-x: auto; font-size: .85rem; white-space: pre-wrap; }
 details > summary { cursor: pointer; padding: .3rem 0; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.2rem; }
-figure { margin: 0; break-inside: avoid; } figcaption { font-weight: 600; }
+figure { margin: 0; max-width: 46rem; break-inside: avoid; } figcaption { font-weight: 600; }
 figure > svg { width: 100%; height: auto; font-size: 12px; } svg text { fill: var(--soft); }
 .legend { font-size: .9rem; color: var(--soft); display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .2rem 0; }
 .swatch { width: 1.7rem; height: .75rem; vertical-align: -.05rem; margin-right: .3rem; }
 svg .grid { stroke: var(--rule); stroke-width: .7; } svg .line { fill: none; stroke-width: 2; }
 svg .one { stroke: var(--one); } svg .two { stroke: var(--two); } svg .faint { stroke-width: 1; opacity: .45; }
-svg .line.two { stroke-dasharray: 6 3; } svg .dot.one { fill: var(--one); } svg .dot.two { fill: var(--two); }
+svg .three { stroke: var(--three); } svg .four { stroke: var(--four); }
+svg .line.two { stroke-dasharray: 6 3; } svg .line.three { stroke-dasharray: 2 2; }
+svg .line.four { stroke-dasharray: 8 2 2 2; } svg .band { stroke: none; opacity: .18; }
+svg .band.one { fill: var(--one); } svg .band.two { fill: var(--two); } svg .band.three { fill: var(--three); }
+svg .band.four { fill: var(--four); } svg .rule { stroke: var(--soft); stroke-dasharray: 4 3; }
+svg .dot.one { fill: var(--one); } svg .dot.two { fill: var(--two); }
+svg .dot.three { fill: var(--three); } svg .dot.four { fill: var(--four); }
 svg .dot { opacity: .75; stroke: none; } svg .mean { stroke-width: 2.5; } svg circle.line { fill: currentColor; }
 svg .promote { fill: var(--good); stroke: var(--good); } svg .rollback { fill: var(--bad); stroke: var(--bad); }
 svg .mark { stroke-dasharray: 3 3; stroke-width: 1; } svg .mark.rollback { stroke-dasharray: 1 3; }

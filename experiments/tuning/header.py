@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.config import LAB, RunConfig, data_source
+from experiments.config import LAB, RunConfig
 from tasks.catalogue import is_spec_file, load_spec
 from tasks.errors import printable
 
@@ -26,7 +26,7 @@ def asked(config: RunConfig, preset: str, folder: Path | None) -> Iterator[str]:
         TaskError: no such task, or its spec is malformed.
     """
     spec = load_spec(config.task)
-    source = config.data if config.data != LAB or not is_spec_file(config.task) else data_source(config.task, LAB)
+    source = config.task if config.data == LAB and is_spec_file(config.task) else config.data
     yield _line("task", f"{spec.name}, judged by {spec.metric}, data from {source}: {spec.description}")
     yield _line("models", f"agent {config.agent}, target {config.target}, on {config.device}")
     yield _line("preset", preset)

@@ -1,0 +1,124 @@
+"""The page of a comparison: the curves of each arm with the band of its seeds, and every run's score on test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from experiments.diagnostics.results import RunRow
+from experiments.page.charts import Band, Curve, Entry, forest, line_chart, swatch
+from experiments.page.html import document, table
+from experiments.run.folder import METRICS, read_jsonl
+
+STYLES = ("one", "two", "three", "four")
+WINDOW = 10  # iterations in a running mean
+
+
+def render_comparison(rows: Sequence[RunRow]) -> str:
+    """The HTML page of runs that were scored on the same test; runs without a result are curves only.
+
+    Args:
+        rows: at least one; those of one arm and one pair of models are its seeds.
+    """
+    arms: dict[str, list[RunRow]] = {}
+    for row in rows:
+        arms.setdefault(_named(row, rows), []).append(row)
+    styles = {arm: STYLES[i % len(STYLES)] for i, arm in enumerate(arms)}
+    metric = next((row.metric for row in rows if row.metric), "accuracy")
+    title = f"{rows[0].task}: {len(arms)} ways to tune a prompt, {len(rows)} runs"
+    finished = [row for row in rows if row.finished]
+    return document(
+        title,
+        [
+            f"<h1>{escape(title)}</h1>",
+            "<h2>Scores on test</h2>",
+            *([_arms(arms, metric), _forest(arms, styles, metric)] if finished else ["<p>No run is finished.</p>"]),
+            "<h2>While training</h2>",
+            _curves(arms, styles, metric),
+            "<h2>Runs</h2>",
+            _runs(rows),
+        ],
+    )
+
+
+def _named(row: RunRow, rows: Sequence[RunRow]) -> str:
+    """The arm, with the models where the runs differ in them."""
+    models = {(other.agent, other.target) for other in rows}
+    return row.arm if len(models) == 1 else f"{row.arm}, {row.agent} for {row.target}"
+
+
+def _arms(arms: Mapping[str, Sequence[RunRow]], metric: str) -> str:
+    listed = []
+    for arm, rows in arms.items():
+        scores = [row.test_score for row in rows if row.test_score is not None]
+        manual = [row.manual_test_score for row in rows if row.manual_test_score is not None]
+        if scores:
+            spread = f"{min(scores):.3f} to {max(scores):.3f}"
+            listed.append((arm, str(len(scores)), f"{_mean(scores):.3f}", spread, f"{_mean(manual):.3f}"))
+    caption = f"{metric} on the test rows, over seeds"
+    return table(caption, ("arm", "finished runs", "mean", "lowest to highest", "manual prompt, mean"), listed)
+
+
+def _forest(arms: Mapping[str, Sequence[RunRow]], styles: Mapping[str, str], metric: str) -> str:
+    """Every finished run's score with its interval, and the manual prompt's."""
+    entries = [
+        Entry(f"{arm}, seed {row.seed}", row.test_score, row.test_low, row.test_high, styles[arm])
+        for arm, rows in arms.items()
+        for row in rows
+        if row.test_score is not None and row.test_low is not None and row.test_high is not None
+    ]
+    manual = [row.manual_test_score for rows in arms.values() for row in rows if row.manual_test_score is not None]
+    title = f"{metric} of the chosen prompts on test, with 95 % intervals"
+    chart = forest(title, metric, entries, _mean(manual))
+    note = "dashed: the manual prompt, mean"
+    return f'<figure><figcaption>{escape(title)} <span class="muted">{note}</span></figcaption>{chart}</figure>'
+
+
+def _curves(arms: Mapping[str, Sequence[RunRow]], styles: Mapping[str, str], metric: str) -> str:
+    """The running mean of sampled prompts' scores: the mean over seeds, and the band from the lowest to the highest."""
+    curves, bands, legend = [], [], []
+    for arm, rows in arms.items():
+        runs = [smooth for row in rows if (smooth := _smooth(Path(row.run), f"{metric}_mean"))]
+        if not runs:
+            continue
+        shared = sorted(set.intersection(*(set(run) for run in runs)))
+        curves.append(Curve([(x, _mean([run[x] for run in runs])) for x in shared], arm, f"line {styles[arm]}"))
+        bands.append(Band([(x, min(r[x] for r in runs), max(r[x] for r in runs)) for x in shared], styles[arm]))
+        legend.append(f"<span>{swatch(f'line {styles[arm]}')}{escape(arm)} ({len(runs)} runs)</span>")
+    if not any(curve.points for curve in curves):
+        return "<p>Nothing was measured.</p>"
+    title = f"{metric} of sampled prompts"
+    caption = f"mean over the last {WINDOW} iterations and over seeds; bands: lowest to highest seed"
+    return (
+        f'<figure><figcaption>{escape(title)} <span class="muted">{escape(caption)}</span></figcaption>'
+        f'<div class="legend">{"".join(legend)}</div>{line_chart(title, metric, curves, bands=bands)}</figure>'
+    )
+
+
+def _smooth(folder: Path, column: str) -> dict[float, float]:
+    """The running mean of a column of metrics.jsonl, by iteration."""
+    path = folder / METRICS
+    rows = read_jsonl(path) if path.is_file() else []
+    points = [(float(row["iteration"]), float(row[column])) for row in rows if row.get(column) is not None]
+    return {x: _mean([y for _, y in points[max(0, i - WINDOW + 1) : i + 1]]) for i, (x, _) in enumerate(points)}
+
+
+def _runs(rows: Sequence[RunRow]) -> str:
+    listed = []
+    for row in rows:
+        best = _score(row.test_score, row.test_low, row.test_high, row.test_rows)
+        manual = _score(row.manual_test_score, row.manual_test_low, row.manual_test_high, row.test_rows)
+        listed.append((Path(row.run).name, row.arm, row.verdict, str(row.seed), str(row.steps), best, manual))
+    header = ("run", "arm", "verdict", "seed", "iterations", "test", "manual, test")
+    return table("Every run, with 95 % intervals", header, listed, texts=3)
+
+
+def _score(score: float | None, low: float | None, high: float | None, rows: int | None) -> str:
+    if score is None or low is None or high is None:
+        return ""
+    return f"{score:.3f} ({low:.3f} to {high:.3f}, n = {rows})"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
