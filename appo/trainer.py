@@ -241,7 +241,7 @@ class APPOTrainer:
             prompts, anchor_health = self._written(queries, copies)
         anchor_scores = list(score_fn(prompts))
         thresholds = (config.promote_threshold, config.rollback_threshold)
-        policy_mean, anchor_mean = fmean(policy_scores), fmean(anchor_scores)
+        policy_mean, anchor_mean = (sum(scores) / len(scores) for scores in (policy_scores, anchor_scores))
         decision = decide(policy_mean, anchor_mean, *thresholds)
         reason = f"mean score {policy_mean:.3f} against the anchor's {anchor_mean:.3f}"
         sign = collapse(policy_health, anchor_health) if config.collapse else None

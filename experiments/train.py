@@ -134,13 +134,13 @@ def main(argv: Sequence[str]) -> int:
     config = replace(asked.config, run=str(new_folder(asked.config)))
     folder = RunFolder(new_folder(config), new=not asked.resume)  # refused here, before anything slow
     print(*header.asked(config, asked.preset, None if asked.only else folder.path), sep="\n", flush=True)
-    if warning := on_toys(config.task, config.data, config.agent, config.target):
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
     with ending_at_once():
         from experiments.run.run import prepare
         from experiments.tuning import loop, trial
     run = prepare(config, asked.resume)
     print(*header.loaded(run), sep="\n", flush=True)
+    if warning := on_toys(config.task, config.data, config.agent, config.target):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     if asked.only == "dry_run":
         print(*trial.trial(run), sep="\n")
         return 0

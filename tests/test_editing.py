@@ -191,7 +191,7 @@ def test_every_prompt_of_an_iteration_is_logged(finished: Path) -> None:
 
 def test_the_report_quotes_instructions_with_their_inputs(finished: Path) -> None:
     page = (finished / "report.html").read_text()
-    assert page.count("<blockquote>") == 5 and "the likeliest prompt for each input" in page
+    assert page.count('<div class="prompt">') == 5 and "an instruction for each input" in page
 
 
 def test_reviews_see_validation_and_the_test_split_is_read_once_at_the_end(
@@ -199,14 +199,17 @@ def test_reviews_see_validation_and_the_test_split_is_read_once_at_the_end(
 ) -> None:
     run = prepare(build_config({"task": "mnli", "steps": 5, "run": str(tmp_path / "r")}, assignments=SMALL))
     seen: list[str] = []
-    judge = run.reward.judge
+    answer = run.reward.target.class_logits
+    known = {
+        split: {example.input for example in getattr(run.data, split)} for split in ("train", "validation", "test")
+    }
 
-    def noting(asked: Any, examples: Any) -> Any:
-        splits = [s for s in ("train", "validation", "test") if set(examples) <= set(getattr(run.data, s))]
-        seen.append(splits[0])
-        return judge(asked, examples)
+    def noting(asked: Any) -> Any:
+        inputs = {text for _, texts in asked for text in texts}
+        seen.append(next(split for split in known if inputs <= known[split]))
+        return answer(asked)
 
-    monkeypatch.setattr(run.reward, "judge", noting)
+    monkeypatch.setattr(run.reward.target, "class_logits", noting)
     train(run, quiet=True)
     # Nine training examples in batches of two make an epoch of five iterations, which ends in one review of policy and
     # anchor. At the end, the agent's prompts and the manual one are each scored once on validation and on test.

@@ -113,7 +113,7 @@ def test_show_config_of_a_resumed_run_names_the_runs_own_file(
 
 def test_run_leaves_its_files(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     files = {"config.yaml", "metrics.jsonl", "prompts.jsonl", "best_prompt.json", "headroom.json", "report.html"}
-    expected = {*files, "agent", "checkpoint"}
+    expected = {*files, "candidates.jsonl", "predictions.jsonl", "agent", "checkpoint"}
     assert {path.name for path in finished[0].iterdir()} == expected
 
 

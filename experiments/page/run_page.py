@@ -87,7 +87,7 @@ def render_report(folder: Path, metric: str) -> str:
             *([] if edited else _pool(prompts)),
             *_reviews(metrics, metric),
             *_cost(metrics, prompts),
-            *_use(result, folder),
+            *_use(result, str(config.get("run") or folder)),
             *_configuration(config),
         ],
     )
@@ -291,7 +291,7 @@ def _cost(metrics: Sequence[Mapping[str, Any]], prompts: Sequence[object]) -> li
     ]
 
 
-def _use(result: Mapping[str, Any] | None, folder: Path) -> list[str]:
+def _use(result: Mapping[str, Any] | None, folder: str) -> list[str]:
     if result is None or "template" not in result:
         return []
     shown = [f"<h3>{escape(title)}</h3>{code(text)}" for title, text in snippets(result, folder)]
@@ -338,7 +338,7 @@ def number(value: float | None) -> str:
 
 
 def _marks(metrics: Sequence[Mapping[str, Any]]) -> list[Mark]:
-    return [Mark(float(row["iteration"]), str(row["anchor"])) for row in metrics if row.get("anchor") in MARKS]
+    return [Mark(float(row["iteration"]), str(row["anchor"])) for row in metrics if str(row.get("anchor")) in MARKS]
 
 
 def _points(metrics: Sequence[Mapping[str, Any]], column: str) -> list[tuple[float, float]]:

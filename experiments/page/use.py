@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 TRANSFORMERS = """from transformers import pipeline
@@ -23,7 +22,7 @@ print(answer.choices[0].text)
 """
 
 
-def snippets(result: Mapping[str, Any], folder: Path) -> list[tuple[str, str]]:
+def snippets(result: Mapping[str, Any], folder: str) -> list[tuple[str, str]]:
     """(title, code) of each way to use the result; a prompt per input needs the agent, hence `appo prompt` alone."""
     command = f'appo prompt --run {folder} --input "..." --answer'
     if result["prompt"] is None:
