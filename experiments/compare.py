@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ def run_arm(arm: str, task: str, seed: int, folder: Path, assignments: Sequence[
         "first": sum(scores[:EDGE]) / len(scores[:EDGE]),
         "last": sum(scores[-EDGE:]) / len(scores[-EDGE:]),
         "top": result.get("paper_protocol", {}).get("test_score", math.nan),  # mode tte has none
+        "top_interval": result.get("paper_protocol", {}).get("test_interval"),
         "seconds": time.perf_counter() - started,
         "prompts": len(read_jsonl(run.folder.path / "prompts.jsonl")),
     }
@@ -106,6 +107,15 @@ def show(rows: Sequence[RunRow]) -> None:
         manual = _score(row.manual_test_score, row.manual_test_low, row.manual_test_high, row.test_rows)
         described = (row.run, row.task, row.arm, row.agent, row.target, row.seed, row.steps, best, manual, row.verdict)
         print("| " + " | ".join(printable(str(cell)).replace("|", "\\|") for cell in described) + " |")
+
+
+def _cell(result: Mapping[str, Any], column: str) -> str:
+    """A score of a run, with its interval and number of rows if it has any."""
+    ends = result.get(f"{column.removesuffix('_score')}_interval")
+    if ends is None:
+        return f"{result[column]:.3f}"
+    low, high = ends
+    return _score(result[column], low, high, result["validation_rows" if "validation" in column else "test_rows"])
 
 
 def _score(score: float | None, low: float | None, high: float | None, rows: int | None) -> str:
@@ -169,7 +179,7 @@ def compare_arms(options: Namespace) -> int:
             try:
                 result = run_arm(arm, options.task, seed, folder, options.assignments)
                 found.append([result[column] for column in COLUMNS])
-                cells = " | ".join(f"{value:.3f}" for value in found[-1])
+                cells = " | ".join(_cell(result, column) for column in COLUMNS)
                 line = f"| {arm} | {seed} | {result['prompts']} | {cells} | {result['seconds']:.0f} |"
             except (DivergedError, FloatingPointError) as error:
                 code = UNSOUND

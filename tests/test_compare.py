@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -45,7 +46,10 @@ def test_a_row_for_each_run_and_a_mean_for_each_arm(tmp_path: Path, capsys: pyte
     ]
     for one, other, mean in (found[:3], found[3:]):
         for i in range(3, 3 + len(COLUMNS)):  # each is rounded to three digits
-            assert float(mean[i]) == pytest.approx((float(one[i]) + float(other[i])) / 2, abs=0.0011)
+            values = [float(cell[i].split(" ")[0]) for cell in (one, other)]
+            assert float(mean[i]) == pytest.approx(sum(values) / 2, abs=0.0011)
+        for row in (one, other):  # all that is scored on a split carries its interval and its rows
+            assert all(re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+, n = \d+\)", row[i]) for i in range(5, 9)), row
     written = csv_rows(tmp_path / "results.csv")
     assert [(row["arm"], row["seed"]) for row in written] == [tuple(row[:2]) for row in found if row[1] != "mean"]
 

@@ -9,6 +9,7 @@ from experiments.arms.arm import Arm, Question
 from experiments.arms.editor import editor_of
 from experiments.arms.result import Outcome, answers, chance, described, predictions, scores
 from experiments.run.run import Run
+from experiments.run.statistics import interval
 from tasks.spec import SPLITS, Example
 
 EDITS_SHOWN = 5  # instructions for single inputs that the result quotes
@@ -58,7 +59,9 @@ class TestTimeEditing(Arm):
             "chosen": "edits" if better else "manual",
             "edits": [{"input": example.input, "prompt": prompt} for example, prompt in shown_edits],
             "edits_validation_score": edits["validation"].mean().item(),
+            "edits_validation_interval": interval(edits["validation"].tolist()),
             "edits_test_score": edits["test"].mean().item(),
+            "edits_test_interval": interval(edits["test"].tolist()),
             **described(run),
             "chance": chance(run.data.test),
             **scores(edits if better else manual, manual),
