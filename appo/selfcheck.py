@@ -12,8 +12,6 @@ from appo.anchor import Anchor
 from appo.policy import Policy
 from appo.rollout import Rollout
 
-TOLERANCE, LOW_TOLERANCE = 1e-4, 0.1  # nats: the largest difference; below float32, the root of the mean square
-
 
 class SelfCheckError(RuntimeError):
     """The first rollout fails a check; the message says which one, and the likely cause."""
@@ -31,7 +29,7 @@ def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
         SelfCheckError: one of them does not hold.
     """
     exact = policy.lm.compute_dtype.itemsize >= 4
-    tolerance = TOLERANCE if exact else LOW_TOLERANCE
+    tolerance = 1e-4 if exact else 0.1  # nats: the largest difference; below float32, the root of the mean square
 
     def size(difference: Tensor) -> float:
         return (difference.abs().max() if exact else difference.square().mean().sqrt()).item()

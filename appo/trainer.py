@@ -1,10 +1,12 @@
 """APPO, the training loop; reads like the paper's algorithm box.
 
-for each iteration:
-    step(queries, reward_fn)          collect: sample prompts, score them, reference log-probabilities
-                                      update:  advantages, then PPO epochs on both losses
-    every `period` iterations:
-    review_anchor(queries, score_fn)  promote, roll back, or keep
+    for each iteration:
+        step(queries, reward_fn)          collect: sample prompts, score them, reference log-probabilities
+                                          update:  advantages, then PPO epochs on both losses
+        every `period` iterations:
+        review_anchor(queries, score_fn)  promote, roll back, or keep
+
+`fit` does all of it. Where queries and rewards come from, and what is logged, is the caller's business.
 """
 
 from __future__ import annotations
@@ -109,7 +111,7 @@ class APPOTrainer:
     """Trains a policy by PPO against an anchor.
 
     Args:
-        policy: the agent; its parameters with requires_grad are trained.
+        policy: the agent; its parameters with requires_grad are trained (ValueError if it has none).
         config: PPO, the penalty and its reference.
         anchor: when the anchor is reviewed, and by how much.
         generator: for sampling rollouts, on the policy's device. Reviews and the minibatch order have generators of

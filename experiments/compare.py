@@ -23,7 +23,7 @@ from typing import Any
 
 from appo.trainer import DivergedError
 from experiments.config import build_config
-from experiments.diagnostics.results import RunRow, grouped, read_row, write_csv
+from experiments.diagnostics.results import RunRow, grouped, read_row, scored, write_csv
 from experiments.page.comparison import render_comparison
 from experiments.run.files import write_whole
 from experiments.run.folder import read_jsonl
@@ -103,8 +103,8 @@ def show(rows: Sequence[RunRow]) -> None:
     print("| run | task | arm | agent | target | seed | steps | test | manual, test | verdict |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
-        best = _score(row.test_score, row.test_low, row.test_high, row.test_rows)
-        manual = _score(row.manual_test_score, row.manual_test_low, row.manual_test_high, row.test_rows)
+        best = scored(row.test_score, row.test_low, row.test_high, row.test_rows)
+        manual = scored(row.manual_test_score, row.manual_test_low, row.manual_test_high, row.test_rows)
         described = (row.run, row.task, row.arm, row.agent, row.target, row.seed, row.steps, best, manual, row.verdict)
         print("| " + " | ".join(printable(str(cell)).replace("|", "\\|") for cell in described) + " |")
 
@@ -115,14 +115,7 @@ def _cell(result: Mapping[str, Any], column: str) -> str:
     if ends is None:
         return f"{result[column]:.3f}"
     low, high = ends
-    return _score(result[column], low, high, result["validation_rows" if "validation" in column else "test_rows"])
-
-
-def _score(score: float | None, low: float | None, high: float | None, rows: int | None) -> str:
-    """A score with its interval and number of rows; empty for a run that is not finished."""
-    if score is None or low is None or high is None:
-        return ""
-    return f"{score:.3f} ({low:.3f} to {high:.3f}, n = {rows})"
+    return scored(result[column], low, high, result["validation_rows" if "validation" in column else "test_rows"])
 
 
 def compare_runs(folders: Sequence[Path], separate: bool) -> list[RunRow]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.page.run_page import render_report
-from experiments.run.folder import CONFIG, METRICS, RunFolder, RunFolderError, read_jsonl
+from experiments.run.folder import CONFIG, METRICS, RunFolder, RunFolderError, read_optional
 from experiments.terminal.command import Parser, in_order
 from tasks.catalogue import METRICS as TASK_METRICS
 
@@ -23,8 +23,7 @@ def main(argv: Sequence[str]) -> int:
     folder = parser.parse_args(argv).run
     if not (folder / CONFIG).is_file():
         raise RunFolderError(f"{str(folder)!r} holds no {CONFIG}; expected the folder of a run")
-    rows = read_jsonl(folder / METRICS) if (folder / METRICS).is_file() else []
-    columns = {column for row in rows for column in row}
+    columns = {column for row in read_optional(folder / METRICS) for column in row}
     metric = next((name for name in TASK_METRICS if f"{name}_mean" in columns), "accuracy")
     RunFolder(folder, new=False).write_text("report.html", render_report(folder, metric))
     print(folder / "report.html")

@@ -13,7 +13,7 @@ from typing import Any
 from experiments.config import RunConfig
 from experiments.run.files import write_whole
 from experiments.run.fingerprint import Fingerprint
-from experiments.run.folder import METRICS, RESULT, read_jsonl, stored_config
+from experiments.run.folder import METRICS, RESULT, read_optional, stored_config
 from experiments.run.run import finished
 from tasks.catalogue import load_spec
 
@@ -53,6 +53,13 @@ class RunRow:
     test: str | None = None  # names the test: equal for runs that were scored on the same one
 
 
+def scored(score: float | None, low: float | None, high: float | None, rows: int | None) -> str:
+    """A score with its interval and number of rows; empty for a run that is not finished."""
+    if score is None or low is None or high is None:
+        return ""
+    return f"{score:.3f} ({low:.3f} to {high:.3f}, n = {rows})"
+
+
 def read_row(folder: Path) -> RunRow:
     """The row of a run, finished or not.
 
@@ -61,8 +68,7 @@ def read_row(folder: Path) -> RunRow:
         TaskError: the run is not finished, and its task is not known here.
     """
     config = stored_config(folder)
-    metrics = folder / METRICS
-    steps = len(read_jsonl(metrics)) if metrics.is_file() else 0
+    steps = len(read_optional(folder / METRICS))
     begun: dict[str, Any] = {name: getattr(config, name) for name in ("mode", "agent", "target", "seed")}
     begun |= {"run": str(folder), "arm": arm_of(config), "steps": steps}
     if not (folder / RESULT).is_file():

@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
+from experiments.terminal.console import clip
+
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 270, 58, 14, 24, 46
 TICKS = 5  # about so many on an axis
+WINDOW = 10  # iterations in a running mean
 MARKS = {"promote": "promoted", "rollback": "rolled back"}
 
 
@@ -68,6 +71,12 @@ class Scale(NamedTuple):
         across = LEFT + (x - self.low_x) / (self.high_x - self.low_x) * (WIDTH - LEFT - RIGHT)
         down = TOP + (self.high_y - y) / (self.high_y - self.low_y) * (HEIGHT - TOP - BOTTOM)
         return round(across, 1), round(down, 1)
+
+
+def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Each point with the mean of the last WINDOW values up to it."""
+    windows = [[y for _, y in points[max(0, i - WINDOW + 1) : i + 1]] for i in range(len(points))]
+    return [(x, sum(ys) / len(ys)) for (x, _), ys in zip(points, windows, strict=True)]
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -160,16 +169,12 @@ def forest(name: str, unit: str, entries: Sequence[Entry], line: float) -> str:
         out.append(f'<line class="grid" x1="{at(value)}" x2="{at(value)}" y1="{top}" y2="{foot}"/>')
     for i, entry in enumerate(entries):
         y = top + row * i + row / 2
-        out.append(f'<text x="{names - 10}" y="{y + 4}" text-anchor="end">{escape(_short(entry.name))}</text>')
+        out.append(f'<text x="{names - 10}" y="{y + 4}" text-anchor="end">{escape(clip(entry.name, 32))}</text>')
         out.append(f'<line class="mean {entry.style}" x1="{at(entry.low)}" x2="{at(entry.high)}" y1="{y}" y2="{y}"/>')
         out.append(f'<circle class="dot {entry.style}" cx="{at(entry.score)}" cy="{y}" r="4"/>')
     out.append(f'<text class="axis" x="{(names + WIDTH) / 2}" y="{height - 8}" text-anchor="middle">{unit}</text>')
     label = escape(f"{name}: " + "; ".join(f"{entry.name} {entry.score:.3f}" for entry in entries))
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{"".join(out)}</svg>'
-
-
-def _short(name: str, most: int = 32) -> str:
-    return name if len(name) <= most else f"{name[: most - 3]}..."
 
 
 def swatch(style: str) -> str:

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from experiments.diagnostics.results import RunRow
-from experiments.page.charts import Band, Curve, Entry, forest, line_chart, swatch
-from experiments.page.html import document, table
-from experiments.run.folder import METRICS, read_jsonl
+from experiments.diagnostics.results import RunRow, scored
+from experiments.page.charts import WINDOW, Band, Curve, Entry, forest, line_chart, running_mean, swatch
+from experiments.page.html import document, figure, table
+from experiments.run.folder import METRICS, read_optional
 
 STYLES = ("one", "two", "three", "four")
-WINDOW = 10  # iterations in a running mean
 
 
 def render_comparison(rows: Sequence[RunRow]) -> str:
@@ -72,7 +71,7 @@ def _forest(arms: Mapping[str, Sequence[RunRow]], styles: Mapping[str, str], met
     title = f"{metric} of the chosen prompts on test, with 95 % intervals"
     chart = forest(title, metric, entries, _mean(manual))
     note = "dashed: the manual prompt, mean"
-    return f'<figure><figcaption>{escape(title)} <span class="muted">{note}</span></figcaption>{chart}</figure>'
+    return figure(title, note, chart)
 
 
 def _curves(arms: Mapping[str, Sequence[RunRow]], styles: Mapping[str, str], metric: str) -> str:
@@ -90,34 +89,26 @@ def _curves(arms: Mapping[str, Sequence[RunRow]], styles: Mapping[str, str], met
         return "<p>Nothing was measured.</p>"
     title = f"{metric} of sampled prompts"
     caption = f"mean over the last {WINDOW} iterations and over seeds; bands: lowest to highest seed"
-    return (
-        f'<figure><figcaption>{escape(title)} <span class="muted">{escape(caption)}</span></figcaption>'
-        f'<div class="legend">{"".join(legend)}</div>{line_chart(title, metric, curves, bands=bands)}</figure>'
-    )
+    chart = line_chart(title, metric, curves, bands=bands)
+    return figure(title, caption, f'<div class="legend">{"".join(legend)}</div>{chart}')
 
 
 def _smooth(folder: Path, column: str) -> dict[float, float]:
     """The running mean of a column of metrics.jsonl, by iteration."""
-    path = folder / METRICS
-    rows = read_jsonl(path) if path.is_file() else []
-    points = [(float(row["iteration"]), float(row[column])) for row in rows if row.get(column) is not None]
-    return {x: _mean([y for _, y in points[max(0, i - WINDOW + 1) : i + 1]]) for i, (x, _) in enumerate(points)}
+    rows = read_optional(folder / METRICS)
+    return dict(
+        running_mean([(float(row["iteration"]), float(row[column])) for row in rows if row.get(column) is not None])
+    )
 
 
 def _runs(rows: Sequence[RunRow]) -> str:
     listed = []
     for row in rows:
-        best = _score(row.test_score, row.test_low, row.test_high, row.test_rows)
-        manual = _score(row.manual_test_score, row.manual_test_low, row.manual_test_high, row.test_rows)
+        best = scored(row.test_score, row.test_low, row.test_high, row.test_rows)
+        manual = scored(row.manual_test_score, row.manual_test_low, row.manual_test_high, row.test_rows)
         listed.append((Path(row.run).name, row.arm, row.verdict, str(row.seed), str(row.steps), best, manual))
     header = ("run", "arm", "verdict", "seed", "iterations", "test", "manual, test")
     return table("Every run, with 95 % intervals", header, listed, texts=3)
-
-
-def _score(score: float | None, low: float | None, high: float | None, rows: int | None) -> str:
-    if score is None or low is None or high is None:
-        return ""
-    return f"{score:.3f} ({low:.3f} to {high:.3f}, n = {rows})"
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -128,6 +128,12 @@ def scrolled(name: str, content: str) -> str:
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(name)}">{content}</div>'
 
 
+def figure(title: str, caption: str, content: str) -> str:
+    """A chart, which is HTML, under its title; title and caption are text."""
+    named = f'{escape(title)} <span class="muted">{escape(caption)}</span>'
+    return f"<figure><figcaption>{named}</figcaption>{content}</figure>"
+
+
 def prompt(text: str) -> str:
     """A prompt as a block, with a button that copies it."""
     return f'<div class="prompt"><q>{escape(text)}</q><button type="button" data-copy hidden>copy</button></div>'

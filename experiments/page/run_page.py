@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from experiments.config import RunConfig, on_toys
+from experiments.config import RunConfig, flat, on_toys, to_dict
 from experiments.config.strict import LARGEST, read_yaml
 from experiments.page.answers import answers_section
-from experiments.page.charts import MARKS, Curve, Dot, Mark, line_chart, sign, strip_chart, swatch
-from experiments.page.html import code, document, prompt, search, table
+from experiments.page.charts import MARKS, WINDOW, Curve, Dot, Mark, line_chart, running_mean, sign, strip_chart, swatch
+from experiments.page.html import code, document, figure, prompt, search, table
 from experiments.page.use import snippets
 from experiments.run.folder import (
     CONFIG,
@@ -23,7 +22,7 @@ from experiments.run.folder import (
     RESULT,
     read_candidates,
     read_headroom,
-    read_jsonl,
+    read_optional,
     read_predictions,
     read_result,
 )
@@ -32,7 +31,6 @@ from experiments.terminal.console import WARNINGS
 LONGEST = 10**9  # rows from this iteration number on are not read
 MOST_CANDIDATES = 10  # are shown at once, the others on a click
 MOST_PROMPTS = 200  # of the best by training reward are listed
-SMOOTH = 10  # iterations in a running mean
 COPIED = 0.2  # share of a prompt's word runs found in training inputs from which the page warns
 ONE_SIDED = 0.9  # share of one answer from which the page warns
 
@@ -171,8 +169,11 @@ def _curves(metrics: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
         for (column, name), style in zip(shown.columns, ("two", "one")[-len(shown.columns) :], strict=True):
             points = _points(metrics, column.format(metric=metric))
             if points:
-                curves += [Curve(points, name, f"line faint {style}"), Curve(_smooth(points), name, f"line {style}")]
-                legend.append(f"<span>{swatch(f'line {style}')}{escape(name)}, over the last {SMOOTH}</span>")
+                curves += [
+                    Curve(points, name, f"line faint {style}"),
+                    Curve(running_mean(points), name, f"line {style}"),
+                ]
+                legend.append(f"<span>{swatch(f'line {style}')}{escape(name)}, over the last {WINDOW}</span>")
         unit = shown.unit.format(metric=metric)
         if curves:
             legend.append(f"<span>{swatch('line faint one')}single iterations</span>")
@@ -205,10 +206,7 @@ def _validation(metrics: Sequence[Mapping[str, Any]], metric: str, marks: Sequen
 def _figure(title: str, caption: str, chart: str, legend: Sequence[str], marks: Sequence[Mark]) -> str:
     kinds = [kind for kind in MARKS if any(mark.kind == kind for mark in marks)]
     signs = "".join(f"<span>{sign(kind)}{MARKS[kind]}</span>" for kind in kinds)
-    return (
-        f'<figure><figcaption>{escape(title)} <span class="muted">{escape(caption)}</span></figcaption>'
-        f'<div class="legend">{"".join(legend)}{signs}</div>{chart}</figure>'
-    )
+    return figure(title, caption, f'<div class="legend">{"".join(legend)}{signs}</div>{chart}')
 
 
 def _reviews(metrics: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
@@ -300,10 +298,10 @@ def _use(result: Mapping[str, Any] | None, folder: str) -> list[str]:
 
 def _configuration(config: Mapping[str, Any]) -> list[str]:
     """What differs from the defaults, then everything."""
-    defaults = _flat(dataclasses.asdict(RunConfig()))
+    defaults = flat(to_dict(RunConfig()))
     differing = [
         (key, str(value), str(defaults[key]))
-        for key, value in _flat(config).items()
+        for key, value in flat(config).items()
         if key in defaults and defaults[key] != value  # what a run adds, such as versions, is under "All keys"
     ]
     return [
@@ -313,13 +311,6 @@ def _configuration(config: Mapping[str, Any]) -> list[str]:
         + code(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
         + "</details>",
     ]
-
-
-def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
-    return found
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
@@ -343,11 +334,6 @@ def _marks(metrics: Sequence[Mapping[str, Any]]) -> list[Mark]:
 
 def _points(metrics: Sequence[Mapping[str, Any]], column: str) -> list[tuple[float, float]]:
     return [(float(row["iteration"]), y) for row in metrics if (y := _finite(row.get(column))) is not None]
-
-
-def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    windows = [[y for _, y in points[max(0, i - SMOOTH + 1) : i + 1]] for i in range(len(points))]
-    return [(x, sum(ys) / len(ys)) for (x, _), ys in zip(points, windows, strict=True)]
 
 
 def _review(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -376,5 +362,6 @@ def _finite(value: object) -> float | None:
 
 def _iterations(path: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file that belong to an iteration; none if the run was stopped before its first."""
-    rows = read_jsonl(path) if path.is_file() else []
-    return [row for row in rows if isinstance(row.get("iteration"), int) and 0 <= row["iteration"] < LONGEST]
+    return [
+        row for row in read_optional(path) if isinstance(row.get("iteration"), int) and 0 <= row["iteration"] < LONGEST
+    ]

@@ -230,7 +230,7 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
     Raises:
         RunFolderError: a row is not what a run writes.
     """
-    rows = _optional(folder / PREDICTIONS)
+    rows = read_optional(folder / PREDICTIONS)
     for n, row in enumerate(rows, 1):
         where = f"{folder / PREDICTIONS}:{n}"
         _check(row, {"input": str, "expected": list, "manual": dict, "best": dict}, where)
@@ -248,7 +248,7 @@ def read_candidates(folder: Path) -> list[dict[str, Any]]:
     Raises:
         RunFolderError: a row is not what a run writes.
     """
-    rows = _optional(folder / CANDIDATES)
+    rows = read_optional(folder / CANDIDATES)
     for n, row in enumerate(rows, 1):
         kinds: dict[str, Kind] = {"prompt": str, "kind": str, "reward": NUMBER, "validation_score": NUMBER}
         _check(row, kinds | {"validation_interval": list, "validation_rows": int}, f"{folder / CANDIDATES}:{n}")
@@ -256,7 +256,8 @@ def read_candidates(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _optional(path: Path) -> list[dict[str, Any]]:
+def read_optional(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file, as `read_jsonl`; none if there is no such file."""
     return read_jsonl(path) if path.is_file() else []
 
 
