@@ -179,7 +179,8 @@ def compare_arms(options: Namespace) -> int:
                 print(f"error: {arm}, seed {seed}: {one_line(error)}", file=sys.stderr)
                 line = f"| {arm} | {seed} | | | | diverged | | | | |"
             print(line, flush=True)
-            keep([read_row(run) for run in made], options)  # after each run: a stop loses none
+            if options.out or options.page:  # after each run: a stop loses none
+                keep([read_row(run) for run in made], options)
         means = " | ".join(f"{sum(column) / len(column):.3f}" for column in zip(*found, strict=True))
         if found:
             print(f"| **{arm}** | mean | | {means} | |", flush=True)

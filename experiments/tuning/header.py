@@ -31,8 +31,10 @@ def asked(config: RunConfig, preset: str, folder: Path | None) -> Iterator[str]:
     yield _line("models", f"agent {config.agent}, target {config.target}, on {config.device}")
     yield _line("preset", preset)
     size = config.examples.batch_size
-    each = f"{config.prompts} prompts x {size} examples" if config.mode == "fixed" else _each_input(config, size)
-    yield _line("iteration", each + (", the agent never updated" if config.frozen else ""))
+    each = f"x {size} examples" if config.mode == "fixed" else f"for each of {size} inputs"
+    yield _line(
+        "iteration", f"{config.prompts} prompts {each}" + (", the agent never updated" if config.frozen else "")
+    )
     yield _line("length", f"{config.steps} iterations" if config.steps else f"{config.epochs} epochs")
     yield _line("writes to", str(folder) if folder else "nothing: a dry run")
 
@@ -48,10 +50,6 @@ def loaded(run: Run) -> Iterator[str]:
     yield _line("loaded", f"{sizes}, on {environment['device']}{threads}")
     rows = f"{len(run.data.train)} train, {len(run.data.validation)} validation and {len(run.data.test)} test rows"
     yield _line("", f"{rows}, {run.steps} iterations")
-
-
-def _each_input(config: RunConfig, size: int) -> str:
-    return f"{config.prompts} prompts for each of {size} inputs"
 
 
 def _line(name: str, text: str) -> str:
