@@ -18,7 +18,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from appo.config import ReferenceName
 from appo.policy import Policy
@@ -87,13 +87,13 @@ class Anchor:
 
     def __init__(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
         self._policy, self._optimizer = policy, optimizer
-        self._parameters = {name: p.detach().clone() for name, p in self._live()}
+        self._parameters = {name: p.detach().clone() for name, p in policy.trained().items()}
         self._optimizer_state = copy.deepcopy(optimizer.state_dict())
 
     @torch.no_grad()
     def promote(self) -> None:
         """anchor := copy of the policy, optimizer state included."""
-        for name, parameter in self._live():
+        for name, parameter in self._policy.trained().items():
             self._parameters[name].copy_(parameter)
         self._optimizer_state = copy.deepcopy(self._optimizer.state_dict())
 
@@ -103,7 +103,7 @@ class Anchor:
 
         The optimizer's state is restored too: moments gathered on the way down would push the weights there again.
         """
-        for name, parameter in self._live():
+        for name, parameter in self._policy.trained().items():
             parameter.copy_(self._parameters[name])
         self._optimizer.load_state_dict(copy.deepcopy(self._optimizer_state))
 
@@ -137,11 +137,8 @@ class Anchor:
             return self._policy.evaluate(rollout).logprobs
 
     def _exchange(self) -> None:
-        for name, parameter in self._live():
+        for name, parameter in self._policy.trained().items():
             parameter.data, self._parameters[name] = self._parameters[name], parameter.data
-
-    def _live(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, p) for name, p in self._policy.named_parameters() if p.requires_grad)
 
 
 class Reference(NamedTuple):

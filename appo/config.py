@@ -57,7 +57,7 @@ class APPOConfig:
     clip_range: float = 0.2  # of the probability ratio [P]
     value_clip_range: float | None = 0.2  # of the value head around its old values; null: off [TRL]
     value_coef: float = 0.01  # weight of the value loss; [P]: 0.1, where its gradient outweighs the policy's
-    entropy_coef: float = 0.01  # bonus for entropy (nats per token) in the loss; ours, see docs; 0: off [P]
+    entropy_coef: float = 0.03  # bonus for the log of the entropy per token, in the loss; ours, see docs; 0: off [P]
     cut_off_penalty: float = 1.0  # taken off the score of a response cut off at the token limit; ours; 0: none [P]
     gamma: float = 1.0  # discount [P]
     lam: float = 1.0  # of generalised advantage estimation; [P]: 0.95, which needs an accurate critic

@@ -18,13 +18,7 @@ KLKind = Literal["k1", "k2", "k3"]
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of `x` over the positions that `mask` selects; 0 where it selects none.
-
-    Args:
-        x: [*], any shape.
-        mask: same shape as `x`.
-        dim: the dimension to reduce, all of them by default.
-    """
+    """Mean of `x` [*] over the positions that `mask` selects, along `dim` or (None) all; 0 where it selects none."""
     mask = mask.bool()
     x = x.masked_fill(~mask, 0.0)
     if dim is None:

@@ -68,6 +68,10 @@ class Policy(nn.Module):
         texts = lm.tokenizer.batch_decode([[token] for token in looked_at], skip_special_tokens=True)
         self.ends = Ends(lm.ends, texts, lm.vocabulary, lm.device, self.sampling.nonempty, self.sampling.one_line)
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What training changes, by name: the parameters with requires_grad. Snapshots and checkpoints hold these."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
     @property
     def device(self) -> torch.device:
         return self.value_head.weight.device
@@ -170,8 +174,6 @@ class Policy(nn.Module):
         logprobs, entropy = logprobs_and_entropy(logits, rollout.tokens[rollout.mask])
         logprobs, entropy = self.ends.renormalise(logprobs, entropy, logits, rollout.tokens, rollout.mask)
         return Evaluation(*(_unpack(column, rollout.mask) for column in (logprobs, values, entropy)))
-
-    forward = evaluate
 
     def _read(self, output: Output) -> tuple[Tensor, Tensor]:
         """Logits / temperature [*, V] and values [*]."""

@@ -269,7 +269,7 @@ class APPOTrainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, random states included, as tensors and plain values."""
         return {
-            "policy": self.policy.state_dict(),
+            "policy": {name: weight.detach() for name, weight in self.policy.trained().items()},
             "optimizer": self.updater.optimizer.state_dict(),
             "anchor": self.anchor.state_dict(),
             "kl_coef": self.kl_controller.coef,
@@ -280,7 +280,7 @@ class APPOTrainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a saved state; on the same machine, training then continues bit for bit."""
-        self.policy.load_state_dict(state["policy"])
+        self.policy.load_state_dict(self.policy.state_dict() | state["policy"])
         self.updater.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # or both would share their moments
         self.anchor.load_state_dict(state["anchor"])
         self.kl_controller.coef = state["kl_coef"]

@@ -26,6 +26,7 @@ from appo.policy import Policy
 from appo.rollout import Batch, Scored, minibatches
 
 MEAN_RATE = 0.1  # of the running mean of scores, per iteration
+MIN_ENTROPY = 0.05  # nats per token; below, the entropy bonus grows no more
 FAULTS = ("nonfinite_reward", "nonfinite_loss", "nonfinite_gradient", "exploded_ratio")  # counted in the statistics
 
 
@@ -90,10 +91,11 @@ class Updater:
         config = self.config
         penalty = 0.0 if self.reference.in_loss else kl_coef
         batch = Batch.finish(scored, *advantages(scored, config, penalty, self._follow(scored.scores)))
+        entropy_coef = config.entropy_coef / max(-masked_mean(scored.logprobs, scored.mask).item(), MIN_ENTROPY)
         steps: list[dict[str, float]] = []
         for _ in range(config.ppo_epochs):
             parts = minibatches(batch, config.minibatch_size, self.generator)
-            epoch = [self.optimizer_step(part, kl_coef) for part in parts]
+            epoch = [self.optimizer_step(part, kl_coef, entropy_coef) for part in parts]
             steps += epoch
             if config.target_kl is not None and fmean([s.get("approx_kl", 0.0) for s in epoch]) > config.target_kl:
                 break
@@ -108,7 +110,7 @@ class Updater:
         self.mean_score = before + MEAN_RATE * (now - before)
         return before
 
-    def optimizer_step(self, minibatch: Batch, kl_coef: float = 0.0) -> dict[str, float]:
+    def optimizer_step(self, minibatch: Batch, kl_coef: float = 0.0, entropy_coef: float = 0.0) -> dict[str, float]:
         """One gradient step; micro-batches add up to exactly the gradient of the whole minibatch.
 
         A loss or gradient that is not finite, or a mean probability ratio above `max_ratio`, ends the step before it
@@ -119,7 +121,7 @@ class Updater:
         totals: dict[str, float] = {}
         for part in minibatch.split(self.config.micro_batch_size):
             share = part.mask.sum() / tokens  # losses are means over tokens, so parts are weighted by tokens
-            loss, stats = self.loss(part, kl_coef)
+            loss, stats = self.loss(part, kl_coef, entropy_coef)
             (share * loss).backward()
             for name, value in stats.items():
                 totals[name] = totals.get(name, 0.0) + (share * value).item()
@@ -142,11 +144,12 @@ class Updater:
             return "exploded_ratio"
         return None
 
-    def loss(self, batch: Batch, kl_coef: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch, kl_coef: float = 0.0, entropy_coef: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
         """L = policy loss + value_coef * value loss (StablePrompt, Eq. 12) on a batch, and its statistics.
 
         With the KL in the loss (`kl_in_loss`, and always for reference "previous"), kl_coef * k3 is added. The entropy
-        bonus is ours: once all prompts are the same, rewards no longer move the policy, but the bonus does.
+        bonus is ours: once all prompts are the same, rewards no longer move the policy, but the bonus does. Its weight
+        from `update` is a share of 1 / entropy: the gradient of log entropy does not vanish where entropy does.
         """
         config = self.config
         now = self.policy.evaluate(batch)
@@ -154,8 +157,8 @@ class Updater:
         value = value_loss(now.values, batch.values, batch.returns, batch.mask, config.value_clip_range)
         loss = policy.loss + config.value_coef * value.loss
         entropy = masked_mean(now.entropy, batch.mask)
-        if config.entropy_coef:
-            loss = loss - config.entropy_coef * entropy
+        if entropy_coef:
+            loss = loss - entropy_coef * entropy
         if self.reference.in_loss:
             loss = loss + kl_coef * masked_mean(kl_estimate(now.logprobs, batch.ref_logprobs, "k3"), batch.mask)
         stats = {

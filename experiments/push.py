@@ -2,9 +2,11 @@
 
     appo push --run runs/mnli-... --repo me/mnli-agent --dry-run      write the card, list what would be uploaded
     appo push --run runs/mnli-... --repo me/mnli-agent --private
+    appo push --run runs/mnli-... --repo me/mnli-agent --merge        an adapter and its base, as one plain model
 
 The card is agent/README.md in the run's folder. One that is there is left as it is: complete it, say with a licence,
-between the dry run and the upload. The token is the one of `hf auth login`, or HF_TOKEN.
+between the dry run and the upload. With --merge both are in merged/, for whoever wants the plain model and no upload
+too. The token is the one of `hf auth login`, or HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -25,10 +27,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the agent's name on the hub")
     parser.add_argument("--private", action="store_true", help="create it so that only its owner sees it")
+    parser.add_argument("--merge", action="store_true", help="merge an adapter with its base, in the folder merged")
     parser.add_argument("--dry-run", action="store_true", help="write the card and list the files, without a network")
     options = parser.parse_args(argv)
-    agent = options.run / "agent"
-    kept = "" if write_card(options.run, options.repo) else "; it was there already, and is left as it is"
+    agent = options.run / ("merged" if options.merge else "agent")
+    if options.merge:
+        from experiments.run.models import save_merged  # takes seconds to load
+
+        save_merged(options.run / "agent", agent)
+    kept = "" if write_card(options.run, agent, options.repo) else "; it was there already, and is left as it is"
     print(f"card: {printable(str(agent / CARD))}{kept}", file=sys.stderr)
     if options.dry_run:
         for path in sorted(path for path in agent.rglob("*") if path.is_file()):

@@ -91,7 +91,7 @@ class LocalTarget:
         inputs: Sequence[str] = ("input",),
         max_batch_tokens: int | None = None,
     ) -> None:
-        if any(weight.requires_grad for weight in lm.model.parameters()):
+        if not lm.frozen:
             raise ValueError("the target has trainable weights; freeze it, and give the agent a model of its own")
         self.lm, self.template, self.words = lm, template, tuple(words)
         self.max_batch_tokens = max_batch_tokens or (2048 if lm.device.type == "cpu" else 32_768)
@@ -107,9 +107,11 @@ class LocalTarget:
         return self.lm.text(fill(self.template, prompt, text))
 
     def described(self) -> dict[str, Any]:
-        """The precision that it computes in, whether its chat template is used, and whether passes are packed."""
+        """The precision that it computes in; whether its chat template is used, passes are packed, and its weights are
+        an agent's too.
+        """
         computes_in = str(self.lm.model.dtype).removeprefix("torch.")
-        return {"computes_in": computes_in, "chat": self.lm.chat, "packed": self.lm.packed}
+        return {"computes_in": computes_in, "chat": self.lm.chat, "packed": self.lm.packed, "shared": self.lm.bare}
 
     def check_fits(self, prompt: str | int, text: str) -> None:
         """Refuses an input that leaves no room for the prompt (or, given a number, for a prompt of that length).

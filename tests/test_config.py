@@ -402,6 +402,9 @@ BOUNDS = [
     ("appo.value_clip_range", 0, 1e-9),
     ("appo.value_coef", -1e-9, 0.0),
     ("appo.entropy_coef", -1e-9, 0.0),
+    ("lora.rank", 0, 1),
+    ("lora.alpha", 0, 1e-9),
+    ("lora.dropout", 1e-9, 0.0),
     ("appo.cut_off_penalty", -1e-9, 0.0),
     ("appo.gamma", -1e-9, 0.0),
     ("appo.gamma", 1.000001, 1.0),
@@ -423,7 +426,7 @@ BOUNDS = [
 
 @pytest.mark.parametrize(("key", "outside", "_inside"), BOUNDS)
 def test_a_value_out_of_range_names_key_and_range(key: str, outside: float, _inside: float) -> None:
-    assert re.match(rf"{re.escape(key)} is .*; expected (at least|above|between) ", refusal(f"{key}={outside}"))
+    assert re.match(rf"{re.escape(key)} is .*; expected (at least|above|between|0:) ", refusal(f"{key}={outside}"))
 
 
 @pytest.mark.parametrize(("key", "_outside", "inside"), BOUNDS)

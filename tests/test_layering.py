@@ -64,6 +64,7 @@ PLACES = {
     "torch": {"appo", "rewards", "experiments"},
     "tokenizers": {"experiments/lab"},
     "gguf": {"experiments/weights.py"},  # an extra
+    "peft": {"appo/lm/adapter.py", "experiments/run/models.py"},  # an extra
     "wandb": {"experiments/run/loggers.py"},  # an extra
     "huggingface_hub": {"experiments/hub/upload.py"},
     "numpy": {"experiments/run/statistics.py"},

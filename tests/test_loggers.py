@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from experiments.config import RunConfig, build_config
+from experiments.config.extras import EXTRAS, check_extras
 from experiments.config.strict import ConfigError
 from experiments.run.folder import read_jsonl, read_result
-from experiments.run.loggers import EXTRAS, WANDB_ID, check_extras, final_scores, numbers
+from experiments.run.loggers import WANDB_ID, final_scores, numbers
 from experiments.run.run import prepare
 from experiments.train import main, train
 
@@ -65,21 +66,35 @@ def test_a_review_gives_its_mean_scores_and_its_outcome() -> None:
 @pytest.fixture
 def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hides the packages from the import system."""
-    find = importlib.util.find_spec
-    monkeypatch.setattr("experiments.run.loggers.find_spec", lambda name: None if name in EXTRAS else find(name))
+    find, packages = importlib.util.find_spec, [package for package, _ in EXTRAS.values()]
+    monkeypatch.setattr("experiments.config.extras.find_spec", lambda name: None if name in packages else find(name))
 
 
 @pytest.mark.usefixtures("nothing_installed")
-@pytest.mark.parametrize(("given", "name"), [("tensorboard=true", "tensorboard"), ("wandb=mine", "wandb")])
+@pytest.mark.parametrize(
+    ("given", "package", "extra"),
+    [
+        ("tensorboard=true", "tensorboard", "tensorboard"),
+        ("wandb=mine", "wandb", "wandb"),
+        ("lora.rank=4", "peft", "lora"),
+        ("target_quantization=int8", "bitsandbytes", "bitsandbytes"),
+    ],
+)
 def test_a_package_that_is_absent_is_one_line_before_any_model_is_loaded(
-    given: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    given: str,
+    package: str,
+    extra: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def loading(*_given: Any) -> Any:
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr("experiments.run.run.load_model", loading)
+    monkeypatch.setattr("experiments.run.run.load_models", loading)
     assert main(arguments(tmp_path / "run", given)) == 2
-    said = f"{name} is set, but the package {name} is not installed; pip install 'stableprompt-appo[{name}]'"
+    key = given.partition("=")[0]
+    said = f"{key} is set, but the package {package} is not installed; pip install 'stableprompt-appo[{extra}]'"
     assert capsys.readouterr().err == f"error: {said}\n"
     assert not (tmp_path / "run").exists()
 

@@ -14,7 +14,7 @@ from appo.anchor import AnchorDecision
 from appo.config import AnchorConfig, APPOConfig
 from appo.rollout import Batch, Query
 from appo.trainer import APPOTrainer, RewardFn
-from appo.update import advantages
+from appo.update import MIN_ENTROPY, advantages
 from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of
 
 
@@ -105,7 +105,8 @@ def plain_share_of_a(prompts: list[str]) -> list[float]:
 
 
 def test_fit_learns_from_plain_numbers_and_reviews_every_period() -> None:
-    trainer = make(length=6, anchor=AnchorConfig(period=4, prompts=8), kl_coef=0.0)
+    # The best policy writes one letter only, so that the bonus must not be what keeps it from there.
+    trainer = make(length=6, anchor=AnchorConfig(period=4, prompts=8), kl_coef=0.0, entropy_coef=0.01)
     iterations = list(trainer.fit(queries(trainer), plain_share_of_a, 60, 16, plain_share_of_a))
     reviews = {number: found.review for number, found in enumerate(iterations, 1) if found.review is not None}
     assert list(reviews) == list(range(4, 61, 4))
@@ -226,7 +227,7 @@ def test_an_entropy_bonus_lowers_the_loss_by_the_mean_entropy_and_moves_a_policy
     trainer = make(entropy_coef=0.5, **nothing_else)
     collect(trainer)
     batch = finished(trainer)
-    loss, stats = trainer.updater.loss(batch)
+    loss, stats = trainer.updater.loss(batch, entropy_coef=0.5)
     assert_close(loss.detach(), stats["policy_loss"] - 0.5 * stats["entropy"])
     entropies = [step(trainer, lambda prompts: [1.0] * len(prompts))["entropy"] for _ in range(3)]
     still = make(entropy_coef=0.0, **nothing_else)
@@ -234,6 +235,28 @@ def test_an_entropy_bonus_lowers_the_loss_by_the_mean_entropy_and_moves_a_policy
     step(still, lambda prompts: [1.0] * len(prompts))
     assert torch.equal(flat(still), before)
     assert entropies[-1] > entropies[0]
+
+
+@pytest.mark.parametrize("sharper", [1.0, 40.0, 4000.0])
+def test_the_entropy_bonus_is_one_on_log_entropy_and_stops_growing_where_nothing_is_left(
+    sharper: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(entropy_coef=0.5, ppo_epochs=1)
+    with torch.no_grad():
+        trainer.policy.model.lm_head.weight.mul_(sharper)
+    seen: list[float] = []
+    step_of = trainer.updater.optimizer_step
+
+    def spy(minibatch: Batch, kl_coef: float = 0.0, entropy_coef: float = 0.0) -> dict[str, float]:
+        seen.append(entropy_coef)
+        return step_of(minibatch, kl_coef, entropy_coef)
+
+    monkeypatch.setattr(trainer.updater, "optimizer_step", spy)
+    rollout = trainer.collect(queries(trainer), lambda prompts: [1.0] * len(prompts), 16).rollout
+    trainer.update()
+    entropy = -rollout.logprobs[rollout.mask].mean().item()
+    assert seen == [pytest.approx(0.5 / max(entropy, MIN_ENTROPY))]
+    assert (entropy < MIN_ENTROPY) == (sharper == 4000.0)
 
 
 def test_a_response_that_is_cut_off_is_worth_less_to_the_update_but_not_in_the_record() -> None:
@@ -252,7 +275,9 @@ def test_kl_in_the_loss_is_not_in_the_rewards_too(monkeypatch: pytest.MonkeyPatc
     step(trainer)  # so that the agent differs from its anchor
     collect(trainer)
     scored = trainer.buffer.stacked()
-    monkeypatch.setattr(trainer.updater, "optimizer_step", lambda part, coef: given.append((part, coef)) or {})
+    monkeypatch.setattr(
+        trainer.updater, "optimizer_step", lambda part, coef, _entropy: given.append((part, coef)) or {}
+    )
     trainer.update()
     [(part, coef)] = given
     found, plain, penalised = (

@@ -5,16 +5,17 @@ Everything specific to running a Hugging Face model is in `appo/lm`, for agents 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from appo.lm import linear, packed
+from appo.lm import adapter, linear, packed
 from appo.lm.attention import Branches
 from appo.lm.cache import new_cache, surviving_rows
 from appo.lm.packed import Output, common_prefix
@@ -32,14 +33,16 @@ class CausalLM:
 
     This is the only place that alters a model. It puts the model into eval mode and, where the model allows it,
     installs an attention that runs shared prefixes once (`packed`), matrix products by oneDNN (`linear`), and a tied
-    embedding whose gradient is added to the head's in place. What the model computes changes by rounding only.
+    embedding whose gradient is added to the head's in place. What the model computes changes by rounding only. An
+    adapter (`appo.lm.adapter`) may be added before or afterwards.
 
     Args:
         model: any Hugging Face causal LM. Of its generation_config only the end tokens are read.
         tokenizer: the one that the model was trained with.
         chat: put requests into the tokenizer's chat template; None: if it has one.
         compute_dtype: what the layers compute in, by autocast; weights stay as they are. The head computes in the dtype
-            of its weights: logits near 20 are 0.125 apart in bfloat16, and so would be log-probabilities.
+            of its weights, at least float32: logits near 20 are 0.125 apart in bfloat16, and so would be
+            log-probabilities.
         gradient_checkpointing: keep only the layers' inputs for the backward pass; less memory, a third more time.
         onednn: use oneDNN for large matrix products on CPUs where it is faster.
 
@@ -47,6 +50,7 @@ class CausalLM:
         context: the most tokens that the model can see; None if its configuration does not say.
         ends: tokens that end a text.
         packed: whether shared prefixes are run once; else every sequence is a padded row.
+        bare: whether the model's adapter is left out; see `without_adapter`.
     """
 
     def __init__(
@@ -67,8 +71,9 @@ class CausalLM:
         if onednn:
             linear.install(model)
         self.packed = packed.install(model)
+        self.bare = False
         if compute_dtype != torch.float32:
-            _exempt_from_autocast(model.get_output_embeddings())
+            _exempt_from_autocast(_float32_head(model))
         self._checkpoints = gradient_checkpointing
         if gradient_checkpointing:
             # transformers' current name for it, else its former one.
@@ -84,6 +89,17 @@ class CausalLM:
     def device(self) -> torch.device:
         found: torch.device = self.model.device
         return found
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no weight that it uses is trained."""
+        return self.bare or not any(weight.requires_grad for weight in self.model.parameters())
+
+    def without_adapter(self, chat: bool) -> CausalLM:
+        """The same model, sharing its weights, with its adapter left out: a target beside the agent that it became."""
+        twin = copy.copy(self)
+        twin.chat, twin.compute_dtype, twin.bare = chat, torch.float32, True
+        return twin
 
     @property
     def vocabulary(self) -> int:
@@ -152,7 +168,7 @@ class CausalLM:
             keep: how many of each branch's last tokens are wanted; default: all of them.
             only: the few tokens of the vocabulary whose logits are wanted, in float32; default: all, as computed.
         """
-        with self._computing(), self._checkpointing(), _only_rows(self.model, only) as columns:
+        with self._adapting(), self._computing(), self._checkpointing(), _only_rows(self.model, only) as columns:
             output = packed.run(self.model, batch, keep)
         return output if columns is None else Output(output.logits[:, columns].float(), output.hidden)
 
@@ -166,7 +182,7 @@ class CausalLM:
             budget: most tokens in a response.
             copies: responses to each context; response r is to context r // copies.
         """
-        with self._computing():
+        with self._adapting(), self._computing():
             cache, mask, inputs, lengths = self._prefill(contexts, copies)
             position = lengths - 1
             padded = not mask.all()  # without padding no mask is needed
@@ -222,6 +238,9 @@ class CausalLM:
             logits_to_keep=1,
         )
 
+    def _adapting(self) -> AbstractContextManager[None]:
+        return adapter.switched_off(self.model) if self.bare else nullcontext()
+
     def _computing(self) -> torch.autocast:
         """The layers compute in `compute_dtype` within this block; weights are cast once for all of it."""
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
@@ -262,6 +281,15 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
         ends |= set(named) if isinstance(named, list) else {named}
     vocabulary = len(model.get_output_embeddings().weight)  # a configuration may name tokens that do not exist
     return {token for token in ends - {None} if token < vocabulary}
+
+
+def _float32_head(model: PreTrainedModel) -> nn.Module:
+    """The model's head; a frozen one of less precision is replaced by a copy in float32, which the embedding is not."""
+    head = model.get_output_embeddings()
+    if head.weight.dtype.itemsize < 4:
+        head = copy.deepcopy(head).float()
+        model.set_output_embeddings(head)
+    return head
 
 
 def _exempt_from_autocast(head: nn.Module) -> None:

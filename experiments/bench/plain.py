@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from appo.functional import masked_mean, policy_loss, value_loss
+from appo.functional import policy_loss, value_loss
 from appo.lm import linear
 from appo.lm.model import CausalLM
 from appo.policy import Policy
@@ -82,15 +82,13 @@ def plain_forward(policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor, Ten
 
 
 def plain_loss(trainer: APPOTrainer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The loss of `Updater.loss` on the plain pass, and the entropies, which TRL too computes at all positions."""
+    """The loss of `Updater.loss` on the plain pass, and the entropies, which TRL too computes, at all positions."""
     config = trainer.config
     logprobs, values, logits = plain_forward(trainer.policy, batch)
     policy = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip_range)
     value = value_loss(values, batch.values, batch.returns, batch.mask, config.value_clip_range)
     entropy = logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
-    of_responses = entropy[:, -1 - batch.tokens.shape[1] : -1]  # at the positions that predict the responses
-    bonus = config.entropy_coef * masked_mean(of_responses, batch.mask)
-    return policy.loss + config.value_coef * value.loss - bonus, entropy
+    return policy.loss + config.value_coef * value.loss, entropy
 
 
 def plain_update(trainer: APPOTrainer, batch: Batch, passes: int) -> None:

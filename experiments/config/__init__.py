@@ -63,6 +63,30 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """The adapter that is trained in place of all weights of the agent; needs the extra `lora`."""
+
+    rank: int | None = None  # of its matrices; null: train all weights. Published code: 16
+    alpha: float | None = None  # products are scaled by alpha / rank; null: twice the rank
+    targets: str = "all-linear"  # layers that get one: all linear ones but the head, or names such as q_proj,v_proj
+    dropout: float = 0.0  # only 0 is accepted: with dropout, PPO's ratios would not start at 1
+
+    def __post_init__(self) -> None:
+        _at_least(self, rank=1)
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"alpha is {self.alpha!r}; expected above 0, or null")
+        if not all(self.layers):
+            raise ValueError(f"targets is {self.targets!r}; expected all-linear, or names of layers between commas")
+        if self.dropout != 0:
+            raise ValueError(f"dropout is {self.dropout!r}; expected 0: with it, PPO's ratios would not start at 1")
+
+    @property
+    def layers(self) -> list[str]:
+        """The targets, one by one."""
+        return [name.strip() for name in self.targets.split(",")]
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that shapes a run."""
 
@@ -87,6 +111,7 @@ class RunConfig:
     device: str = "auto"  # auto: cuda where there is one, else cpu
     dtype: Dtype = "auto"  # of the agent's arithmetic; weights stay float32. auto: bfloat16 on a GPU, float32 on a CPU
     target_dtype: Dtype = "auto"  # of the frozen target. auto: bfloat16 where the device has instructions for it
+    target_quantization: Literal["int8", "int4"] | None = None  # of the target's weights; needs bitsandbytes
     threads: int = 2  # CPU threads of torch; results repeat bit for bit only under the same number
     gradient_checkpointing: bool = False  # of the agent: a third more time for far less memory in updates
     onednn: bool = True  # use oneDNN for large matrix products on CPUs where it is faster; false: torch's own
@@ -94,6 +119,7 @@ class RunConfig:
     target_chat: bool = False  # likewise the target's; the paper's template is plain text
     trust_remote_code: bool = False  # run code that comes with a model; only the command line can set it, never a file
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     appo: APPOConfig = field(default_factory=APPOConfig)

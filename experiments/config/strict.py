@@ -139,7 +139,8 @@ def _merge(into: Tree, source: Mapping[str, Any], cls: type, origin: str, prefix
 
 def _coerce(value: Any, kind: Any, where: str) -> Any:
     """`value` as `kind`, or an error; 1e-5 is text to YAML but a number here."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+    options = typing.get_args(kind) if union else (kind,)
     if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
         raise ConfigError(f"{where} is {shown(value)}, which holds a character that is no text")
     for option, largest in LARGEST.items():

@@ -28,7 +28,7 @@ PATHS = ("task", "agent", "target", "data")  # keys that may name a file or fold
 OF_THE_MACHINE = ("run", "device", "threads", "checkpoint_every", "tensorboard", "wandb", "trust_remote_code")
 
 
-def model_card(config: RunConfig, result: Mapping[str, Any], repo: str, chat: bool) -> str:
+def model_card(config: RunConfig, result: Mapping[str, Any], repo: str, chat: bool, adapter: bool = False) -> str:
     """The card of a finished run's agent.
 
     Args:
@@ -36,9 +36,10 @@ def model_card(config: RunConfig, result: Mapping[str, Any], repo: str, chat: bo
         result: what best_prompt.json holds.
         repo: the agent's name on the hub, OWNER/NAME.
         chat: whether the agent was asked through its chat template.
+        adapter: whether only an adapter to the base model is there.
     """
     parts = [
-        f"---\n{yaml.safe_dump(_metadata(config), sort_keys=False)}---",
+        f"---\n{yaml.safe_dump(_metadata(config, adapter), sort_keys=False)}---",
         f"# {repo.partition('/')[2]}",
         _what(config, result),
         "## Scores",
@@ -52,9 +53,10 @@ def model_card(config: RunConfig, result: Mapping[str, Any], repo: str, chat: bo
     return "\n\n".join(parts) + "\n"
 
 
-def _metadata(config: RunConfig) -> dict[str, Any]:
+def _metadata(config: RunConfig, adapter: bool) -> dict[str, Any]:
     """What the hub reads. The licence is for the owner to add: it depends on the base model's."""
-    found: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": [*TAGS]}
+    library = "peft" if adapter else "transformers"
+    found: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": [*TAGS]}
     if _on_hub(config.agent):
         found["base_model"] = config.agent
     if not is_spec_file(config.task):  # the catalogue's tasks are in English

@@ -11,14 +11,15 @@ from experiments.run.folder import RunFolderError
 from experiments.run.run import finished
 
 CARD = "README.md"
+ADAPTER = "adapter_config.json"  # in a folder that holds an adapter, not a whole model
 
 
 class PushError(ValueError):
     """The hub cannot be reached, or refuses the upload."""
 
 
-def write_card(run: Path, repo: str) -> bool:
-    """Writes the card of a run's agent beside its weights, unless one is there; returns whether it did.
+def write_card(run: Path, agent: Path, repo: str) -> bool:
+    """Writes the card of a run's agent into the folder of its weights, unless one is there; returns whether it did.
 
     Raises:
         PushError: `repo` is not of the form OWNER/NAME.
@@ -27,13 +28,12 @@ def write_card(run: Path, repo: str) -> bool:
     if not HUB_ID.fullmatch(repo):
         raise PushError(f"the name on the hub is {repo!r}; expected OWNER/NAME, of letters, digits, '-', '_' and '.'")
     config, result = finished(run)
-    agent = run / "agent"
     if not agent.is_dir():
-        raise RunFolderError(f"{str(run)!r} holds no folder 'agent'; expected the folder of a finished run")
+        raise RunFolderError(f"{str(run)!r} holds no folder {agent.name!r}; expected the folder of a finished run")
     if (agent / CARD).is_file():
         return False
     chat = _has_chat_template(agent) if config.agent_chat is None else config.agent_chat
-    write_whole(agent / CARD, model_card(config, result, repo, chat))
+    write_whole(agent / CARD, model_card(config, result, repo, chat, (agent / ADAPTER).is_file()))
     return True
 
 

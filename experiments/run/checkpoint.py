@@ -19,7 +19,7 @@ import torch
 from appo.lm.model import out_of_memory
 from experiments.run.files import writing
 
-SCHEMA = 4
+SCHEMA = 5
 KEPT = 2  # checkpoints; the newest may turn out to be damaged
 STATE, MANIFEST = "state.pt", "manifest.json"
 

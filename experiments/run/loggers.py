@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
 from statistics import fmean
 from typing import Any
 
@@ -17,23 +16,8 @@ from experiments.run.files import writing
 from experiments.run.folder import RunFolder
 
 Log = Callable[[int, Mapping[str, Any]], None]  # (iteration, row of metrics.jsonl)
-EXTRAS = ("tensorboard", "wandb")  # each is a key of the configuration, a package, and an extra that installs it
 WANDB_ID = "wandb-id.txt"  # in the run's folder: which W&B run a resumed run continues
 RESULTS = ("validation_score", "test_score", "manual_validation_score", "manual_test_score")
-
-
-def check_extras(config: RunConfig) -> None:
-    """Refuses a configuration that logs through a package that is not installed.
-
-    Raises:
-        ConfigError: such a key is set.
-    """
-    for name in EXTRAS:
-        spec = find_spec(name) if getattr(config, name) else None
-        if getattr(config, name) and (spec is None or spec.origin is None):  # no origin: a mere folder of that name
-            raise ConfigError(
-                f"{name} is set, but the package {name} is not installed; pip install 'stableprompt-appo[{name}]'"
-            )
 
 
 @contextmanager

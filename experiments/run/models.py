@@ -1,20 +1,33 @@
-"""Loads agents and targets: the lab's, a folder, or a hub id. Weights come from safetensors only."""
+"""Loads agents and targets: the lab's, a folder, or a hub id. Weights come from safetensors only.
+
+An agent may be an adapter (LoRA) on a frozen base: a new one, or the folder of one that a run has saved.
+"""
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
+from appo.lm import adapter
 from appo.lm.model import CausalLM, out_of_memory
 from appo.policy import Policy
 from experiments.config import LAB, LAB_DIR, RunConfig
+from experiments.config.extras import installed
 from experiments.run.files import writing
 
 OWN_CODE = (
@@ -22,16 +35,45 @@ OWN_CODE = (
 )
 NO_NUMBERS = "its logits are not numbers; the weights are damaged, or too large for their dtype"
 TRIAL = "Input : a Output : b"
+ADAPTER = "adapter_config.json"  # in the folder of an adapter
+Role = Literal["agent", "target"]
 
 
 class ModelError(ValueError):
     """A model cannot be loaded; the message says which, from where, and why."""
 
 
-def load_model(config: RunConfig, role: Literal["agent", "target"]) -> CausalLM:
+def load_models(config: RunConfig) -> tuple[CausalLM, CausalLM]:
+    """Agent and target. An adapter on the target's own checkpoint shares its weights: they are loaded once.
+
+    Raises:
+        ModelError: as for `load_model`.
+    """
+    agent = load_model(config, "agent")
+    if not _shares_base(config, agent):
+        return agent, load_model(config, "target")
+    _check_tokenizer("target", config.target, agent.tokenizer, config.target_chat)
+    return agent, agent.without_adapter(config.target_chat)
+
+
+def _shares_base(config: RunConfig, agent: CausalLM) -> bool:
+    """Whether the target is what the agent's adapter was added to, in the same dtype."""
+    if not adapter.is_in(agent.model) or config.target_quantization:
+        return False
+    base = _base(_source(config, "agent")) or _source(config, "agent")
+    asked = agent.model.dtype if config.target_dtype == "auto" else getattr(torch, config.target_dtype)
+    return _same(base, _source(config, "target")) and asked == agent.model.dtype
+
+
+def _same(one: str, other: str) -> bool:
+    return one == other or (Path(one).is_dir() and Path(other).is_dir() and Path(one).samefile(other))
+
+
+def load_model(config: RunConfig, role: Role) -> CausalLM:
     """The model that `config.agent` or `config.target` names, on its device, after a trial on a few tokens.
 
-    The agent's weights are float32, whatever dtype it computes in; the target's have its compute dtype, and are frozen.
+    What is trained is float32, whatever dtype the agent computes in: all its weights, or its adapter. Frozen weights
+    have the dtype that they are used in.
 
     Raises:
         ModelError: no such folder or hub id, a folder without config or safetensors weights, no such device, a model
@@ -39,9 +81,9 @@ def load_model(config: RunConfig, role: Literal["agent", "target"]) -> CausalLM:
     """
     device = find_device(config.device)
     computes_in = compute_dtype(config.dtype if role == "agent" else config.target_dtype, device, role)
-    stored_in = torch.float32 if role == "agent" else computes_in
-    name = getattr(config, role)
-    source = str(LAB_DIR / role) if name == LAB else name
+    name, source = getattr(config, role), _source(config, role)
+    adapted = role == "agent" and (config.lora.rank is not None or _base(source) is not None)
+    stored_in = torch.float32 if role == "agent" and not adapted else computes_in
     if Path(source).is_dir():
         _check_folder(role, Path(source))
     elif Path(source).exists():
@@ -50,26 +92,68 @@ def load_model(config: RunConfig, role: Literal["agent", "target"]) -> CausalLM:
         raise ModelError(f"{role}: no folder {source!r}{_nearest(Path(source))}")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    options = {"trust_remote_code": config.trust_remote_code}
-    with _explaining(f"{role}: cannot load {name!r}"):
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    with _explaining(f"{role}: cannot load {name!r}"), _no_advice():
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=stored_in, use_safetensors=True, output_loading_info=True, **options
+            source,
+            dtype=stored_in,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+            **(_quantized(config, stored_in, device) if role == "target" else {}),
         )
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:5])
         raise ModelError(f"{role}: cannot load {name!r}: the weights lack {names}")
-    model = model.to(device).eval()
+    model = model.eval() if getattr(model, "is_quantized", False) else model.to(device).eval()
     _check_runs(role, name, model, tokenizer)
     chat = config.agent_chat if role == "agent" else config.target_chat
     _check_tokenizer(role, name, tokenizer, chat)
     if role == "target":
         return CausalLM(model.requires_grad_(False), tokenizer, chat, onednn=config.onednn)
+    if adapted:
+        _adapt(config, model)
     return CausalLM(model, tokenizer, chat, computes_in, config.gradient_checkpointing, config.onednn)
 
 
+def _source(config: RunConfig, role: Role) -> str:
+    """The folder or hub id of a model."""
+    name: str = getattr(config, role)
+    return str(LAB_DIR / role) if name == LAB else name
+
+
+def _base(source: str) -> str | None:
+    """What the adapter in a folder was added to; None if the folder holds no adapter."""
+    try:
+        found: str = json.loads((Path(source) / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found
+
+
+def _quantized(config: RunConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """How transformers is asked for a target with weights of 8 or 4 bits; it puts such a model on its device itself."""
+    if config.target_quantization is None:
+        return {}
+    eight = config.target_quantization == "int8"
+    kind = BitsAndBytesConfig(load_in_8bit=eight, load_in_4bit=not eight, bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": kind, "device_map": {"": str(device)}}
+
+
+def _adapt(config: RunConfig, model: PreTrainedModel) -> None:
+    """Gives the agent a new adapter, or makes the one that it came with trainable."""
+    rank, alpha = config.lora.rank, config.lora.alpha
+    if rank is None or adapter.is_in(model):
+        adapter.make_trainable(model)
+        return
+    targets = adapter.ALL_LINEAR if config.lora.layers == [adapter.ALL_LINEAR] else config.lora.layers
+    with _explaining(f"agent: no adapter fits {config.agent!r} with lora.targets={config.lora.targets}"):
+        adapter.add(model, rank, alpha, targets)
+
+
 def save_agent(policy: Policy, folder: Path) -> None:
-    """Writes the agent as a plain model folder for `AutoModelForCausalLM`; only checkpoints hold its value head.
+    """Writes the agent as a folder for `AutoModelForCausalLM`: the model, or its adapter alone; no value head.
 
     Raises:
         OSError: it cannot be written.
@@ -78,6 +162,28 @@ def save_agent(policy: Policy, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)  # raises if a file is there; transformers would skip saving
         policy.model.save_pretrained(folder)
         policy.lm.tokenizer.save_pretrained(folder)
+
+
+def save_merged(agent: Path, folder: Path) -> None:
+    """Writes a saved adapter and its base as one plain model, in the dtype of the base.
+
+    Raises:
+        ModelError: the folder holds no adapter, or its base cannot be loaded.
+        OSError: it cannot be written.
+    """
+    base = _base(str(agent))
+    if base is None:
+        raise ModelError(f"{str(agent)!r} holds no adapter; the agent was trained as a whole, and is a plain model")
+    _check_folder("agent", agent)
+    with _explaining(f"agent: cannot load {str(agent)!r}"), _no_advice():
+        from peft import PeftModel
+
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
+        model = PeftModel.from_pretrained(model, agent).merge_and_unload()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(agent).save_pretrained(folder)
 
 
 @contextmanager
@@ -94,6 +200,11 @@ def _explaining(what: str) -> Iterator[None]:
         raise ModelError(
             f"{what}: {text if plain else ': '.join(filter(None, (type(error).__name__, text)))}"
         ) from error
+
+
+def _no_advice() -> AbstractContextManager[Any]:
+    """Hides what one library's developers say to another's: peft uses names that transformers is about to drop."""
+    return warnings.catch_warnings(action="ignore", category=FutureWarning)
 
 
 @torch.inference_mode()
@@ -124,7 +235,15 @@ def _check_tokenizer(role: str, name: str, tokenizer: PreTrainedTokenizerBase, c
 
 
 def _check_folder(role: str, folder: Path) -> None:
-    if not (folder / "config.json").is_file():
+    if base := _base(str(folder)):
+        if not installed("peft"):
+            raise ModelError(
+                f"{role}: {str(folder)!r} holds an adapter, which needs the package peft; "
+                "pip install 'stableprompt-appo[lora]'"
+            )
+        if Path(base).is_absolute() and not Path(base).is_dir():
+            raise ModelError(f"{role}: {str(folder)!r} holds an adapter to {base!r}, which is not there any more")
+    elif not (folder / "config.json").is_file():
         raise ModelError(f"{role}: {str(folder)!r} holds no config.json; expected the folder of a causal LM")
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{role}: {str(folder)!r} holds no weights; expected *.safetensors")
@@ -136,7 +255,7 @@ def _nearest(path: Path) -> str:
     return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
 
 
-def compute_dtype(name: str, device: torch.device, role: Literal["agent", "target"]) -> torch.dtype:
+def compute_dtype(name: str, device: torch.device, role: Role) -> torch.dtype:
     """The type that "float32", "bfloat16" or "auto" stands for on a device.
 
     On a CPU, auto leaves the agent in float32: in bfloat16 PPO's ratios would start near 1, not at 1.

@@ -16,11 +16,11 @@ import torch
 from appo.lm.model import CausalLM, ContextTooLongError
 from appo.policy import Policy
 from experiments.config import RunConfig, data_source
+from experiments.config.extras import check_extras
 from experiments.config.strict import ConfigError
 from experiments.run.fingerprint import Fingerprint, fingerprint
 from experiments.run.folder import CONFIG, RESULT, RunFolder, RunFolderError, new_folder, read_result, stored_config
-from experiments.run.loggers import check_extras
-from experiments.run.models import ModelError, load_model
+from experiments.run.models import ModelError, load_models
 from rewards.local import LocalTarget
 from rewards.reward import ClassificationReward, GenerationReward, Reward
 from rewards.target import Remembered, Target
@@ -121,7 +121,7 @@ def _assemble(config: RunConfig, folder: RunFolder) -> Run:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     data = _load_data(config)
-    agent, answering = load_model(config, "agent"), load_model(config, "target")
+    agent, answering = load_models(config)
     policy = Policy(agent, config.sampling)
     try:
         local = LocalTarget(answering, data.spec.template, data.words, [example.input for example in data.train])

@@ -48,6 +48,10 @@ def loaded(run: Run) -> Iterator[str]:
     )
     threads = f", threads {environment['threads']}" if run.policy.device.type == "cpu" else ""
     yield _line("loaded", f"{sizes}, on {environment['device']}{threads}")
+    if run.config.lora.rank is not None:
+        trained = sum(weight.numel() for weight in run.policy.trained().values())
+        shared = "; agent and target share the rest" if environment.get("target_shared") else ""
+        yield _line("", f"trains an adapter of {trained / 1e6:,.2f} M parameters{shared}")
     rows = f"{len(run.data.train)} train, {len(run.data.validation)} validation and {len(run.data.test)} test rows"
     yield _line("", f"{rows}, {run.steps} iterations")
 
