@@ -11,7 +11,7 @@ import torch
 from appo.policy import Policy
 from appo.trainer import APPOTrainer
 from experiments import evaluate, prompt
-from experiments.config import build_config
+from experiments.config import LAB_DIR, build_config
 from experiments.run.folder import read_jsonl
 from experiments.run.run import prepare
 from experiments.train import main, train
@@ -110,3 +110,16 @@ def test_what_is_sampled_is_what_is_evaluated(tmp_path: Path) -> None:
     with torch.no_grad():
         difference = (policy.evaluate(rollout).logprobs - rollout.logprobs).abs().max().item()
     assert difference < 1e-3
+
+
+def test_an_adapter_on_shared_weights_learns_in_bfloat16(tmp_path: Path) -> None:
+    agent = str(LAB_DIR / "agent")
+    options = {"task": "sst2", "agent": agent, "target": agent, "data": "lab", "run": str(tmp_path / "run"), "steps": 4}
+    made = prepare(build_config(options, assignments=[*SMALL, "preset=lora", "lora.rank=4"]))
+    assert made.target.described()["shared"]
+    assert {weight.dtype for weight in made.policy.trained().values()} == {torch.float32}
+    assert made.policy.model.dtype == torch.bfloat16
+    before = {name: weight.detach().clone() for name, weight in made.policy.trained().items()}
+    train(made, quiet=True)
+    assert sum(not torch.equal(weight, before[name]) for name, weight in made.policy.trained().items()) > 10
+    assert main(["--run", str(tmp_path / "run"), "--resume", "--steps", "6"]) == 0
