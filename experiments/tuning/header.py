@@ -47,7 +47,8 @@ def loaded(run: Run) -> Iterator[str]:
         for role, count in run.sizes.items()
     )
     threads = f", threads {environment['threads']}" if run.policy.device.type == "cpu" else ""
-    yield _line("loaded", f"{sizes}, on {environment['device']}{threads}")
+    processes = f", in each of {run.policy.ranks.size} processes" if run.policy.ranks.size > 1 else ""
+    yield _line("loaded", f"{sizes}, on {environment['device']}{threads}{processes}")
     rows = f"{len(run.data.train)} train, {len(run.data.validation)} validation and {len(run.data.test)} test rows"
     yield _line("", f"{rows}, {run.steps} iterations")
 
