@@ -9,6 +9,7 @@ everywhere without being sent.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -157,7 +158,9 @@ def _meeting() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = re.sub(r"^\[\S*\] |\. This is.*", "", str(error).partition("\n")[0])[
+            :100
+        ]  # without gloo's file and guess
         raise RanksError(f"another process of this job has ended, or does not answer ({reason})") from error
 
 

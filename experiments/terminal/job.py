@@ -7,13 +7,15 @@ whoever has one first, since most of them come to all processes at once.
 from __future__ import annotations
 
 import os
+import signal
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from appo.lm.ranks import Ranks
 
 STARTED_BY = "TORCHELASTIC_RUN_ID"  # torchrun sets it; RANK alone may come from elsewhere, with another meaning
-_joined: dict[str, Any] = {}  # "store" of the job; "stderr" of a silent process, as a file descriptor
+_joined: dict[str, Any] = {}  # "store" of the job, number of "meetings"; "stderr" of a silent process, a descriptor
 
 
 class JobError(ValueError):
@@ -50,6 +52,7 @@ def join(device: str) -> Ranks:
     """
     import torch
     import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
 
     from appo.lm.ranks import Joined, Ranks
@@ -66,7 +69,9 @@ def join(device: str) -> Ranks:
         torch.cuda.set_device(local)
     store, number, count = next(iter(rendezvous("env://")))
     # Tensors meet where they are: on GPUs by NCCL, all else by gloo, which notices at once if a process has ended.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=number, world_size=count)
+    _joined["meetings"] = _joined.get("meetings", 0) + 1
+    fresh = PrefixStore(f"meeting {_joined['meetings']}", store)  # addresses of an earlier meeting are stale
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=fresh, rank=number, world_size=count)
     _joined["store"] = store
     return Joined()
 
@@ -81,11 +86,15 @@ def leave() -> None:
 
 
 def is_spokesman() -> bool:
-    """Whether this process is to report the error that it has; if so, it may speak from now on."""
+    """Whether this process, which is about to end, is to report its error; if so, it may speak from now on."""
     if size() == 1:
         return True
-    first = rank() == 0
-    if "store" in _joined:
+    first = "store" not in _joined
+    for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends one when another process has ended
+        signal.signal(number, signal.SIG_DFL if first and rank() > 0 else signal.SIG_IGN)
+    if first and rank() > 0:
+        time.sleep(10)  # the first process most likely has the same error: it tells it, and torchrun ends this one
+    elif not first:
         try:
             first = _joined["store"].add("told", 1) == 1
         except RuntimeError:  # the process that kept the store has ended
