@@ -14,7 +14,7 @@ NO_MKDOCS = error: the site needs mkdocs: $(BIN)/pip install --constraint constr
 INSTALL = -m pip install --quiet --disable-pip-version-check --constraint
 PYTEST = -m pytest --numprocesses auto --dist worksteal
 
-# make train TASK=mnli [MODE=fixed|tte AGENT=.. TARGET=.. DATA=lab|hub|DIR STEPS=.. SEED=.. RUN=dir ARGS="key=value ..."]
+# make train TASK=mnli [MODE=fixed|tte AGENT=.. TARGET=.. DATA=lab|hub|DIR STEPS=.. SEED=.. RUN=dir GPUS=n ARGS="key=value ..."]
 OPTIONS = $(if $(TASK),--task "$(TASK)") $(if $(AGENT),--agent "$(AGENT)") $(if $(TARGET),--target "$(TARGET)") \
 	$(if $(DATA),--data "$(DATA)") $(if $(MODE),--mode "$(MODE)") $(if $(STEPS),--steps "$(STEPS)") $(if $(SEED),--seed "$(SEED)") \
 	$(if $(RUN),--run "$(RUN)") $(if $(RESUME),--resume)
@@ -28,7 +28,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo '  make train TASK=mnli [MODE=fixed|tte AGENT=folder|hub-id TARGET=folder|hub-id DATA=lab|hub|folder STEPS=n SEED=n RUN=folder]'
-	@echo '                       [ARGS="appo.kl_coef=0.1 prompts=8 ..."]'
+	@echo '                       [GPUS=n ARGS="appo.kl_coef=0.1 prompts=8 ..."]'
 
 setup: $(READY) ## make .venv with the pinned dependencies
 
@@ -47,7 +47,7 @@ $(FLOOR)/.ready: constraints-floor.txt setup.cfg pyproject.toml
 	@touch $@
 
 train: $(READY) ## tune a prompt: make train TASK=mnli
-	@$(BIN)/appo train $(OPTIONS) $(ARGS)
+	@$(if $(GPUS),$(BIN)/torchrun --standalone --nproc-per-node $(GPUS) -m -- experiments.train,$(BIN)/appo train) $(OPTIONS) $(ARGS)
 
 tasks: $(READY) ## list the tasks, or show one: make tasks SHOW=mnli
 	@$(BIN)/appo tasks $(if $(SHOW),--show "$(SHOW)") $(if $(DATA),--data "$(DATA)")

@@ -130,11 +130,10 @@ class Anchor:
         finally:
             self._exchange()
 
-    @torch.no_grad()
     def logprobs(self, rollout: Rollout) -> Tensor:
         """log p_anchor of the rollout's tokens, [B, T], 0 on padding."""
         with self.in_place():
-            return self._policy.evaluate(rollout).logprobs
+            return self._policy.measure(rollout).logprobs
 
     def _exchange(self) -> None:
         for name, parameter in self._policy.trained().items():

@@ -11,14 +11,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from appo.config import SamplingConfig
 from appo.lm.attention import Branches
 from appo.lm.ends import Ends, clean, whole_sentences
-from appo.lm.logits import logprobs_and_entropy
+from appo.lm.logits import draw, logprobs_and_entropy
 from appo.lm.model import CausalLM
 from appo.lm.packed import Output
+from appo.lm.ragged import stacked, unpack
+from appo.lm.ranks import Ranks
 from appo.rollout import Query, Rollout
 
 
@@ -43,12 +46,13 @@ class Policy(nn.Module):
     Args:
         lm: the model; its parameters with requires_grad are what is trained.
         sampling: length and temperature, and where a prompt ends.
+        ranks: the processes that share the work; default: this one alone.
 
     Raises:
         ValueError: there is no end-of-sequence token, or a trainable parameter has less precision than float32.
     """
 
-    def __init__(self, lm: CausalLM, sampling: SamplingConfig | None = None) -> None:
+    def __init__(self, lm: CausalLM, sampling: SamplingConfig | None = None, ranks: Ranks | None = None) -> None:
         super().__init__()
         if not lm.ends:
             raise ValueError(f"the tokenizer of {lm.model.name_or_path!r} has no end-of-sequence token")
@@ -61,6 +65,7 @@ class Policy(nn.Module):
         self.lm = lm
         self.model = lm.model
         self.sampling = sampling or SamplingConfig()
+        self.ranks = ranks or Ranks()
         self.value_head = nn.Linear(lm.model.config.get_text_config().hidden_size, 1, device=lm.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -108,11 +113,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self,
-        queries: Sequence[Query],
-        generator: torch.Generator | None = None,
-        copies: int = 1,
-        greedy: bool = False,
+        self, queries: Sequence[Query], generator: torch.Generator | None = None, copies: int = 1, greedy: bool = False
     ) -> Rollout:
         """Samples responses from the softmax of logits / temperature, without top-k or top-p.
 
@@ -131,35 +132,40 @@ class Policy(nn.Module):
         Raises:
             FloatingPointError: the model's logits are not numbers.
         """
-        count = len(queries) * copies
-        written = torch.zeros(count, dtype=torch.bool, device=self.device)  # visible text so far
-        steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        owner = torch.arange(len(queries), device=self.device).repeat_interleave(copies)
+        # Response i draws from row i, whichever rank writes it: the same prompts on any number of ranks.
+        shape = (len(owner), self.sampling.max_new_tokens)
+        chances = torch.rand(shape, generator=generator, dtype=torch.float64, device=self.device)
+        columns = self.ranks.divide(len(owner), lambda rows: self._write(queries, owner[rows], chances[rows], greedy))
+        return Rollout(tuple(queries), owner, *columns)
+
+    def _write(self, queries: Sequence[Query], owner: Tensor, chances: Tensor, greedy: bool) -> list[Tensor]:
+        """Tokens, mask, logprobs and values of a response for each entry of `owner` [R], each [R, T]; see `sample`."""
+        written = torch.zeros(len(owner), dtype=torch.bool, device=self.device)  # visible text so far
+        steps: list[tuple[Tensor, ...]] = []
 
         def choose(output: Output, alive: Tensor) -> tuple[Tensor, Tensor]:
             logits, values = self._read(output)
             logprobs = self.ends.forbid(logits.float(), written[alive]).log_softmax(-1)
             if logprobs.isnan().any():
                 raise FloatingPointError("the agent's logits are not numbers; its weights are damaged, or overflow")
-            race = logprobs
-            if not greedy:
-                # argmax(p / E) with E ~ Exp(1) is a sample from p. torch.multinomial does the same, but its exponential
-                # numbers take four times as long on a CPU.
-                uniform = torch.rand(logprobs.shape, generator=generator, device=self.device)
-                race = logprobs.exp() / -uniform.log()
-            tokens = race.argmax(-1)  # [alive]
-            steps.append((alive, tokens, logprobs.gather(-1, tokens.unsqueeze(-1))[:, 0], values))
+            tokens = logprobs.argmax(-1) if greedy else draw(logprobs, chances[alive, len(steps)])  # [alive]
+            real = torch.ones_like(tokens, dtype=torch.bool)
+            steps.append((alive, tokens, real, logprobs.gather(-1, tokens.unsqueeze(-1))[:, 0], values))
             going, written[alive] = self.ends.step(tokens, written[alive])
             return tokens, going
 
-        self.lm.decode([query.tokens for query in queries], choose, self.sampling.max_new_tokens, copies)
-        shape = (count, len(steps))
-        tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
-        mask = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        logprobs, values = torch.zeros(shape, device=self.device), torch.zeros(shape, device=self.device)
-        for t, (alive, token, logprob, value) in enumerate(steps):
-            tokens[alive, t], mask[alive, t], logprobs[alive, t], values[alive, t] = token, True, logprob, value
-        owner = torch.arange(len(queries), device=self.device).repeat_interleave(copies)
-        return Rollout(tuple(queries), owner, tokens, mask, logprobs, values)
+        first, last = int(owner[0]), int(owner[-1])
+        contexts = [query.tokens for query in queries[first : last + 1]]
+        self.lm.decode(contexts, choose, self.sampling.max_new_tokens, (owner - first).tolist())
+        return stacked(steps, len(owner))
+
+    @torch.no_grad()
+    def measure(self, rollout: Rollout) -> Evaluation:
+        """As `evaluate`, but without gradients, and each rank runs only its share of the responses."""
+        rows, width = torch.arange(len(rollout), device=self.device), rollout.tokens.shape[1]
+        columns = self.ranks.divide(len(rollout), lambda share: self.evaluate(rollout.select(rows[share])))
+        return Evaluation(*(F.pad(column, (0, width - column.shape[1])) for column in columns))
 
     def evaluate(self, rollout: Rollout) -> Evaluation:
         """Log-probabilities, values and entropies of the rollout's tokens under the current policy."""
@@ -173,7 +179,7 @@ class Policy(nn.Module):
         logits, values = self._read(self.lm.run(Branches(prefixes, branches, owner)))
         logprobs, entropy = logprobs_and_entropy(logits, rollout.tokens[rollout.mask])
         logprobs, entropy = self.ends.renormalise(logprobs, entropy, logits, rollout.tokens, rollout.mask)
-        return Evaluation(*(_unpack(column, rollout.mask) for column in (logprobs, values, entropy)))
+        return Evaluation(*(unpack(column, rollout.mask) for column in (logprobs, values, entropy)))
 
     def _read(self, output: Output) -> tuple[Tensor, Tensor]:
         """Logits / temperature [*, V] and values [*]."""
@@ -181,8 +187,3 @@ class Policy(nn.Module):
         if temperature != 1:
             logits = logits.float() / temperature
         return logits, self.value_head(output.hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
-
-
-def _unpack(values: Tensor, mask: Tensor) -> Tensor:
-    """Puts the [n] values of real tokens at their places in [B, T], 0 on padding."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

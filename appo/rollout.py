@@ -135,11 +135,6 @@ class Batch(Scored):
         given = {f.name: getattr(scored, f.name) for f in fields(Scored)}
         return cls(**given, advantages=advantages, returns=returns)
 
-    def split(self, size: int) -> Iterator[Batch]:
-        """Consecutive parts of at most `size` rows; 0 means the whole batch."""
-        for rows in torch.arange(len(self), device="cpu").split(size or len(self)):
-            yield self.select(rows)
-
 
 class RolloutBuffer:
     """Collects scored rollouts until an update is due."""

@@ -34,7 +34,7 @@ def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
     def size(difference: Tensor) -> float:
         return (difference.abs().max() if exact else difference.square().mean().sqrt()).item()
 
-    together = policy.evaluate(rollout).logprobs
+    together = policy.measure(rollout).logprobs
     if not torch.equal(together, anchor.logprobs(rollout)):
         cause = _dropout(policy) or "the anchor is not a copy of the agent's current weights"
         raise SelfCheckError(f"KL to the anchor is not 0 before the first update; likely cause: {cause}")

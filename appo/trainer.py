@@ -192,11 +192,11 @@ class APPOTrainer:
         """
         rollout = self.policy.sample(queries, self.generator, copies)
         if self.policy.lm.compute_dtype.itemsize < 4:
-            with torch.no_grad():  # token by token, bfloat16 rounds otherwise than in the loss
-                now = self.policy.evaluate(rollout)
+            now = self.policy.measure(rollout)  # token by token, bfloat16 rounds otherwise than in the loss
             rollout = replace(rollout, logprobs=now.logprobs, values=now.values)
         prompts = self.policy.decode(rollout)
         rewarded = _rewarded(reward_fn(prompts), len(prompts))
+        self.policy.ranks.check_same("rewards", rewarded.scores.tolist())
         anchor_logprobs = self.anchor.logprobs(rollout)
         cut_off = 1 - self.policy.ended(rollout).float()
         if rewarded.scores.isfinite().all():
@@ -256,6 +256,7 @@ class APPOTrainer:
             self.anchor.rollback()
         elif decision is not AnchorDecision.KEEP:
             decision, reason = AnchorDecision.KEEP, f"{reason}; {decision} is switched off"
+        self.policy.ranks.check_same("decisions on the anchor", (decision.value, policy_scores, anchor_scores))
         return AnchorReview(decision, reason, policy_scores, anchor_scores, *thresholds, policy_health, anchor_health)
 
     def _written(self, queries: Sequence[Query], copies: int) -> tuple[list[str], Health]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from appo.rollout import Batch, Scored, minibatches
 
 MEAN_RATE = 0.1  # of the running mean of scores, per iteration
 MIN_ENTROPY = 0.05  # nats per token; below, the entropy bonus grows no more
+STATS = ("policy_loss", "value_loss", "entropy", "ratio", "clip_fraction", "approx_kl")  # of the losses
 FAULTS = ("nonfinite_reward", "nonfinite_loss", "nonfinite_gradient", "exploded_ratio")  # counted in the statistics
 
 
@@ -70,17 +70,17 @@ class Updater:
     def __init__(self, policy: Policy, config: APPOConfig, generator: torch.Generator | None = None) -> None:
         self.policy, self.config, self.generator = policy, config, generator
         self.reference = Reference.of(config.reference, config.kl_in_loss)
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in policy.model.parameters() if p.requires_grad]},
-            {"params": list(policy.value_head.parameters())},
-        ]
-        if not groups[0]["params"]:
+        weights, head = [p for p in policy.model.parameters() if p.requires_grad], list(policy.value_head.parameters())
+        if not weights:
             raise ValueError(
                 "the agent has no parameter to train: all have requires_grad=False; does it share its model object "
                 "with the frozen target?"
             )
-        groups[1]["lr"] = config.value_learning_rate or config.learning_rate
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=0.0, fused=True)
+        self.trained = [*weights, *head]
+        policy.ranks.copy_first(self.trained)
+        self.optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0, fused=True)
+        head_rate = config.value_learning_rate or config.learning_rate
+        self.optimizer.add_param_group({"params": head, "lr": head_rate})
         self.mean_score: float | None = None  # running, over updates
 
     def update(self, scored: Scored, kl_coef: float) -> dict[str, float]:
@@ -111,20 +111,22 @@ class Updater:
         return before
 
     def optimizer_step(self, minibatch: Batch, kl_coef: float = 0.0, entropy_coef: float = 0.0) -> dict[str, float]:
-        """One gradient step; micro-batches add up to exactly the gradient of the whole minibatch.
+        """One gradient step; micro-batches, of all ranks, add up to exactly the gradient of the whole minibatch.
 
         A loss or gradient that is not finite, or a mean probability ratio above `max_ratio`, ends the step before it
         changes the weights. The statistics count the step as skipped and name the fault.
         """
         self.optimizer.zero_grad()
         tokens = minibatch.mask.sum()
-        totals: dict[str, float] = {}
-        for part in minibatch.split(self.config.micro_batch_size):
+        totals = dict.fromkeys(STATS, 0.0)
+        for rows in self.policy.ranks.parts(len(minibatch), self.config.micro_batch_size):
+            part = minibatch.select(rows)
             share = part.mask.sum() / tokens  # losses are means over tokens, so parts are weighted by tokens
             loss, stats = self.loss(part, kl_coef, entropy_coef)
             (share * loss).backward()
             for name, value in stats.items():
-                totals[name] = totals.get(name, 0.0) + (share * value).item()
+                totals[name] += (share * value).item()
+        totals = self.policy.ranks.sum_gradients(self.trained, totals)
         limit = float("inf") if self.config.max_grad_norm is None else self.config.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit).item()
         fault = self._fault(totals, norm)

@@ -33,6 +33,7 @@ from experiments.config import (
 )
 from experiments.config.explained import explained
 from experiments.run.folder import CONFIG, SO_FAR, RunFolder, new_folder, stored_config
+from experiments.terminal import job
 from experiments.terminal.command import Parser, UsageError, in_order
 from experiments.terminal.console import stopped, summary
 from experiments.terminal.signals import ending_at_once
@@ -127,31 +128,40 @@ def main(argv: Sequence[str]) -> int:
     or training diverged; 70: a fault of the program; 74: a file cannot be read or written; 130 and 143: stopped
     by Ctrl-C or SIGTERM.
     """
+    job.be_silent()
     asked = read_args(argv)
     if asked.only == "show_config":
         print(*explained(asked.config, asked.origins), sep="\n")
         return 0
     config = replace(asked.config, run=str(new_folder(asked.config)))
-    folder = RunFolder(new_folder(config), new=not asked.resume)  # refused here, before anything slow
-    print(*header.asked(config, asked.preset, None if asked.only else folder.path), sep="\n", flush=True)
+    if job.rank() == 0:
+        RunFolder(new_folder(config), new=not asked.resume)  # refused here, before anything slow
+    print(*header.asked(config, asked.preset, None if asked.only else new_folder(config)), sep="\n", flush=True)
     with ending_at_once():
+        from appo.lm.ranks import RanksError
         from experiments.run.run import prepare
         from experiments.tuning import loop, trial
-    run = prepare(config, asked.resume)
+
+        ranks = job.join(config.device)
+    config = replace(config, run=ranks.gather([config.run])[0])  # a name made of the time differs
+    run = prepare(config, asked.resume, ranks)
     print(*header.loaded(run), sep="\n", flush=True)
     if warning := on_toys(config.task, config.data, config.agent, config.target):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     if asked.only == "dry_run":
         print(*trial.trial(run), sep="\n")
+        job.leave()
         return 0
+    folder = run.folder
     with folder.lock():
         try:
             result = loop.train(run, resume=asked.resume)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, RanksError):
             if (folder.path / CONFIG).is_file():
                 print(stopped(folder.path, folder.path / SO_FAR, folder.read_json(SO_FAR)), file=sys.stderr)
             raise
     print(f"\n{summary(result, folder.path)}")
+    job.leave()
     return 0
 
 

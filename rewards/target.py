@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from appo.lm.ranks import Ranks
 
 REMEMBERED = 100_000  # pairs of prompt and input; some 20 MB
 NO_NUMBERS = "the target's logits are not numbers; its weights are damaged, or overflow"
@@ -64,6 +67,37 @@ class Target(Protocol):
     def described(self) -> dict[str, Any]:
         """The settings that its answers depend on, as plain values."""
         ...
+
+
+class Shared:
+    """A target that the processes of a job run together: each answers its share, and gets all answers."""
+
+    def __init__(self, target: Target, ranks: Ranks) -> None:
+        self.target, self.ranks, self.words = target, ranks, target.words
+        self.check_fits, self.described = target.check_fits, target.described
+
+    def class_logits(self, asked: Sequence[Asked]) -> Tensor:
+        """The target's class logits."""
+        return self._divided(asked, lambda mine, _: self.target.class_logits(mine))
+
+    def generate(self, asked: Sequence[Asked], budget: int, stop: Sequence[str]) -> list[str]:
+        """The target's texts."""
+        return self._divided(asked, lambda mine, _: self.target.generate(mine, budget, stop))
+
+    def answer_logprobs(self, asked: Sequence[Asked], answers: Sequence[str]) -> Tensor:
+        """The target's log-probabilities of the answers."""
+        return self._divided(asked, lambda mine, rows: self.target.answer_logprobs(mine, answers[rows]))
+
+    def _divided(self, asked: Sequence[Asked], answer: Callable[[list[Asked], slice], Any]) -> Any:
+        """The answers to all inputs; a prompt whose inputs go to two ranks is read by both."""
+        every = [(prompt, text) for prompt, inputs in asked for text in inputs]
+
+        def mine(rows: slice) -> list[Any]:
+            grouped = groupby(every[rows], key=lambda pair: pair[0])
+            return [answer([Asked(prompt, tuple(text for _, text in part)) for prompt, part in grouped], rows)]
+
+        (found,) = self.ranks.divide(len(every), mine)
+        return found
 
 
 class Remembered:

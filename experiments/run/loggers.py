@@ -34,9 +34,9 @@ def loggers(config: RunConfig, folder: RunFolder, done: int) -> Iterator[Log]:
     """
     with ExitStack() as stack:
         logs: list[Log] = []
-        if config.tensorboard:
+        if config.tensorboard and folder.written:
             logs.append(stack.enter_context(_tensorboard(folder, done)))
-        if config.wandb is not None:
+        if config.wandb is not None and folder.written:
             logs.append(stack.enter_context(_wandb(config, folder, done)))
 
         def log(iteration: int, row: Mapping[str, Any]) -> None:

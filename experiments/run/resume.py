@@ -34,7 +34,8 @@ def begin(run: Run, arm: Stateful, resume: bool) -> tuple[int, list[str]]:
     """
     done, notes = 0, list[str]()
     folder = run.folder.path / "checkpoint"
-    checkpoint.tidy(folder)
+    if run.folder.written:
+        checkpoint.tidy(folder)
     if resume and _killed_early(run):
         run.folder.clear()
         notes = ["the run was stopped before its first checkpoint, and begins anew"]
@@ -47,16 +48,21 @@ def begin(run: Run, arm: Stateful, resume: bool) -> tuple[int, list[str]]:
             if out_of_memory(error):
                 raise
             raise CheckpointError(f"{folder}: the newest one holds no state of this run ({error!r})") from error
+    run.policy.ranks.check_same("the iterations that are done", done)
     run.folder.write_config(to_dict(run.config) | {"environment": run.environment()})
     return done, notes
 
 
 def save(run: Run, arm: Stateful, iteration: int) -> None:
-    """Writes a checkpoint.
+    """Writes a checkpoint. Of several processes the first one does; all check that they still have the same weights.
 
     Raises:
         OSError: it cannot be written; the one before is unchanged.
+        RanksError: the processes' weights differ.
     """
+    run.policy.ranks.check_weights([p for p in run.policy.parameters() if p.requires_grad])
+    if not run.folder.written:
+        return
     state = {
         "iteration": iteration,
         "arm": arm.state_dict(),
@@ -82,6 +88,7 @@ def restore(run: Run, arm: Stateful) -> tuple[int, list[str]]:
     if parts := differing(state["data"], run.fingerprint):
         raise CheckpointError(f"the data are not those that the run was begun with; changed: {parts}")
     now, before = run.environment(), state["environment"]
+    before = {"processes": 1, **before}
     changed = [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]
     if changed:
         notes = [*notes, f"not bit for bit the same run: {'; '.join(changed)}"]

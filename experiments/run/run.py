@@ -14,16 +14,26 @@ from typing import Any
 import torch
 
 from appo.lm.model import CausalLM, ContextTooLongError
+from appo.lm.ranks import Ranks
 from appo.policy import Policy
 from experiments.config import RunConfig, data_source
 from experiments.config.extras import check_extras
 from experiments.config.strict import ConfigError
 from experiments.run.fingerprint import Fingerprint, fingerprint
-from experiments.run.folder import CONFIG, RESULT, RunFolder, RunFolderError, new_folder, read_result, stored_config
+from experiments.run.folder import (
+    CONFIG,
+    RESULT,
+    ReadFolder,
+    RunFolder,
+    RunFolderError,
+    new_folder,
+    read_result,
+    stored_config,
+)
 from experiments.run.models import ModelError, load_models
 from rewards.local import LocalTarget
 from rewards.reward import ClassificationReward, GenerationReward, Reward
-from rewards.target import Remembered, Target
+from rewards.target import Remembered, Shared, Target
 from tasks.errors import TooFewRowsError, shown
 from tasks.meta_prompt import meta_prompt, rewrite_prompt
 from tasks.sources import load_task
@@ -66,6 +76,7 @@ class Run:
             **{package: version(package) for package in ("torch", "transformers", "datasets", "numpy")},
             "device": str(self.policy.device),
             "threads": torch.get_num_threads(),
+            "processes": self.policy.ranks.size,
             "agent_computes_in": str(self.policy.lm.compute_dtype).removeprefix("torch."),
             "agent_chat": self.policy.lm.chat,
             "agent_packed": self.policy.lm.packed,
@@ -93,7 +104,7 @@ def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
     if not agent.is_dir():
         raise RunFolderError(f"{str(folder)!r} holds no folder 'agent'; expected the folder of a finished run")
     config = replace(config, agent=str(agent.absolute()), trust_remote_code=trust_remote_code)
-    return _assemble(config, RunFolder(folder, new=False))
+    return _assemble(config, RunFolder(folder, new=False), Ranks())
 
 
 def finished(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
@@ -111,23 +122,30 @@ def finished(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
     return config, result
 
 
-def prepare(config: RunConfig, resume: bool = False) -> Run:
-    """Loads data and models, and refuses what cannot work, before anything is written."""
+def prepare(config: RunConfig, resume: bool = False, ranks: Ranks | None = None) -> Run:
+    """Loads data and models, and refuses what cannot work, before anything is written.
+
+    Args:
+        config: of the run.
+        resume: the run was begun before.
+        ranks: the processes that share the work; the first of them alone writes. Default: this one.
+    """
     check_extras(config)
-    return _assemble(config, RunFolder(new_folder(config), new=not resume))
+    ranks, path = ranks or Ranks(), new_folder(config)
+    return _assemble(config, RunFolder(path, new=not resume) if ranks.rank == 0 else ReadFolder(path), ranks)
 
 
-def _assemble(config: RunConfig, folder: RunFolder) -> Run:
-    torch.set_num_threads(config.threads)
+def _assemble(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Run:
+    torch.set_num_threads(max(1, config.threads // ranks.size))
     torch.manual_seed(config.seed)
     data = _load_data(config)
     agent, answering = load_models(config)
-    policy = Policy(agent, config.sampling)
+    policy = Policy(agent, config.sampling, ranks)
     try:
         local = LocalTarget(answering, data.spec.template, data.words, [example.input for example in data.train])
     except ValueError as error:  # a label word that its tokenizer does not know, or cannot tell from another
         raise ModelError(f"target: {error}") from error
-    target = Remembered(local)
+    target = Remembered(Shared(local, ranks) if ranks.size > 1 else local)
     sizes = {"agent": _size(agent), "target": _size(answering)}
     run = Run(config, data, policy, target, _reward(config, data, target), folder, fingerprint(data), sizes)
     _check_agent_fits(run)

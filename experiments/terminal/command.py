@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, NoReturn, Protocol
 
+from experiments.terminal.job import is_spokesman
 from experiments.terminal.signals import StoppedError, raise_instead
 from tasks.errors import printable
 
@@ -125,6 +126,8 @@ def _told(error: BaseException) -> int:
         return 141
     if isinstance(error, OSError):
         _end_stdout()
+    if not is_spokesman():
+        return OUR_FAULT if code is None else code
     if code is None:
         traceback.print_exception(error)
         print(FAULT, file=sys.stderr)

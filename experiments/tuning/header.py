@@ -47,7 +47,8 @@ def loaded(run: Run) -> Iterator[str]:
         for role, count in run.sizes.items()
     )
     threads = f", threads {environment['threads']}" if run.policy.device.type == "cpu" else ""
-    yield _line("loaded", f"{sizes}, on {environment['device']}{threads}")
+    processes = f", in each of {run.policy.ranks.size} processes" if run.policy.ranks.size > 1 else ""
+    yield _line("loaded", f"{sizes}, on {environment['device']}{threads}{processes}")
     if run.config.lora.rank is not None:
         trained = sum(weight.numel() for weight in run.policy.trained().values())
         shared = "; agent and target share the rest" if environment.get("target_shared") else ""

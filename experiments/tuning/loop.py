@@ -55,30 +55,37 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
             for number in range(done + 1, run.steps + 1):
                 iteration = record.timed(number, arm)
                 progress.show(number, iteration.stats, arm.pool.leader())
-                last = signals.received or number == run.steps
-                if last or number % config.checkpoint_every == 0:
+                stopped = run.policy.ranks.largest(signals.received)  # a signal may have come to one process only
+                if stopped or number == run.steps or number % config.checkpoint_every == 0:
                     save(run, arm, number)
-                if signals.received:
+                if stopped:
                     progress.close()
-                    run.folder.write_text("report.html", render_report(run.folder.path, run.reward.metric))
+                    _report(run)
                     if found := arm.best_so_far():
                         run.folder.write_json(SO_FAR, {"iteration": number, **found})
-                    raise StoppedError(signals.received)
+                    run.policy.ranks.check_same("the iterations that are done", number)  # all has been written
+                    raise StoppedError(stopped)
         progress.close()
         return _finish(run, arm, log)
 
 
 def _finish(run: Run, arm: Arm, log: Log) -> dict[str, Any]:
     """Saves the agent, chooses the result and writes everything about it."""
-    save_agent(run.policy, run.folder.path / "agent")
+    if run.folder.written:
+        save_agent(run.policy, run.folder.path / "agent")
     result, candidates, predictions = arm.result()
     run.folder.write_rows(CANDIDATES, candidates)
     run.folder.write_rows(PREDICTIONS, predictions)
     run.folder.write_json(RESULT, result)
     run.folder.remove(SO_FAR)
     log(run.steps, final_scores(result))
-    run.folder.write_text("report.html", render_report(run.folder.path, run.reward.metric))
+    _report(run)
     return result
+
+
+def _report(run: Run) -> None:
+    if run.folder.written:
+        run.folder.write_text("report.html", render_report(run.folder.path, run.reward.metric))
 
 
 def arm_of(run: Run) -> Arm:
@@ -107,6 +114,7 @@ class Record:
             iteration = arm.step(number)
         except DivergedError as error:
             self._write(number, error.iteration, time.perf_counter() - started, arm.cost)
+            self.run.policy.ranks.check_same("the iterations that are done", number)  # the row has been written
             raise
         self._write(number, iteration, time.perf_counter() - started, arm.cost)
         return iteration

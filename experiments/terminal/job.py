@@ -1,0 +1,104 @@
+"""The job that this process is part of, as torchrun describes it in the environment; without torchrun, a job of one.
+
+The first process speaks for all. The others are silent: what they would print is what it prints. Errors are told by
+whoever has one first, since most of them come to all processes at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from appo.lm.ranks import Ranks
+
+STARTED_BY = "TORCHELASTIC_RUN_ID"  # torchrun sets it; RANK alone may come from elsewhere, with another meaning
+_joined: dict[str, Any] = {}  # "store" of the job, number of "meetings"; "stderr" of a silent process, a descriptor
+
+
+class JobError(ValueError):
+    """The processes of this job cannot have the devices that were asked for."""
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return int(os.environ["RANK"]) if STARTED_BY in os.environ else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return int(os.environ["WORLD_SIZE"]) if STARTED_BY in os.environ else 1
+
+
+def be_silent() -> None:
+    """Sends stdout and stderr of every process but the first to nowhere, those of its libraries included."""
+    if rank() > 0 and "stderr" not in _joined:
+        _joined["stderr"] = os.dup(2)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+
+
+def join(device: str) -> Ranks:
+    """Meets the other processes; on GPUs each takes its own.
+
+    Args:
+        device: as configured; with several processes auto, cpu or cuda.
+
+    Raises:
+        JobError: there are not enough GPUs, or one GPU is named for all.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+    from torch.distributed.rendezvous import rendezvous
+
+    from appo.lm.ranks import Joined, Ranks
+
+    if size() == 1:
+        return Ranks()
+    if device not in ("auto", "cpu", "cuda"):
+        raise JobError(f"device is {device!r}; expected auto, cpu or cuda: each of the {size()} processes has its own")
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if gpus:
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= gpus:
+            raise JobError(f"more processes on this machine than its {gpus} GPUs; start fewer, or give device=cpu")
+        torch.cuda.set_device(local)
+    store, number, count = next(iter(rendezvous("env://")))
+    # Tensors meet where they are: on GPUs by NCCL, all else by gloo, which notices at once if a process has ended.
+    _joined["meetings"] = _joined.get("meetings", 0) + 1
+    fresh = PrefixStore(f"meeting {_joined['meetings']}", store)  # addresses of an earlier meeting are stale
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=fresh, rank=number, world_size=count)
+    _joined["store"] = store
+    return Joined()
+
+
+def leave() -> None:
+    """Ends the meeting, once all that was to be done together is done."""
+    if "store" in _joined:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+        del _joined["store"]
+
+
+def is_spokesman() -> bool:
+    """Whether this process, which is about to end, is to report its error; if so, it may speak from now on."""
+    if size() == 1:
+        return True
+    first = "store" not in _joined
+    for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends one when another process has ended
+        signal.signal(number, signal.SIG_DFL if first and rank() > 0 else signal.SIG_IGN)
+    if first and rank() > 0:
+        time.sleep(10)  # the first process most likely has the same error: it tells it, and torchrun ends this one
+    elif not first:
+        try:
+            first = _joined["store"].add("told", 1) == 1
+        except RuntimeError:  # the process that kept the store has ended
+            first = True
+    if first and "stderr" in _joined:
+        os.dup2(_joined["stderr"], 2)
+    return bool(first)
