@@ -105,9 +105,8 @@ def plain_share_of_a(prompts: list[str]) -> list[float]:
 
 
 def test_fit_learns_from_plain_numbers_and_reviews_every_period() -> None:
-    # The best policy writes one letter only, so that the bonus must not be what keeps it from there.
-    trainer = make(length=6, anchor=AnchorConfig(period=4, prompts=8), kl_coef=0.0, entropy_coef=0.01)
-    iterations = list(trainer.fit(queries(trainer), plain_share_of_a, 60, 16, plain_share_of_a))
+    trainer = make(length=6, anchor=AnchorConfig(period=4, prompts=8), kl_coef=0.0)
+    iterations = list(trainer.fit(queries(trainer), plain_share_of_a, 60, 32, plain_share_of_a))
     reviews = {number: found.review for number, found in enumerate(iterations, 1) if found.review is not None}
     assert list(reviews) == list(range(4, 61, 4))
     assert {len(review.policy_scores) for review in reviews.values()} == {8}

@@ -28,8 +28,7 @@ from appo.policy import Policy
 from appo.rollout import Query
 from appo.trainer import APPOTrainer
 from experiments.config import LAB_DIR, RunConfig, build_config
-from experiments.run.models import find_device
-from experiments.tuning.trial import peak
+from experiments.run.models import find_device, peak_memory
 from rewards.local import LocalTarget
 from rewards.reward import ClassificationReward
 from tasks.meta_prompt import meta_prompt
@@ -147,7 +146,7 @@ class Bench:
             work()
             self._wait()
             seconds.append(time.perf_counter() - started)
-        return Measured(median(seconds), self.tokens, peak(self.device) / 1e9)
+        return Measured(median(seconds), self.tokens, peak_memory(self.device) / 1e9)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

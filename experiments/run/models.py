@@ -6,6 +6,8 @@ An agent may be an adapter (LoRA) on a frozen base: a new one, or the folder of 
 from __future__ import annotations
 
 import json
+import resource
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -283,3 +285,11 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ModelError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return one.device
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has used so far, in bytes: of the GPU, if the models are on one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterator
 
-import torch
-
 from experiments.diagnostics.headroom import look
+from experiments.run.models import peak_memory
 from experiments.run.run import Run
 from experiments.terminal.console import duration
 from experiments.tuning.loop import arm_of
@@ -33,12 +30,4 @@ def trial(run: Run) -> Iterator[str]:
         f"time: about {duration(seconds * run.steps)} for {run.steps} iterations of {seconds:.2g} s (sampling, scoring "
         "and updating); reviews of the anchor and the final scores come on top"
     )
-    yield f"memory: {peak(run.policy.device) / 2**30:.1f} GiB at the peak"
-
-
-def peak(device: torch.device) -> float:
-    """The most memory that this process has used so far, in bytes: of the GPU, if the models are on one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB
+    yield f"memory: {peak_memory(run.policy.device) / 2**30:.1f} GiB at the peak"
