@@ -73,8 +73,11 @@ test-floor: $(FLOOR)/.ready ## the tests with the oldest versions that setup.cfg
 test-gpu: $(READY) ## whole runs on a GPU; skipped where there is none
 	$(BIN)/python -m pytest -m gpu -rs
 
-test-browser: $(READY) ## the pages in Chromium: overflow, contrast, names, errors; skipped where there is none
+$(VENV)/.browser: $(READY)
 	$(BIN)/python $(INSTALL) constraints.txt --editable '.[browser]'
+	@touch $@
+
+test-browser: $(VENV)/.browser ## the pages in Chromium: overflow, contrast, names, errors; skipped where there is none
 	$(BIN)/python -m pytest -m browser -rs
 
 weights: $(READY) ## put a real language model into models/: make weights MODEL=smollm2
