@@ -21,7 +21,7 @@ OPTIONS = $(if $(TASK),--task "$(TASK)") $(if $(AGENT),--agent "$(AGENT)") $(if 
 SEEDS ?= 0 1 2 3 4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train tasks compare landscape lab bench test test-floor test-gpu test-browser weights docs fuzz lint mutate \
+.PHONY: help setup train tasks plan compare landscape lab bench test test-floor test-gpu test-browser weights docs fuzz lint mutate \
 	clean
 
 help: ## show this list
@@ -51,6 +51,9 @@ train: $(READY) ## tune a prompt: make train TASK=mnli
 
 tasks: $(READY) ## list the tasks, or show one: make tasks SHOW=mnli
 	@$(BIN)/appo tasks $(if $(SHOW),--show "$(SHOW)") $(if $(DATA),--data "$(DATA)")
+
+plan: $(READY) ## what a run would take: memory, work, hours on some GPUs: make plan TASK=sst2 AGENT=..
+	@$(BIN)/appo plan $(if $(TASK),--task "$(TASK)") $(if $(AGENT),--agent "$(AGENT)") $(if $(TARGET),--target "$(TARGET)") $(ARGS)
 
 compare: $(READY) ## APPO against best-of-N over SEEDS, with a table: make compare TASK=mnli
 	@$(BIN)/appo compare $(if $(TASK),--task "$(TASK)") --seeds $(SEEDS) $(ARGS)
