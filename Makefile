@@ -21,7 +21,7 @@ OPTIONS = $(if $(TASK),--task "$(TASK)") $(if $(AGENT),--agent "$(AGENT)") $(if 
 SEEDS ?= 0 1 2 3 4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train tasks compare landscape lab bench test test-floor test-gpu test-browser weights docs fuzz lint mutate \
+.PHONY: help setup train tasks plan compare landscape lab bench test test-floor test-gpu test-browser weights docs fuzz lint mutate \
 	clean
 
 help: ## show this list
@@ -52,6 +52,9 @@ train: $(READY) ## tune a prompt: make train TASK=mnli
 tasks: $(READY) ## list the tasks, or show one: make tasks SHOW=mnli
 	@$(BIN)/appo tasks $(if $(SHOW),--show "$(SHOW)") $(if $(DATA),--data "$(DATA)")
 
+plan: $(READY) ## what a run would take: memory, work, hours on some GPUs: make plan TASK=sst2 AGENT=..
+	@$(BIN)/appo plan $(if $(TASK),--task "$(TASK)") $(if $(AGENT),--agent "$(AGENT)") $(if $(TARGET),--target "$(TARGET)") $(ARGS)
+
 compare: $(READY) ## APPO against best-of-N over SEEDS, with a table: make compare TASK=mnli
 	@$(BIN)/appo compare $(if $(TASK),--task "$(TASK)") --seeds $(SEEDS) $(ARGS)
 
@@ -73,8 +76,11 @@ test-floor: $(FLOOR)/.ready ## the tests with the oldest versions that setup.cfg
 test-gpu: $(READY) ## whole runs on a GPU; skipped where there is none
 	$(BIN)/python -m pytest -m gpu -rs
 
-test-browser: $(READY) ## the pages in Chromium: overflow, contrast, names, errors; skipped where there is none
+$(VENV)/.browser: $(READY)
 	$(BIN)/python $(INSTALL) constraints.txt --editable '.[browser]'
+	@touch $@
+
+test-browser: $(VENV)/.browser ## the pages in Chromium: overflow, contrast, names, errors; skipped where there is none
 	$(BIN)/python -m pytest -m browser -rs
 
 weights: $(READY) ## put a real language model into models/: make weights MODEL=smollm2

@@ -30,6 +30,7 @@ GROUPS = {  # the modules of this package with a `main`, and what they do
     },
     "before the first run": {
         "tasks": "list the tasks, show one, or check those in a folder",
+        "plan": "say what a run would take: memory, work, hours on some GPUs",
         "weights": "put a real language model into a folder",
         "completion": "print a script that completes commands in bash or zsh",
     },

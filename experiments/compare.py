@@ -21,14 +21,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from appo.trainer import DivergedError
 from experiments.config import build_config
 from experiments.diagnostics.results import RunRow, grouped, read_row, scored, write_csv
 from experiments.page.comparison import render_comparison
 from experiments.run.files import write_whole
 from experiments.run.folder import read_jsonl
-from experiments.run.run import prepare
 from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order, one_line
+from experiments.terminal.signals import ending_at_once
 from experiments.train import train
 from tasks.errors import printable
 
@@ -47,6 +46,8 @@ COLUMNS = ("first", "last", "validation_score", "test_score", "manual_test_score
 
 def run_arm(arm: str, task: str, seed: int, folder: Path, assignments: Sequence[str]) -> dict[str, Any]:
     """Runs one arm; returns its result with the mean scores of sampled prompts in the first and last iterations."""
+    from experiments.run.run import prepare
+
     started = time.perf_counter()
     options = {"task": task, "seed": seed, "run": str(folder / f"{arm}-{seed}")}
     run = prepare(build_config(options, assignments=[*assignments, *ARMS[arm]]))
@@ -66,7 +67,7 @@ def run_arm(arm: str, task: str, seed: int, folder: Path, assignments: Sequence[
 
 def parse_args(argv: Sequence[str]) -> Namespace:
     """What to compare: runs that exist; or task, seeds, arms, folder and assignments of runs to be made."""
-    parser = Parser(prog="appo compare", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser("appo compare", __doc__)
     parser.add_argument("--runs", nargs="+", type=Path, metavar="DIR", help="folders of runs to show, finished or not")
     parser.add_argument("--separate", action="store_true", help="--runs of several tasks: a table for each")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as CSV too, as in results.csv")
@@ -161,6 +162,8 @@ def compare_arms(options: Namespace) -> int:
 
     A run that diverges is a row without numbers, and the others go on.
     """
+    with ending_at_once():
+        from appo.trainer import DivergedError  # takes seconds to load
     folder = options.folder or Path(f"runs/compare-{datetime.now():%Y%m%d-%H%M%S}")
     print("| arm | seed | prompts | first 20 | last 20 | validation | test | manual, test | top 5 on test | seconds |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)

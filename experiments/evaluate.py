@@ -15,21 +15,19 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from experiments.arms.editor import editor_of
 from experiments.config.strict import LARGEST
 from experiments.run.fingerprint import changed_since
 from experiments.run.folder import read_result
-from experiments.run.run import Run, open_run
 from experiments.run.statistics import Interval, interval
 from experiments.terminal.command import Parser, UsageError, in_order
-from rewards.functional import normalise
-from rewards.reward import Reply
-from rewards.target import NO_NUMBERS
+from experiments.terminal.signals import ending_at_once
 from tasks.spec import Example
+
+if TYPE_CHECKING:
+    from experiments.run.run import Run
+    from rewards.reward import Reply
 
 Vote = Literal["majority", "margin"]
 
@@ -42,6 +40,8 @@ def vote(replies: Sequence[Reply], how: Vote) -> str:
         how: "majority": the most frequent answer; ties go to the higher total probability, then to the first;
             "margin": the answer of the reply with the largest gap between its two highest probabilities.
     """
+    from rewards.functional import normalise
+
     if how == "margin":
         return max(replies, key=lambda reply: _lead(sorted(reply.probabilities.values()))).answer
     named: dict[str, list[str]] = {}  # texts that differ in case or punctuation only are one answer
@@ -69,6 +69,11 @@ def evaluate(run: Run, votes: int = 1, how: Vote = "majority", sampled: bool = F
         UsageError: votes or sampling for a run with one prompt, or votes by margin on generated text.
         FloatingPointError: the target's logits are not numbers.
     """
+    import torch
+
+    from experiments.arms.editor import editor_of
+    from rewards.target import NO_NUMBERS
+
     examples, started = run.data.test, time.perf_counter()
     if run.config.mode == "fixed":
         if votes > 1 or sampled:
@@ -107,6 +112,8 @@ def _each(run: Run, prompts: Sequence[str], examples: Sequence[Example]) -> list
 
 
 def _voted(run: Run, prompts: Sequence[Sequence[str]], examples: Sequence[Example], how: Vote) -> list[float]:
+    from rewards.target import NO_NUMBERS
+
     inputs, choices = [example.input for example in examples], [example.choices for example in examples]
     replies = [run.reward.reply(row, inputs, choices) for row in prompts]
     if not all(reply.sound for row in replies for reply in row):
@@ -118,7 +125,7 @@ def _voted(run: Run, prompts: Sequence[Sequence[str]], examples: Sequence[Exampl
 @in_order
 def main(argv: Sequence[str]) -> int:
     """Prints and writes the scores; returns the exit code."""
-    parser = Parser(prog="appo evaluate", description=(__doc__ or "").split("\n")[0])
+    parser = Parser("appo evaluate", __doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--votes", type=int, default=1, metavar="K", help="prompts per input (default: 1)")
     parser.add_argument("--sampled", action="store_true", help="sample the prompt instead of taking the likeliest")
@@ -130,6 +137,8 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--votes is {options.votes}; expected at least 1")
     if not 0 <= options.seed <= LARGEST[int]:
         raise UsageError(f"--seed is {options.seed}; expected 0 to {LARGEST[int]}")
+    with ending_at_once():
+        from experiments.run.run import open_run  # takes seconds to load
     run = open_run(options.run, options.trust_remote_code)
     if parts := changed_since(options.run, run.fingerprint):
         print(f"note: the task is not what the run was made with; changed: {parts}", file=sys.stderr)

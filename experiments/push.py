@@ -23,7 +23,7 @@ from tasks.errors import printable
 @in_order
 def main(argv: Sequence[str]) -> int:
     """Writes the card and uploads the agent, or lists its files; returns the exit code."""
-    parser = Parser(prog="appo push", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser("appo push", __doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the agent's name on the hub")
     parser.add_argument("--private", action="store_true", help="create it so that only its owner sees it")

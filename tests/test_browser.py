@@ -58,8 +58,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", PAGES)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 390), ("dark", 1280)])  # colours do not depend on the width
 def test_a_page_is_sound(name: str, scheme: str, width: int, pages: dict[str, Path], browser: Any) -> None:
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     trouble: list[str] = []

@@ -168,7 +168,7 @@ def test_every_program_ends_in_order_and_every_subcommand_is_one() -> None:
     assert set(COMMANDS) <= programs
 
 
-@pytest.mark.parametrize("name", ["train", "prompt", "tasks", "weights", "report", "completion"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_of_a_command_loads_no_torch_and_ends_with_examples(name: str) -> None:
     code = f"import sys; from experiments.{name} import main; sys.argv = ['appo', '--help']\n"
     code += "try: main()\nfinally: print(*sys.modules)"

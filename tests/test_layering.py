@@ -42,6 +42,7 @@ ROOMS = {
         "experiments.terminal",
         "experiments.diagnostics",
     },
+    "experiments/planning": {"experiments.config", "experiments.run"},
     "experiments/tuning": {
         "experiments.config",
         "experiments.run",

@@ -140,10 +140,15 @@ def test_a_wrong_temperature_is_seen_in_bfloat16_too() -> None:
         self_check(policy, trainer.anchor, rollout)
 
 
-def test_it_learns_in_bfloat16_as_in_float32() -> None:
-    shares = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        trainer = make(dtype, kl_coef=0.0)
-        shares[dtype] = [step(trainer, count=32)["accuracy_mean"] for _ in range(60)]
-    ends = [sum(row[-3:]) / 3 for row in shares.values()]
-    assert min(ends) > 0.8
+def share_of_ascii(prompts: list[str]) -> list[float]:
+    """Nearly half of all bytes, so that little training is enough: bfloat16 is slow where a CPU has to emulate it."""
+    return [sum(map(str.isascii, prompt)) / max(len(prompt), 1) for prompt in prompts]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_learns_in_bfloat16_as_in_float32(dtype: torch.dtype) -> None:
+    trainer = make(dtype, kl_coef=0.0, learning_rate=0.02)
+    means = [step(trainer, share_of_ascii, count=16)["reward_mean"] for _ in range(18)]
+    # A mean of 3 * 16 prompts of 8 bytes has a standard error of 0.03 around 0.45 as long as nothing is learnt.
+    assert sum(means[:3]) / 3 < 0.6
+    assert sum(means[-3:]) / 3 > 0.65

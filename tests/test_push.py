@@ -18,8 +18,7 @@ import yaml
 from experiments import push, train
 from experiments.config import RunConfig
 from experiments.hub.card import model_card
-from experiments.run.folder import read_result
-from experiments.run.run import stored_config
+from experiments.run.folder import read_result, stored_config
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["prompts=2", "threads=1", "sampling.max_new_tokens=8", "examples.test_limit=10", "pool=2", "headroom=0"]
@@ -141,23 +140,27 @@ def code_of(card: str) -> str:
 
 
 @pytest.mark.parametrize("mode", ["fixed", "tte"])
-def test_the_cards_python_runs(mode: str, folder: Path, tmp_path: Path) -> None:
+def test_the_cards_python_runs(
+    mode: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config, result = replace(stored_config(folder), mode=mode, edit_manual=mode == "tte"), read_result(folder)  # type: ignore[arg-type]
     code = code_of(model_card(config, result, REPO, chat=False))
     assert ("THE INPUT" in code, result["manual_prompt"] in code) == (mode == "tte", mode == "tte")
     local = code.replace(repr(REPO), repr(str(folder / "agent")))
-    done = subprocess.run([sys.executable, "-c", local], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    monkeypatch.chdir(tmp_path)
+    exec(compile(local, "the card's code", "exec"), {})
+    assert capsys.readouterr().out.strip()
 
 
-def test_an_agent_with_a_chat_template_is_asked_in_a_chat(folder: Path) -> None:
+def test_an_agent_with_a_chat_template_is_asked_in_a_chat(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / "agent" / "tokenizer_config.json"
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}), encoding="utf-8")
     code = code_of(card_of(folder)).replace(repr(REPO), repr(str(folder / "agent")))
     assert '"role": "assistant", "content": opening' in code
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    capsys.readouterr()
+    exec(compile(code, "the card's code", "exec"), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_a_card_of_edits_needs_no_prompt(folder: Path) -> None:

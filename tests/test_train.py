@@ -31,6 +31,13 @@ def run_small(folder: Path, *assignments: str, steps: int = 3, seed: int = 0) ->
 
 
 @pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A run of three iterations with seed 0, and its result."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    return folder, run_small(folder)
+
+
+@pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A run through the real command line, with a review in it."""
     folder = tmp_path_factory.mktemp("runs") / "first"
@@ -165,16 +172,15 @@ def test_a_second_run_over_the_first_is_refused(
     assert {path: path.read_bytes() for path in finished[0].rglob("*") if path.is_file()} == before
 
 
-def test_same_seed_same_run(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        run_small(tmp_path / name)
-    assert (tmp_path / "one/prompts.jsonl").read_bytes() == (tmp_path / "two/prompts.jsonl").read_bytes()
+def test_same_seed_same_run(small: tuple[Path, dict], tmp_path: Path) -> None:
+    run_small(tmp_path / "again")
+    assert (small[0] / "prompts.jsonl").read_bytes() == (tmp_path / "again/prompts.jsonl").read_bytes()
 
 
-def test_other_seed_other_run(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        run_small(tmp_path / str(seed), seed=seed, steps=1)
-    assert (tmp_path / "0/prompts.jsonl").read_bytes() != (tmp_path / "1/prompts.jsonl").read_bytes()
+def test_other_seed_other_run(small: tuple[Path, dict], tmp_path: Path) -> None:
+    run_small(tmp_path / "other", seed=1, steps=1)
+    other = read_jsonl(tmp_path / "other/prompts.jsonl")
+    assert other != read_jsonl(small[0] / "prompts.jsonl")[: len(other)]
 
 
 def test_test_split_is_not_touched_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,11 +201,11 @@ def test_test_split_is_not_touched_before_the_end(tmp_path: Path, monkeypatch: p
     assert len(read_jsonl(tmp_path / "run/metrics.jsonl")) == 10
 
 
-def test_winner_is_chosen_on_validation_not_on_test(tmp_path: Path) -> None:
-    result = run_small(tmp_path / "run", steps=4)
+def test_winner_is_chosen_on_validation_not_on_test(small: tuple[Path, dict]) -> None:
+    folder, result = small
     if result["chosen"] == "tuned":  # the best of a pool of five, which includes the winner
         assert result["test_score"] <= result["paper_protocol"]["test_score"]
-    written = {row["prompt"] for row in read_jsonl(tmp_path / "run/prompts.jsonl")}
+    written = {row["prompt"] for row in read_jsonl(folder / "prompts.jsonl")}
     assert result["prompt"] in written | {result["manual_prompt"]}
 
 
@@ -281,9 +287,9 @@ def climb(tmp_path: Path) -> Callable[..., list[float]]:
     """Mean accuracies of the sampled prompts of a short real run on the lab."""
 
     def run(*assignments: str) -> list[float]:
-        options = {"task": "sst2", "steps": 25, "run": str(tmp_path / "run")}
-        given = ["threads=1", "examples.test_limit=30", *assignments]
-        train(prepare(build_config(options, assignments=given)), quiet=True)
+        options = {"task": "sst2", "steps": 18, "run": str(tmp_path / "run")}
+        given = ["threads=1", "examples.test_limit=30", "headroom=0", "prompts=16", "appo.learning_rate=4e-4"]
+        train(prepare(build_config(options, assignments=[*given, *assignments])), quiet=True)
         return [row["accuracy_mean"] for row in read_jsonl(tmp_path / "run/metrics.jsonl")]
 
     return run

@@ -13,8 +13,7 @@ from typing import Any
 from experiments.config import RunConfig
 from experiments.run.files import write_whole
 from experiments.run.fingerprint import Fingerprint
-from experiments.run.folder import METRICS, RESULT, read_optional, stored_config
-from experiments.run.run import finished
+from experiments.run.folder import METRICS, RESULT, finished, read_optional, stored_config
 from tasks.catalogue import load_spec
 
 NOT_THE_TEST = {"train rows", "validation rows", "manual prompt"}  # parts of a task that do not alter its test

@@ -309,6 +309,21 @@ def _check_interval(found: Mapping[str, Any], name: str, where: str) -> None:
         raise RunFolderError(f"{where}: '{name}_interval' is {reprlib.repr(ends)}; expected two numbers")
 
 
+def finished(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """The configuration and the result of a finished run.
+
+    Raises:
+        RunFolderError: the folder holds no finished run, or files of two different ones.
+    """
+    config, result = stored_config(folder), read_result(folder)
+    if result["mode"] != config.mode:
+        raise RunFolderError(
+            f"{folder / CONFIG} says mode {config.mode}, but {folder / RESULT} comes from a run in mode "
+            f"{result['mode']}"
+        )
+    return config, result
+
+
 def read_headroom(folder: Path) -> list[str]:
     """The lines of headroom.json; none if the run has no such file, as with headroom=0.
 

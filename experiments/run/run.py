@@ -20,16 +20,7 @@ from experiments.config import RunConfig, data_source
 from experiments.config.extras import check_extras
 from experiments.config.strict import ConfigError
 from experiments.run.fingerprint import Fingerprint, fingerprint
-from experiments.run.folder import (
-    CONFIG,
-    RESULT,
-    ReadFolder,
-    RunFolder,
-    RunFolderError,
-    new_folder,
-    read_result,
-    stored_config,
-)
+from experiments.run.folder import ReadFolder, RunFolder, RunFolderError, finished, new_folder
 from experiments.run.models import ModelError, load_models
 from rewards.local import LocalTarget
 from rewards.reward import ClassificationReward, GenerationReward, Reward
@@ -105,21 +96,6 @@ def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
         raise RunFolderError(f"{str(folder)!r} holds no folder 'agent'; expected the folder of a finished run")
     config = replace(config, agent=str(agent.absolute()), trust_remote_code=trust_remote_code)
     return _assemble(config, RunFolder(folder, new=False), Ranks())
-
-
-def finished(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """The configuration and the result of a finished run.
-
-    Raises:
-        RunFolderError: the folder holds no finished run, or files of two different ones.
-    """
-    config, result = stored_config(folder), read_result(folder)
-    if result["mode"] != config.mode:
-        raise RunFolderError(
-            f"{folder / CONFIG} says mode {config.mode}, but {folder / RESULT} comes from a run in mode "
-            f"{result['mode']}"
-        )
-    return config, result
 
 
 def prepare(config: RunConfig, resume: bool = False, ranks: Ranks | None = None) -> Run:

@@ -1,0 +1,108 @@
+"""Says what a run would take before anything is loaded: memory, work, and hours on some GPUs.
+
+    appo plan --task sst2 --agent models/smollm2 --target models/gemma3-270m
+    appo plan --task mnli --agent llama-7b/config.json --target llama-7b/config.json prompts=4 examples.batch_size=16
+
+A model is a folder, a hub id or a bare config.json: its passes are run on tensors without data, so no weights are
+needed. Lengths of texts that are not known are guessed, and said; --query, --example set them. The task's data are
+not read.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from experiments.config import RunConfig, build_config
+from experiments.terminal.command import Parser, in_order
+from experiments.terminal.signals import ending_at_once
+from tasks.catalogue import load_spec
+from tasks.errors import printable
+
+if TYPE_CHECKING:
+    from experiments.planning.estimate import Estimate, Lengths
+
+CHARACTERS = 4  # of a token, about, in English
+EXAMPLE = 40  # tokens of an input, where nothing is said
+
+
+@in_order
+def main(argv: Sequence[str]) -> int:
+    """Prints the plan; returns the exit code."""
+    parser = Parser("appo plan", __doc__)
+    parser.add_argument("--agent", help="model that writes the prompts (default: lab)")
+    parser.add_argument("--target", help="model that is prompted (default: lab)")
+    parser.add_argument("--task", help="a name or the path of a spec (default: mnli)")
+    parser.add_argument("--mode", choices=["fixed", "tte"], help="one prompt, or one for each input")
+    parser.add_argument("--steps", type=int, help="iterations")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the adapter under LoRA (default: 16)")
+    parser.add_argument("--query", type=int, help="tokens of the meta-prompt (default: guessed)")
+    parser.add_argument("--example", type=int, default=EXAMPLE, help=f"tokens of an example (default: {EXAMPLE})")
+    parser.add_argument("assignments", nargs="*", metavar="key=value", help="sets any field of the configuration")
+    options = vars(parser.parse_intermixed_args(argv))
+    rank, query, example = (options.pop(name) for name in ("rank", "query", "example"))
+    config = build_config(options, assignments=options.pop("assignments"))
+    lengths = lengths_of(config, query, example)
+    with ending_at_once():
+        from experiments.planning.estimate import Estimate, choices
+    same = config.agent == config.target
+    plans = [Estimate(config, lengths, chosen) for chosen in choices(same, rank)]
+    for line in page(config, lengths, plans):
+        print(printable(line))
+    return 0
+
+
+def lengths_of(config: RunConfig, query: int | None = None, example: int = EXAMPLE) -> Lengths:
+    """The lengths of texts and of the run, guessed where they are not given."""
+    from experiments.planning.estimate import Lengths
+
+    load_spec(config.task)  # refuses an unknown task
+    rows = 2 * config.examples.shots
+    steps = config.steps or config.epochs * -(-rows // config.examples.batch_size)
+    frame = 60  # tokens of the meta-prompt around its pairs
+    return Lengths(query or frame + config.examples.pairs * example, config.sampling.max_new_tokens, example, steps)
+
+
+def page(config: RunConfig, lengths: Lengths, plans: Sequence[Estimate]) -> Iterator[str]:
+    """The plan in words: the last option in full, and a line for each of the others."""
+    from experiments.planning.estimate import BANDWIDTH_SHARE, COMPUTE_SHARE, CONTEXT, GIB, GPUS
+
+    chosen = plans[-1]
+    for role, shadow in (("agent", chosen.agent), ("target", chosen.target)):
+        yield f"{role:<8}{getattr(config, role)}: {shadow.parameters / 1e9:.3f} G parameters"
+    yield (
+        f"texts   meta-prompt {lengths.query} tokens, prompt at most {lengths.prompt}, example {lengths.example}; "
+        f"{lengths.steps} iterations of {config.prompts} prompts x {config.examples.batch_size} examples"
+    )
+    yield ""
+    yield f"memory in GiB under each option (and {CONTEXT / GIB:.0f} for the driver and fragments)"
+    for plan in plans:
+        largest = max(plan.transients, key=lambda line: line.value)
+        held = sum(line.value for line in plan.memory())
+        where = f"held {held / GIB:.2f} + {largest.name} {largest.value / GIB:.2f}"
+        fits = [gpu.name for gpu in GPUS if plan.verdict(gpu).startswith("fits")]
+        yield f"  {plan.total() / GIB:8.2f}  {plan.options}: {where}; fits {', '.join(fits) or 'none'}"
+    yield ""
+    yield f"arithmetic of: {chosen.options}"
+    for line in chosen.memory():
+        yield f"  {line.value / GIB:8.3f} GiB  {line.name}: {line.how}"
+    yield "  on top, in turn:"
+    for line in chosen.transients:
+        yield f"  {line.value / GIB:8.3f} GiB  {line.name}: {line.how}"
+    yield ""
+    yield "work of an iteration"
+    for line in chosen.work():
+        yield f"  {line.value / 1e12:8.3f} TFLOP  {line.name}: {line.how}"
+    yield ""
+    yield (
+        f"on one GPU, at {COMPUTE_SHARE:.0%} of its bfloat16 rate; sampling reads all weights for each token, at "
+        f"{BANDWIDTH_SHARE:.0%} of its bandwidth (both shares are assumed)"
+    )
+    for gpu in GPUS:
+        rates = f"{gpu.flops / 1e12:.0f} TFLOP/s, {gpu.bandwidth / 1e12:.2f} TB/s"
+        yield f"  {gpu.name:<11} {rates:<24} {chosen.verdict(gpu)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""What a run will take: memory, floating-point operations and hours, each with the arithmetic that led to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import NamedTuple
+
+import torch
+
+from experiments.config import LAB, LAB_DIR, RunConfig
+from experiments.planning.shadow import Adapter, Shadow
+
+GIB = 2**30
+AT_ONCE = 32_768  # tokens of a pass of the target on a GPU: rewards/local.py
+ADAM, COPY, GRADIENT = 8, 4, 4  # bytes for a trained number: two moments, a copy, a gradient, all float32
+SCALE = 64  # weights of a quantised layer that share one scale of two bytes
+CONTEXT = 1.0 * GIB  # of the driver, its libraries and fragments of memory
+COMPUTE_SHARE, BANDWIDTH_SHARE = 0.4, 0.6  # of a GPU's peak rates that are reached; assumed
+QUANTISED = {"int8": 8, "int4": 4}  # bits
+
+
+class Gpu(NamedTuple):
+    """A GPU: memory in GiB, peak rate of bfloat16 products (dense) in FLOP/s, bandwidth of its memory in bytes/s."""
+
+    name: str
+    memory: float
+    flops: float
+    bandwidth: float
+
+
+GPUS = (
+    Gpu("H100 80 GB", 79.6, 989e12, 3.35e12),
+    Gpu("H200", 140.4, 989e12, 4.8e12),
+    Gpu("A100 80 GB", 79.2, 312e12, 2.04e12),
+    Gpu("RTX 4090", 24.0, 165e12, 1.01e12),
+    Gpu("L4", 22.5, 121e12, 0.30e12),
+)
+
+
+class Line(NamedTuple):
+    """A number, what it is, and how it came about."""
+
+    name: str
+    value: float
+    how: str
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens: of the meta-prompt, of a prompt at most, and of an example as the target reads it; and iterations."""
+
+    query: int
+    prompt: int
+    example: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the models are held.
+
+    Attributes:
+        rank: of a LoRA adapter; None: all weights are trained.
+        shared: the base of agent and target is one copy; needs a rank.
+        checkpointing: gradient checkpointing.
+        bfloat16: the agent computes in bfloat16; the target does so in any case.
+        quantised: "int8", "int4" or None: the target's linear layers.
+    """
+
+    rank: int | None = None
+    shared: bool = False
+    checkpointing: bool = False
+    bfloat16: bool = True
+    quantised: str | None = None
+
+    def __str__(self) -> str:
+        parts = [f"LoRA rank {self.rank}" if self.rank else "all weights trained"]
+        parts += ["one base for both"] if self.shared else []
+        parts += ["gradient checkpointing"] if self.checkpointing else []
+        parts += [] if self.bfloat16 else ["agent in float32"]
+        parts += [f"target in {self.quantised}"] if self.quantised else []
+        return ", ".join(parts)
+
+
+class Estimate:
+    """The plan of a run under some options.
+
+    Args:
+        config: of the run.
+        lengths: of its texts.
+        options: how the models are held.
+
+    Raises:
+        ModelError: a model's configuration cannot be read or planned.
+    """
+
+    def __init__(self, config: RunConfig, lengths: Lengths, options: Options) -> None:
+        self.config, self.lengths, self.options = config, lengths, options
+        low = torch.bfloat16 if options.bfloat16 else torch.float32
+        stored = low if options.rank else torch.float32
+        trust = config.trust_remote_code
+        self.agent = _agent(source(config, "agent"), stored, low, options.rank, options.checkpointing, trust)
+        self.target = _target(source(config, "target"), trust)
+        several = config.mode == "tte"  # a query for each input, and each prompt answers one
+        self.queries = config.examples.batch_size if several else 1
+        self.responses = config.prompts * self.queries
+        self.examples = 1 if several else config.examples.batch_size
+
+    def memory(self) -> list[Line]:
+        """What is held all the time, in bytes."""
+        agent, target, options = self.agent, self.target, self.options
+        each = "bfloat16, frozen" if options.rank and options.bfloat16 else "float32"
+        lines = [Line("agent's weights", agent.bytes, f"{agent.parameters / 1e9:.3f} G numbers in {each}")]
+        if options.rank:
+            how = f"{agent.trained / 1e6:.2f} M numbers x 4, of rank {options.rank} on {len(agent.linear)} layers"
+            lines.append(Line("adapter", agent.trained * COPY, how))
+        if options.shared:
+            lines.append(Line("target's weights", 0, "those of the agent's base"))
+        else:
+            held, how = _held(target, options.quantised)
+            lines.append(Line("target's weights", held, how))
+        trained = f"{agent.trained / 1e6:,.2f} M trained numbers"
+        return [
+            *lines,
+            Line("optimizer", agent.trained * ADAM, f"{trained} x two float32 moments"),
+            Line("anchor", agent.trained * (COPY + ADAM), f"{trained} x 4, and its own two moments for a rollback"),
+        ]
+
+    @cached_property
+    def transients(self) -> list[Line]:
+        """What each phase of an iteration takes on top, in bytes; they follow one another, so the largest counts."""
+        size, t = self.config.appo, self.lengths
+        micro = min(size.micro_batch_size or self.responses, size.minibatch_size or self.responses, self.responses)
+        per_query = min(micro, self.config.prompts)
+        queries = max(1, micro // self.config.prompts)
+        owner = [row // per_query for row in range(micro)]
+        scaled = self.config.sampling.temperature != 1
+        shape = f"{micro} responses of {t.prompt} tokens to {queries} queries of {t.query}, packed"
+        owners = tuple(min(o, queries - 1) for o in owner)
+        update = _update(self.agent, (t.query,) * queries, (t.prompt,) * micro, owners, scaled)
+        rows = [q for q in range(self.queries) for _ in range(self.config.prompts)]
+        anchor = self.agent.forward([t.query] * self.queries, [t.prompt] * len(rows), rows, t.prompt)
+        branches = self.responses * self.examples
+        fit = max(1, min(branches, AT_ONCE // (t.example + t.prompt // self.examples)))
+        scoring = _scoring(self.target, t, max(1, fit // self.examples), fit, self.examples)
+        sampling = self.cache() + 5 * 4 * self.responses * self.agent.vocabulary
+        logits = f"logits {micro * t.prompt} x {self.agent.vocabulary}"
+        cached = f"{self.responses} rows x {t.query + t.prompt + 128} tokens"
+        return [
+            Line("update", update, f"activations, {logits}, gradients; {shape}; counted on meta tensors"),
+            Line("anchor's pass", anchor, f"without gradients, logits of {len(rows) * t.prompt} tokens; counted"),
+            Line("scoring", scoring, f"{fit} examples of {t.example} tokens a pass, label rows only; counted"),
+            Line("sampling", sampling, f"keys and values of {cached}, and 5 numbers a row and word of the vocabulary"),
+        ]
+
+    def cache(self) -> int:
+        """Bytes of the keys and values while prompts are sampled; float32 where autocast computes, as keys are."""
+        config = self.agent.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size = 2 if self.options.rank and self.options.bfloat16 else 4
+        tokens = self.lengths.query + self.lengths.prompt + 128  # spare room: appo/lm/cache.py
+        return int(2 * config.num_hidden_layers * heads * width * size * tokens * self.responses)
+
+    def total(self) -> float:
+        """Bytes at the peak, without the context of the driver."""
+        return sum(line.value for line in self.memory()) + max(line.value for line in self.transients)
+
+    def work(self) -> list[Line]:
+        """FLOPs of an iteration, by phase."""
+        t, agent, target, config = self.lengths, self.agent, self.target, self.config
+        made, read = self.responses * t.prompt, self.queries * t.query
+        forward = 2.0 * agent.in_layers * (made + read) + 2.0 * agent.head * made
+        answers = self.responses * self.examples
+        scored = 2.0 * target.in_layers * (made + answers * t.example)
+        epochs = config.appo.ppo_epochs
+        factor = (2 if self.options.rank else 3) + (1 if self.options.checkpointing else 0)
+        per_step = f"{agent.in_layers / 1e9:.3f} G weights in layers"
+        # A review samples on both sides and scores on the validation rows, as many as there are training rows.
+        rows = 2 * config.examples.shots
+        period = config.anchor.period * max(1, rows // config.examples.batch_size)
+        prompts = 2 * config.anchor.prompts
+        review = (
+            prompts * 2.0 * (agent.in_layers * (t.query + t.prompt) + target.in_layers * (t.prompt + rows * t.example))
+        )
+        return [
+            Line("sampling", forward, f"2 x {per_step} x {made + read:,} tokens, head for {made:,}"),
+            Line("scoring", scored, f"2 x {target.in_layers / 1e9:.3f} G x {made + answers * t.example:,} tokens"),
+            Line("old and anchor's log-probabilities", 2 * forward, "two passes as in sampling"),
+            Line("updates", epochs * factor * forward, f"{epochs} epochs x {factor} passes"),
+            Line("reviews", review / period, f"{prompts} prompts on {rows} rows, once in {period} iterations"),
+        ]
+
+    def seconds(self, gpu: Gpu) -> float:
+        """Of an iteration: products at a share of the peak rate; in sampling, all weights are read for each token."""
+        sampling, *others = self.work()
+        rate = COMPUTE_SHARE * gpu.flops
+        read = self.lengths.prompt * (self.agent.parameters * 2 + self.cache()) / (BANDWIDTH_SHARE * gpu.bandwidth)
+        return max(sampling.value / rate, read) + sum(line.value for line in others) / rate
+
+    def verdict(self, gpu: Gpu) -> str:
+        """Whether it fits on a GPU, and how long it takes there."""
+        needed = (self.total() + CONTEXT) / GIB
+        if needed > gpu.memory:
+            return f"does not fit: {needed:.1f} of {gpu.memory:.1f} GiB"
+        seconds = self.seconds(gpu)
+        hours = seconds * self.lengths.steps / 3600
+        return f"fits: {needed:.1f} of {gpu.memory:.1f} GiB, {seconds:.2g} s an iteration, {hours:.2g} h in all"
+
+
+@cache
+def _agent(
+    name: str, stored: torch.dtype, computes: torch.dtype, rank: int | None, checkpointing: bool, trust: bool
+) -> Shadow:
+    return Shadow(name, stored, computes, True, Adapter(rank), checkpointing, trust)
+
+
+@cache
+def _update(
+    agent: Shadow, prefixes: tuple[int, ...], branches: tuple[int, ...], owner: tuple[int, ...], scaled: bool
+) -> int:
+    return agent.update(prefixes, branches, owner, scaled)
+
+
+@cache
+def _target(name: str, trust_remote_code: bool) -> Shadow:
+    return Shadow(name, torch.bfloat16, torch.bfloat16, trust_remote_code=trust_remote_code)
+
+
+@cache
+def _scoring(target: Shadow, lengths: Lengths, prompts: int, rows: int, examples: int) -> int:
+    """Peak bytes of a pass over `rows` examples, `examples` under each prompt."""
+    owner = [min(row // examples, prompts - 1) for row in range(rows)]
+    return target.forward([lengths.prompt] * prompts, [lengths.example] * rows, owner, 0)
+
+
+def _held(target: Shadow, quantised: str | None) -> tuple[float, str]:
+    if quantised is None:
+        return target.bytes, f"{target.parameters / 1e9:.3f} G numbers in bfloat16, frozen"
+    bits, linear = QUANTISED[quantised], sum(layer.weight.numel() for layer in target.linear)
+    held = target.bytes - 2 * linear + linear * bits / 8 + 2 * linear / SCALE
+    return held, f"{linear / 1e9:.3f} G numbers of {bits} bits and a scale for each {SCALE}, the rest in bfloat16"
+
+
+def source(config: RunConfig, role: str) -> str:
+    """The folder, file or hub id of a model."""
+    name = getattr(config, role)
+    return str(LAB_DIR / role) if name == LAB else name
+
+
+def choices(same: bool, rank: int = 16) -> Iterator[Options]:
+    """The options that a plan compares; `same`: agent and target are one checkpoint."""
+    yield Options()
+    yield Options(checkpointing=True)
+    yield Options(rank=rank)
+    yield Options(rank=rank, quantised="int8")
+    yield Options(rank=rank, quantised="int4")
+    if same:
+        yield Options(rank=rank, shared=True)
+        yield Options(rank=rank, shared=True, checkpointing=True)
