@@ -34,7 +34,7 @@ from experiments.config import (
 from experiments.config.explained import explained
 from experiments.run.folder import CONFIG, SO_FAR, RunFolder, new_folder, stored_config
 from experiments.terminal.command import Parser, UsageError, in_order
-from experiments.terminal.console import stopped, summary
+from experiments.terminal.console import requests, stopped, summary
 from experiments.terminal.signals import ending_at_once
 from experiments.tuning import header
 
@@ -103,7 +103,7 @@ def _parser() -> Parser:
     parser.add_argument("--task", help="a name, see `appo tasks`, or the path of a spec (default: mnli)")
     parser.add_argument("--mode", choices=["fixed", "tte"], help="one prompt, or one for each input (default: fixed)")
     parser.add_argument("--agent", help="model that writes the prompts: folder or hub id of a causal LM (default: lab)")
-    parser.add_argument("--target", help="model that is prompted: folder or hub id of a causal LM (default: lab)")
+    parser.add_argument("--target", help="model that is prompted: likewise, or http://host:port#model (default: lab)")
     parser.add_argument("--data", help="lab, hub, or a folder of files (default: lab)")
     parser.add_argument("--steps", type=int, help="iterations (default: lab 100, or 200 in mode tte; else 100 epochs)")
     parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
@@ -137,6 +137,7 @@ def main(argv: Sequence[str]) -> int:
     with ending_at_once():
         from experiments.run.run import prepare
         from experiments.tuning import loop, trial
+        from rewards.connection import AnswerError
     run = prepare(config, asked.resume)
     print(*header.loaded(run), sep="\n", flush=True)
     if warning := on_toys(config.task, config.data, config.agent, config.target):
@@ -151,6 +152,11 @@ def main(argv: Sequence[str]) -> int:
             if (folder.path / CONFIG).is_file():
                 print(stopped(folder.path, folder.path / SO_FAR, folder.read_json(SO_FAR)), file=sys.stderr)
             raise
+        except AnswerError:  # what the server did answer is kept
+            print(stopped(folder.path, folder.path / SO_FAR, None), file=sys.stderr)
+            raise
+    if run.served:
+        print(requests(run.served.cost()))
     print(f"\n{summary(result, folder.path)}")
     return 0
 

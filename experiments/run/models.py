@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -16,12 +17,16 @@ from appo.lm.model import CausalLM, out_of_memory
 from appo.policy import Policy
 from experiments.config import LAB, LAB_DIR, RunConfig
 from experiments.run.files import writing
+from rewards.connection import Connection
+from rewards.served import address_of, find_server
+from rewards.servers import Server
 
 OWN_CODE = (
     "it comes with code of its own, which runs if the command line has trust_remote_code=true or --trust-remote-code"
 )
 NO_NUMBERS = "its logits are not numbers; the weights are damaged, or too large for their dtype"
 TRIAL = "Input : a Output : b"
+KEY = "APPO_TARGET_KEY"  # environment variable with the key of the target's server
 
 
 class ModelError(ValueError):
@@ -66,6 +71,16 @@ def load_model(config: RunConfig, role: Literal["agent", "target"]) -> CausalLM:
     if role == "target":
         return CausalLM(model.requires_grad_(False), tokenizer, chat, onednn=config.onednn)
     return CausalLM(model, tokenizer, chat, computes_in, config.gradient_checkpointing, config.onednn)
+
+
+def reach_server(config: RunConfig) -> Server:
+    """The server that `config.target` names, after a trial. Its key comes from the environment and goes nowhere else.
+
+    Raises:
+        ServerError: no such address, nothing there, or not what a target needs.
+    """
+    url, model = address_of(config.target)
+    return find_server(Connection(url, os.environ.get(KEY, "")), model, config.target_chat)
 
 
 def save_agent(policy: Policy, folder: Path) -> None:

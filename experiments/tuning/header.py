@@ -12,6 +12,7 @@ from tasks.errors import printable
 
 if TYPE_CHECKING:
     from experiments.run.run import Run
+    from rewards.served import ServedTarget
 
 
 def asked(config: RunConfig, preset: str, folder: Path | None) -> Iterator[str]:
@@ -48,8 +49,14 @@ def loaded(run: Run) -> Iterator[str]:
     )
     threads = f", threads {environment['threads']}" if run.policy.device.type == "cpu" else ""
     yield _line("loaded", f"{sizes}, on {environment['device']}{threads}")
+    if run.served:
+        yield _line("", f"target {run.served.server.model!r} on {run.served.server.name}{_context(run.served)}")
     rows = f"{len(run.data.train)} train, {len(run.data.validation)} validation and {len(run.data.test)} test rows"
     yield _line("", f"{rows}, {run.steps} iterations")
+
+
+def _context(served: ServedTarget) -> str:
+    return f", context {served.server.context}" if served.server.context else ""
 
 
 def _line(name: str, text: str) -> str:
