@@ -155,9 +155,9 @@ def main(argv: Sequence[str]) -> int:
         except AnswerError:  # what the server did answer is kept
             print(stopped(folder.path, folder.path / SO_FAR, None), file=sys.stderr)
             raise
-    if run.served:
-        print(requests(run.served.cost()))
     print(f"\n{summary(result, folder.path)}")
+    if run.served:
+        print(f"\n{requests(run.served.cost())}")
     return 0
 
 

@@ -121,7 +121,7 @@ def understood(server: Server) -> Iterator[None]:
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, ContextTooLongError):
+        if isinstance(error, ContextTooLongError | ServerError):  # which say what is wrong already
             raise
         url = server.connection.url
         raise AnswerError(f"{url} does not answer as {server.name} does ({type(error).__name__}: {error})") from error

@@ -72,7 +72,7 @@ class Serving:
         self.lm, self.kind, self.name, self.fault = lm, kind, name, fault
         self.top, self.key, self.drops = top, key, drops
         self.seen: list[tuple[str, dict[str, Any]]] = []
-        self.scored: list[tuple[int, ...]] = []
+        self.scored: list[tuple[int, ...]] = []  # with, for llama.cpp, how many tokens were told
         self.most, self._now = 0, 0
         self._lock, self._model = threading.Lock(), threading.Lock()
         self._known: dict[tuple[int, ...], torch.Tensor] = {}
@@ -84,7 +84,9 @@ class Serving:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
@@ -178,7 +180,9 @@ class Serving:
             text, special = self._chat(body), False
         else:
             text = body["content" if self.kind == "llamacpp" else "prompt"]
-            special = body.get("add_special", False) if self.kind == "llamacpp" else body.get("add_special_tokens", True)
+            special = (
+                body.get("add_special", False) if self.kind == "llamacpp" else body.get("add_special_tokens", True)
+            )
         parse = body.get("parse_special", True)
         ids = self.lm.tokenizer(text, add_special_tokens=special, split_special_tokens=not parse)["input_ids"]
         return {"tokens": list(ids), "count": len(ids), "max_model_len": self.lm.context}
@@ -215,7 +219,7 @@ class Serving:
         reply |= {"tokens_evaluated": len(ids), "truncated": False}
         if body.get("n_probs"):
             row = self._row(ids)
-            self._score(ids)
+            self._score([body["n_probs"], *ids])
             best = row.topk(min(body["n_probs"], self.top, len(row))).indices.tolist()
             top = [{"id": token, "logprob": row[token].item()} for token in best]
             reply["completion_probabilities"] = [{"id": best[0], "top_logprobs": top}]
