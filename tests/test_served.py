@@ -389,9 +389,10 @@ def test_a_run_that_lost_its_server_goes_on_without_paying_again(
     folder, common = tmp_path / "run", [*SMALL, "examples.batch_size=4", "checkpoint_every=5", "headroom=0"]
     with Serving(lab, "vllm") as serving:
         command = ["--task", "sst2", "--target", f"{serving.url}#lab", "--run", str(folder), *common, "steps=3"]
-        serving.fault = lambda number, path: Fault(500) if number >= 25 else NONE  # amid the first iterations
+        serving.fault = lambda number, path: Fault(500) if number >= 34 else NONE
         assert main(command) == 3
         assert "to go on: " in (err := capsys.readouterr().err) and "no answer in 2 attempts" in err
+        assert 0 < len(read_jsonl(folder / SCORED)) < 8  # amid the first iteration
         with (folder / SCORED).open("ab") as file:
             file.write(b'{"prompt": "half a li')  # as a kill leaves it
         serving.fault = lambda *_: NONE

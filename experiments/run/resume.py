@@ -64,8 +64,7 @@ def _keep_scores(run: Run) -> None:
         return
     rows = read_optional(run.folder.path / SCORED)
     run.target.learn((row["prompt"], row["input"], row["logits"]) for row in rows)
-    if rows:
-        run.folder.write_rows(SCORED, rows)  # without half a last line
+    run.folder.write_rows(SCORED, rows)  # without half a last line
     lock = Lock()
 
     def keep(prompt: str, text: str, logits: Tensor) -> None:
