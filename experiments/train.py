@@ -124,8 +124,8 @@ def _parser() -> Parser:
 @in_order
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0; 1: out of memory; 2: a mistake in what was asked for; 3: the first rollout is unsound,
-    or training diverged; 70: a fault of the program; 74: a file cannot be read or written; 130 and 143: stopped
-    by Ctrl-C or SIGTERM.
+    training diverged or the target's server was lost; 70: a fault of the program; 74: a file cannot be read or written;
+    130 and 143: stopped by Ctrl-C or SIGTERM.
     """
     asked = read_args(argv)
     if asked.only == "show_config":
