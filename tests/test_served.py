@@ -137,7 +137,7 @@ def test_the_order_is_kept_whatever_comes_back_first(lab: CausalLM) -> None:
 
 @pytest.mark.parametrize("kind", SCORING)
 def test_nothing_is_lost_or_told_twice_under_faults(kind: str, lab: CausalLM) -> None:
-    """120 scores under 5 % faults of all kinds; 10,000 were scored by hand (docs/serving.md)."""
+    """120 scores under 5 % faults of all kinds; 10,000 were scored once (docs/serving.md)."""
     inputs = [f"film {number} ." for number in range(120)]
     dice = random.Random(0)
     faults = (Fault(429, retry_after="0"), Fault(500), Fault(503), Fault(cut=True))
