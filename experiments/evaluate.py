@@ -103,6 +103,7 @@ def evaluate(run: Run, votes: int = 1, how: Vote = "majority", sampled: bool = F
         "prompts_written": 1 if run.config.mode == "fixed" else votes * len(examples),
         "answers_of_the_target": votes * len(examples),
         "milliseconds_per_input": 1000 * seconds / len(examples),
+        **(run.served.cost() if run.served else {}),
     }
 
 

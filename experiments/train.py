@@ -35,7 +35,7 @@ from experiments.config.explained import explained
 from experiments.run.folder import CONFIG, SO_FAR, RunFolder, new_folder, stored_config
 from experiments.terminal import job
 from experiments.terminal.command import Parser, UsageError, in_order
-from experiments.terminal.console import stopped, summary
+from experiments.terminal.console import requests, stopped, summary
 from experiments.terminal.signals import ending_at_once
 from experiments.tuning import header
 
@@ -104,7 +104,7 @@ def _parser() -> Parser:
     parser.add_argument("--task", help="a name, see `appo tasks`, or the path of a spec (default: mnli)")
     parser.add_argument("--mode", choices=["fixed", "tte"], help="one prompt, or one for each input (default: fixed)")
     parser.add_argument("--agent", help="model that writes the prompts: folder or hub id of a causal LM (default: lab)")
-    parser.add_argument("--target", help="model that is prompted: folder or hub id of a causal LM (default: lab)")
+    parser.add_argument("--target", help="model that is prompted: likewise, or http://host:port#model (default: lab)")
     parser.add_argument("--data", help="lab, hub, or a folder of files (default: lab)")
     parser.add_argument("--steps", type=int, help="iterations (default: lab 100, or 200 in mode tte; else 100 epochs)")
     parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
@@ -125,8 +125,8 @@ def _parser() -> Parser:
 @in_order
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0; 1: out of memory; 2: a mistake in what was asked for; 3: the first rollout is unsound,
-    or training diverged; 70: a fault of the program; 74: a file cannot be read or written; 130 and 143: stopped
-    by Ctrl-C or SIGTERM.
+    training diverged or the target's server was lost; 70: a fault of the program; 74: a file cannot be read or written;
+    130 and 143: stopped by Ctrl-C or SIGTERM.
     """
     job.be_silent()
     asked = read_args(argv)
@@ -141,6 +141,7 @@ def main(argv: Sequence[str]) -> int:
         from appo.lm.ranks import RanksError
         from experiments.run.run import prepare
         from experiments.tuning import loop, trial
+        from rewards.connection import AnswerError
 
         ranks = job.join(config.device)
     config = replace(config, run=ranks.gather([config.run])[0])  # a name made of the time differs
@@ -160,7 +161,12 @@ def main(argv: Sequence[str]) -> int:
             if (folder.path / CONFIG).is_file():
                 print(stopped(folder.path, folder.path / SO_FAR, folder.read_json(SO_FAR)), file=sys.stderr)
             raise
+        except AnswerError:  # what the server did answer is kept
+            print(stopped(folder.path, folder.path / SO_FAR, None), file=sys.stderr)
+            raise
     print(f"\n{summary(result, folder.path)}")
+    if run.served:
+        print(f"\n{requests(run.served.cost())}")
     job.leave()
     return 0
 

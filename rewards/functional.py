@@ -14,6 +14,8 @@ from torch import Tensor
 def accuracy(class_logits: Tensor, labels: Tensor) -> Tensor:
     """1 where the likeliest class is the label, else 0. In a tie the first class wins; a row with NaN gives NaN.
 
+    A row that is -inf throughout, of a target that chose no class, gives 0.
+
     Args:
         class_logits: [N, C], over the verbalizer's classes, not the vocabulary.
         labels: [N] class indices.
@@ -22,6 +24,7 @@ def accuracy(class_logits: Tensor, labels: Tensor) -> Tensor:
         [N], in the dtype of `class_logits`.
     """
     right = (class_logits.argmax(-1) == labels).to(class_logits.dtype)
+    right = right.masked_fill(class_logits.isneginf().all(-1), 0)
     return right.masked_fill(class_logits.isnan().any(-1), torch.nan)  # argmax would prefer NaN to any number
 
 
@@ -35,9 +38,9 @@ def softmax_margin(class_logits: Tensor, labels: Tensor) -> Tensor:
         labels: [N] class indices.
 
     Returns:
-        [N], in [-1, 1]; 0 on a tie with the best wrong class.
+        [N], in [-1, 1]; 0 on a tie with the best wrong class, and where all logits of a row are -inf.
     """
-    probabilities = class_logits.softmax(-1)
+    probabilities = class_logits.softmax(-1).masked_fill(class_logits.isneginf().all(-1, keepdim=True), 0)
     index = labels.unsqueeze(-1)
     right = probabilities.gather(-1, index).squeeze(-1)
     best_wrong = probabilities.scatter(-1, index, -torch.inf).amax(-1)

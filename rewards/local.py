@@ -17,7 +17,7 @@ from torch import Tensor
 from appo.lm.attention import Branches
 from appo.lm.model import CausalLM, out_of_memory
 from appo.lm.packed import Output, common_prefix
-from rewards.target import NO_NUMBERS, Asked, fill
+from rewards.target import NO_NUMBERS, Asked, cut, fill
 
 T = TypeVar("T")
 
@@ -46,9 +46,25 @@ class Verbalizer:
         if not words:  # the answer is text: there are no label words
             return cls((), (), 0)
         base, *full = lm.tokens([context, *(lm.continued(context, word) for word in words)])
+        return cls.placed(words, base, full, lm.tokenizer.unk_token_id)
+
+    @classmethod
+    def placed(
+        cls, words: Sequence[str], base: Sequence[int], full: Sequence[Sequence[int]], unknown: int | None = None
+    ) -> Verbalizer:
+        """The words' tokens, given those of a context alone (`base`) and those of the context with each word (`full`).
+
+        Args:
+            words: at least one.
+            base: token ids.
+            full: token ids for each word.
+            unknown: the tokenizer's token for what it does not know, if it has one.
+
+        Raises:
+            ValueError: two words have the same tokens, or a word has none or an unknown one.
+        """
         shared = min(common_prefix([base, ids]) for ids in full)
         tokens = tuple(tuple(ids[shared:]) for ids in full)
-        unknown = lm.tokenizer.unk_token_id
         for word, ids in zip(words, tokens, strict=True):
             if not ids or (unknown is not None and unknown in ids):
                 raise ValueError(f"the target's tokenizer has no token for the label word {word!r}")
@@ -56,6 +72,11 @@ class Verbalizer:
             if len(twins) > 1:
                 raise ValueError(f"the label words {twins} are the same tokens {list(ids)} to the target's tokenizer")
         return cls(tuple(words), tokens, len(base) - shared)
+
+    @property
+    def stems(self) -> list[tuple[int, ...]]:
+        """What may stand between the template and a word's token: the words without their last tokens, each once."""
+        return list(dict.fromkeys(ids[:-1] for ids in self.tokens)) or [()]
 
 
 class _Job(NamedTuple):
@@ -100,7 +121,7 @@ class LocalTarget:
         if others:
             raise ValueError("a label word's tokens depend on the input before it; let the template end in fixed text")
         # A word of several tokens needs the log-probability of each token, so a branch holds all but the last of them.
-        self._stems = list(dict.fromkeys(ids[:-1] for ids in self.verbalizer.tokens)) or [()]
+        self._stems = self.verbalizer.stems
 
     def context(self, prompt: str, text: str) -> str:
         """The text that the target continues."""
@@ -221,7 +242,7 @@ class LocalTarget:
                 stopped = token in self.lm.ends
                 if not stopped:
                     written[row].append(token)
-                    texts[row], stopped = _cut(self.lm.decode_text(written[row]), stop)
+                    texts[row], stopped = cut(self.lm.decode_text(written[row]), stop)
                 going.append(not stopped)
             return tokens, torch.tensor(going, device=alive.device)
 
@@ -275,10 +296,3 @@ class LocalTarget:
             else:
                 todo = todo[size:]
         return [done[row] for row in range(len(widths))]
-
-
-def _cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """The text up to the first stop string, and whether there is one; leading white space never counts as one."""
-    lead = len(text) - len(text.lstrip())
-    places = [place for word in stop if (place := text.find(word, lead)) >= 0]
-    return (text[: min(places)], True) if places else (text, False)

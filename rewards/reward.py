@@ -111,17 +111,20 @@ class ClassificationReward(Reward):
         return {"accuracy": accuracy(logits, labels), "margin": softmax_margin(logits, labels)}
 
     def reply(self, prompts: Sequence[str], inputs: Sequence[str], choices: Sequence[int | None]) -> list[Reply]:
-        """The label word or letter that the target chooses for each input."""
-        chances = _offered(self.target.class_logits(pairs(prompts, inputs)), choices).softmax(-1).tolist()
+        """The label word or letter that the target chooses for each input; "" where it names none."""
+        logits = _offered(self.target.class_logits(pairs(prompts, inputs)), choices)
+        none = logits.isneginf().all(-1)  # of a target that writes, and named no word
+        chances = logits.softmax(-1).masked_fill(none.unsqueeze(-1), 0)
         found = []
-        for row, count in zip(chances, choices, strict=True):
+        for row, count, nothing in zip(chances.tolist(), choices, none.tolist(), strict=True):
             offered = dict(zip(self.target.words[:count], row, strict=False))
-            found.append(Reply(max(offered, key=lambda word: offered[word]), offered))
+            found.append(Reply("" if nothing else max(offered, key=lambda word: offered[word]), offered))
         return found
 
     def right(self, answer: str, example: Example) -> float:
         """1 for a right label word or letter."""
-        return float(self.target.words.index(answer) in (example.label, *example.also))
+        known = answer in self.target.words  # "" is none
+        return float(known and self.target.words.index(answer) in (example.label, *example.also))
 
 
 class GenerationReward(Reward):

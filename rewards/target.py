@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
@@ -37,6 +37,13 @@ def fill(template: str, prompt: str, text: str) -> str:
     """The template with its prompt and input. Braces in prompts and inputs are just braces."""
     values = {"{prompt}": prompt, "{input}": text}
     return "".join(values.get(part, part) for part in re.split(r"(\{prompt\}|\{input\})", template))
+
+
+def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """The text up to the first stop string, and whether there is one; leading white space never counts as one."""
+    lead = len(text) - len(text.lstrip())
+    places = [place for word in stop if (place := text.find(word, lead)) >= 0]
+    return (text[: min(places)], True) if places else (text, False)
 
 
 class Target(Protocol):
@@ -128,6 +135,12 @@ class Remembered:
         for pair in list(self._known)[: len(self._known) - REMEMBERED]:
             del self._known[pair]
         return found
+
+    def learn(self, scored: Iterable[tuple[str, str, Sequence[float | None]]]) -> None:
+        """Adds class logits from elsewhere: prompt, input and [C] numbers, None for -inf. What is known stays."""
+        for prompt, text, logits in scored:
+            values = [-torch.inf if value is None else value for value in logits]
+            self._known.setdefault((prompt, text), torch.tensor(values, dtype=torch.float32, device="cpu"))
 
     def state_dict(self) -> dict[str, Any]:
         """What is remembered, to be saved."""

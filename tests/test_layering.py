@@ -63,6 +63,8 @@ PLACES = {
     "argparse": {"experiments"},
     "tqdm": {"experiments/compare.py", "experiments/lab", "experiments/terminal"},
     "torch": {"appo", "rewards", "experiments"},
+    "httpx2": {"rewards/connection.py"},
+    "httpx": {"rewards/connection.py"},  # what huggingface_hub brought along before httpx2
     "tokenizers": {"experiments/lab"},
     "gguf": {"experiments/weights.py"},  # an extra
     "peft": {"appo/lm/adapter.py", "experiments/run/models.py"},  # an extra

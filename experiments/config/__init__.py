@@ -92,7 +92,7 @@ class RunConfig:
 
     task: str = "mnli"  # a name (tasks/specs) or the path of a spec
     agent: str = LAB  # writes the prompts: a folder or hub id of a causal LM, or lab
-    target: str = LAB  # answers under them: likewise
+    target: str = LAB  # answers under them: likewise, or http://host:port#model, a model behind a server
     data: str = LAB  # where examples come from: lab, hub, or a folder
     mode: Literal["fixed", "tte"] = "fixed"  # one prompt for the task, or (test-time editing) one for each input
     edit_manual: bool = False  # in mode tte: show the agent the manual prompt, for it to edit
@@ -259,6 +259,11 @@ def data_source(task: str, data: str) -> str:
     if data != LAB:
         return data
     return str(Path(task).parent) if is_spec_file(task) else str(LAB_DIR / "data")
+
+
+def is_served(target: str) -> bool:
+    """Whether a target is the address of a server, not a model to load."""
+    return target.startswith(("http://", "https://"))
 
 
 def on_toys(task: str, data: str, agent: str, target: str) -> str | None:

@@ -282,6 +282,8 @@ def _cost(metrics: Sequence[Mapping[str, Any]], prompts: Sequence[object]) -> li
     phases = (("the agent: sampling and updates", seconds - scoring - review), ("the target: scoring", scoring))
     rows = [(name, f"{part:.0f}", f"{part / seconds:.0%}") for name, part in (*phases, ("reviews", review))]
     counted = f"{total('tokens'):.0f} tokens in {len(prompts)} prompts, {total('answers'):.0f} answers of the target"
+    if asked := total("requests"):
+        counted += f"; {asked:.0f} requests to its server with {total('prompt_tokens'):.0f} tokens of prompts"
     return [
         "<h2>Cost</h2>",
         f"<p>{seconds:.0f} s of training; {counted}, reviews included in the answers only.</p>",

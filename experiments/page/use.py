@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.config import is_served
+
 TRANSFORMERS = """from transformers import pipeline
 
 template, prompt = {template!r}, {prompt!r}
@@ -15,7 +17,7 @@ print(target(text, max_new_tokens=8, do_sample=False, return_full_text=False)[0]
 OPENAI = """from openai import OpenAI
 
 template, prompt = {template!r}, {prompt!r}
-client = OpenAI(base_url="http://localhost:8000/v1", api_key="none")
+client = OpenAI(base_url={url!r}, api_key="none")
 text = template.format(prompt=prompt, input="...")
 answer = client.completions.create(model={target!r}, prompt=text, max_tokens=8, temperature=0)
 print(answer.choices[0].text)
@@ -28,8 +30,13 @@ def snippets(result: Mapping[str, Any], folder: str) -> list[tuple[str, str]]:
     if result["prompt"] is None:
         return [("On the command line", command)]
     values = {name: result[name] for name in ("template", "prompt", "target")}
+    here = [("With transformers", TRANSFORMERS.format(**values))]
+    values["url"] = "http://localhost:8000/v1"
+    if is_served(result["target"]):
+        url, _, values["target"] = result["target"].partition("#")
+        values["url"], here = f"{url}/v1", []
     return [
         ("On the command line", command),
-        ("With transformers", TRANSFORMERS.format(**values)),
+        *here,
         ("With an OpenAI-compatible server", OPENAI.format(**values)),
     ]

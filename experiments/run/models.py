@@ -6,6 +6,7 @@ An agent may be an adapter (LoRA) on a frozen base: a new one, or the folder of 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import warnings
@@ -31,6 +32,9 @@ from appo.policy import Policy
 from experiments.config import LAB, LAB_DIR, RunConfig
 from experiments.config.extras import installed
 from experiments.run.files import writing
+from rewards.connection import Connection
+from rewards.served import address_of, find_server
+from rewards.servers import Server
 
 OWN_CODE = (
     "it comes with code of its own, which runs if the command line has trust_remote_code=true or --trust-remote-code"
@@ -39,6 +43,7 @@ NO_NUMBERS = "its logits are not numbers; the weights are damaged, or too large 
 TRIAL = "Input : a Output : b"
 ADAPTER = "adapter_config.json"  # in the folder of an adapter
 Role = Literal["agent", "target"]
+KEY = "APPO_TARGET_KEY"  # environment variable with the key of the target's server
 
 
 class ModelError(ValueError):
@@ -152,6 +157,16 @@ def _adapt(config: RunConfig, model: PreTrainedModel) -> None:
     targets = adapter.ALL_LINEAR if config.lora.layers == [adapter.ALL_LINEAR] else config.lora.layers
     with _explaining(f"agent: no adapter fits {config.agent!r} with lora.targets={config.lora.targets}"):
         adapter.add(model, rank, alpha, targets)
+
+
+def reach_server(config: RunConfig) -> Server:
+    """The server that `config.target` names, after a trial. Its key comes from the environment and goes nowhere else.
+
+    Raises:
+        ServerError: no such address, nothing there, or not what a target needs.
+    """
+    url, model = address_of(config.target)
+    return find_server(Connection(url, os.environ.get(KEY, "")), model, config.target_chat)
 
 
 def save_agent(policy: Policy, folder: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from threading import Lock
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from appo.lm.model import out_of_memory
 from experiments.config import to_dict
 from experiments.run import checkpoint
 from experiments.run.checkpoint import CheckpointError
 from experiments.run.fingerprint import differing
-from experiments.run.folder import RESULT, RunFolderError, read_jsonl, stored_config
+from experiments.run.folder import RESULT, SCORED, RunFolderError, read_jsonl, read_optional, stored_config
 from experiments.run.run import Run
 
 
@@ -49,8 +52,28 @@ def begin(run: Run, arm: Stateful, resume: bool) -> tuple[int, list[str]]:
                 raise
             raise CheckpointError(f"{folder}: the newest one holds no state of this run ({error!r})") from error
     run.policy.ranks.check_same("the iterations that are done", done)
+    _keep_scores(run)
     run.folder.write_config(to_dict(run.config) | {"environment": run.environment()})
     return done, notes
+
+
+def _keep_scores(run: Run) -> None:
+    """Reads what the target's server has scored, and from now on writes down each score as it comes.
+
+    So nothing is paid for twice, however the run ended. Called before the first score and after a restored state.
+    """
+    if run.served is None:
+        return
+    rows = read_optional(run.folder.path / SCORED)
+    run.target.learn((row["prompt"], row["input"], row["logits"]) for row in rows)
+    run.folder.write_rows(SCORED, rows)  # without half a last line
+    lock = Lock()
+
+    def keep(prompt: str, text: str, logits: Tensor) -> None:
+        with lock:  # called from many threads
+            run.folder.append(SCORED, [{"prompt": prompt, "input": text, "logits": logits.tolist()}])
+
+    run.served.kept = keep
 
 
 def save(run: Run, arm: Stateful, iteration: int) -> None:

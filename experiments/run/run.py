@@ -16,14 +16,15 @@ import torch
 from appo.lm.model import CausalLM, ContextTooLongError
 from appo.lm.ranks import Ranks
 from appo.policy import Policy
-from experiments.config import RunConfig, data_source
+from experiments.config import RunConfig, data_source, is_served
 from experiments.config.extras import check_extras
 from experiments.config.strict import ConfigError
 from experiments.run.fingerprint import Fingerprint, fingerprint
 from experiments.run.folder import ReadFolder, RunFolder, RunFolderError, finished, new_folder
-from experiments.run.models import ModelError, load_models
+from experiments.run.models import ModelError, load_model, load_models, reach_server
 from rewards.local import LocalTarget
 from rewards.reward import ClassificationReward, GenerationReward, Reward
+from rewards.served import ServedTarget
 from rewards.target import Remembered, Shared, Target
 from tasks.errors import TooFewRowsError, shown
 from tasks.meta_prompt import meta_prompt, rewrite_prompt
@@ -45,7 +46,8 @@ class Run:
     reward: Reward
     folder: RunFolder
     fingerprint: Fingerprint  # of the task
-    sizes: dict[str, int]  # parameters of agent and target
+    sizes: dict[str, int]  # parameters of agent and target, where they are loaded here
+    served: ServedTarget | None = None  # the target, if it is behind a server
 
     @property
     def steps_per_epoch(self) -> int:
@@ -115,18 +117,43 @@ def _assemble(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Run:
     torch.set_num_threads(max(1, config.threads // ranks.size))
     torch.manual_seed(config.seed)
     data = _load_data(config)
-    agent, answering = load_models(config)
-    policy = Policy(agent, config.sampling, ranks)
-    try:
-        local = LocalTarget(answering, data.spec.template, data.words, [example.input for example in data.train])
-    except ValueError as error:  # a label word that its tokenizer does not know, or cannot tell from another
-        raise ModelError(f"target: {error}") from error
-    target = Remembered(Shared(local, ranks) if ranks.size > 1 else local)
-    sizes = {"agent": _size(agent), "target": _size(answering)}
-    run = Run(config, data, policy, target, _reward(config, data, target), folder, fingerprint(data), sizes)
+    inputs = [example.input for example in data.train]
+    served = _served(config, data, inputs) if is_served(config.target) else None
+    answering: Target
+    if served:  # the address with the model's name, also where it was left out
+        config = replace(config, target=f"{served.server.connection.url}#{served.server.model}")
+        agent = reading = load_model(config, "agent")
+        sizes, answering = {"agent": _size(agent)}, served
+    else:
+        agent, reading = load_models(config)
+        sizes = {"agent": _size(agent), "target": _size(reading)}
+        try:
+            answering = LocalTarget(reading, data.spec.template, data.words, inputs)
+        except ValueError as error:  # a label word that its tokenizer does not know, or cannot tell from another
+            raise ModelError(f"target: {error}") from error
+    target = Remembered(Shared(answering, ranks) if ranks.size > 1 else answering)
+    policy, reward = Policy(agent, config.sampling, ranks), _reward(config, data, target)
+    run = Run(config, data, policy, target, reward, folder, fingerprint(data), sizes, served)
     _check_agent_fits(run)
-    _check_target_fits(run, answering)
+    _check_target_fits(run, reading)
     return run
+
+
+def _served(config: RunConfig, data: TaskData, inputs: Sequence[str]) -> ServedTarget:
+    """The target behind a server.
+
+    Raises:
+        ServerError: there is none at the address, or it cannot do what a target must.
+        ConfigError: the reward needs log-probabilities, and the server gives none.
+    """
+    server = reach_server(config)
+    weight = "reward.likelihood_weight" if data.spec.kind == "text" else "reward.margin_weight"
+    if not server.scores and getattr(config.reward, weight.removeprefix("reward.")) > 0:
+        raise ConfigError(
+            f"{weight} is above 0, which takes log-probabilities, and the target's server gives none; set {weight}=0, "
+            f"or use vLLM, SGLang or llama.cpp ({server.refused})"
+        )
+    return ServedTarget(server, data.spec.template, data.words, inputs)
 
 
 def _size(lm: CausalLM) -> int:
@@ -162,15 +189,21 @@ def _check_agent_fits(run: Run) -> None:
         raise ConfigError(f"{error}; use fewer examples.pairs or a lower sampling.max_new_tokens") from error
 
 
-def _check_target_fits(run: Run, answering: CausalLM) -> None:
-    """Refuses inputs that leave the target no room for a prompt."""
+def _check_target_fits(run: Run, reading: CausalLM) -> None:
+    """Refuses inputs that leave the target no room for a prompt.
+
+    Args:
+        run: of whose data all inputs are looked at.
+        reading: whose tokenizer tells which inputs are longest: the target, or the agent if the target is behind a
+            server. The server then counts the tokens of a few, as its own tokenizer may differ on which is longest.
+    """
     answer = run.config.reward.answer_tokens if run.data.spec.kind == "text" else 0
-    longest = _by_length(answering, _every(run.data))[0].input
-    try:
-        run.target.check_fits(run.config.sampling.max_new_tokens + answer, longest)
-        run.target.check_fits(run.data.spec.manual_prompt, longest)
-    except ContextTooLongError as error:
-        raise ContextTooLongError(f"{error}; {SHORTER}; the longest input is {shown(longest)}") from error
+    for example in _by_length(reading, _every(run.data))[: 8 if run.served else 1]:
+        try:
+            run.target.check_fits(run.config.sampling.max_new_tokens + answer, example.input)
+            run.target.check_fits(run.data.spec.manual_prompt, example.input)
+        except ContextTooLongError as error:
+            raise ContextTooLongError(f"{error}; {SHORTER}; the longest input is {shown(example.input)}") from error
 
 
 def _every(data: TaskData) -> list[Example]:

@@ -137,6 +137,13 @@ def stopped(folder: Path, kept: Path, found: Mapping[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
+def requests(cost: Mapping[str, int]) -> str:
+    """What the target's server was asked for."""
+    again = f", {cost['retries']:,} of them again" if cost["retries"] else ""
+    asked, tokens = cost["requests"], cost["prompt_tokens"]
+    return f"the target's server got {asked:,} requests{again}, with {tokens:,} tokens of prompts"
+
+
 def our_command(*words: str) -> str:
     """A command of `appo` as a person can type it here, whichever way this process was started."""
     started = Path(sys.argv[0])

@@ -12,6 +12,7 @@ from tasks.errors import printable
 
 if TYPE_CHECKING:
     from experiments.run.run import Run
+    from rewards.served import ServedTarget
 
 
 def asked(config: RunConfig, preset: str, folder: Path | None) -> Iterator[str]:
@@ -53,8 +54,14 @@ def loaded(run: Run) -> Iterator[str]:
         trained = sum(weight.numel() for weight in run.policy.trained().values())
         shared = "; agent and target share the rest" if environment.get("target_shared") else ""
         yield _line("", f"trains an adapter of {trained / 1e6:,.2f} M parameters{shared}")
+    if run.served:
+        yield _line("", f"target {run.served.server.model!r} on {run.served.server.name}{_context(run.served)}")
     rows = f"{len(run.data.train)} train, {len(run.data.validation)} validation and {len(run.data.test)} test rows"
     yield _line("", f"{rows}, {run.steps} iterations")
+
+
+def _context(served: ServedTarget) -> str:
+    return f", context {served.server.context}" if served.server.context else ""
 
 
 def _line(name: str, text: str) -> str:

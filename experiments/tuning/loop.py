@@ -105,6 +105,7 @@ class Record:
 
     def __init__(self, run: Run, log: Log) -> None:
         self.run, self.log = run, log
+        self.paid = run.served.cost() if run.served else {}
         self.inputs = word_runs(example.input for example in run.data.train)
 
     def timed(self, number: int, arm: Arm) -> Iteration:
@@ -123,7 +124,13 @@ class Record:
         prompts, rewarded, review = iteration.collected.prompts, iteration.collected.rewarded, iteration.review
         bare = sum(only_labels(prompt, self.run.target.words) for prompt in prompts) / len(prompts)
         row: dict[str, Any] = {"iteration": number, **iteration.stats, "label_list_rate": bare}
-        row |= {"seconds": seconds, **cost, "tokens": int(iteration.collected.rollout.mask.sum()), "anchor": None}
+        row |= {
+            "seconds": seconds,
+            **cost,
+            **self._requests(),
+            "tokens": int(iteration.collected.rollout.mask.sum()),
+            "anchor": None,
+        }
         if review:
             sides = {side: getattr(review, side)._asdict() for side in ("policy_health", "anchor_health")}
             decision = review.decision.value
@@ -137,3 +144,10 @@ class Record:
             worth = {name: values[i] for name, values in columns.items()}
             rows.append({"iteration": number, "prompt": prompt, **worth, "overlap": overlap(prompt, self.inputs)})
         self.run.folder.append(PROMPTS, rows)
+
+    def _requests(self) -> dict[str, int]:
+        """What the target's server was asked for since the last row; nothing if there is no server."""
+        if self.run.served is None:
+            return {}
+        before, self.paid = self.paid, self.run.served.cost()
+        return {name: self.paid[name] - before[name] for name in self.paid}
