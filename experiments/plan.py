@@ -1,7 +1,7 @@
 """Says what a run would take before anything is loaded: memory, work, and hours on some GPUs.
 
     appo plan --task sst2 --agent models/smollm2 --target models/gemma3-270m
-    appo plan --task mnli --agent llama-7b/config.json --target llama-7b/config.json prompts=4 examples.batch_size=16
+    appo plan --agent llama-7b/config.json --target llama-7b/config.json lora.rank=16 prompts=4 examples.batch_size=16
 
 A model is a folder, a hub id or a bare config.json: its passes are run on tensors without data, so no weights are
 needed. Lengths of texts that are not known are guessed, and said; --query, --example set them. The task's data are
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CHARACTERS = 4  # of a token, about, in English
 EXAMPLE = 40  # tokens of an input, where nothing is said
+RANK = 16  # of an adapter, where the configuration trains all weights
 
 
 @in_order
@@ -36,18 +37,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--task", help="a name or the path of a spec (default: mnli)")
     parser.add_argument("--mode", choices=["fixed", "tte"], help="one prompt, or one for each input")
     parser.add_argument("--steps", type=int, help="iterations")
-    parser.add_argument("--rank", type=int, default=16, help="rank of the adapter under LoRA (default: 16)")
     parser.add_argument("--query", type=int, help="tokens of the meta-prompt (default: guessed)")
     parser.add_argument("--example", type=int, default=EXAMPLE, help=f"tokens of an example (default: {EXAMPLE})")
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="sets any field of the configuration")
     options = vars(parser.parse_intermixed_args(argv))
-    rank, query, example = (options.pop(name) for name in ("rank", "query", "example"))
+    query, example = (options.pop(name) for name in ("query", "example"))
     config = build_config(options, assignments=options.pop("assignments"))
     lengths = lengths_of(config, query, example)
     with ending_at_once():
         from experiments.planning.estimate import Estimate, choices
-    same = config.agent == config.target
-    plans = [Estimate(config, lengths, chosen) for chosen in choices(same, rank)]
+    plans = [Estimate(config, lengths, chosen) for chosen in choices(config, config.lora.rank or RANK)]
     for line in page(config, lengths, plans):
         print(printable(line))
     return 0
@@ -65,10 +64,10 @@ def lengths_of(config: RunConfig, query: int | None = None, example: int = EXAMP
 
 
 def page(config: RunConfig, lengths: Lengths, plans: Sequence[Estimate]) -> Iterator[str]:
-    """The plan in words: the last option in full, and a line for each of the others."""
+    """The plan in words: a line for each option, and the first, which the configuration asks for, in full."""
     from experiments.planning.estimate import BANDWIDTH_SHARE, COMPUTE_SHARE, CONTEXT, GIB, GPUS
 
-    chosen = plans[-1]
+    chosen = plans[0]
     for role, shadow in (("agent", chosen.agent), ("target", chosen.target)):
         yield f"{role:<8}{getattr(config, role)}: {shadow.parameters / 1e9:.3f} G parameters"
     yield (
@@ -97,7 +96,7 @@ def page(config: RunConfig, lengths: Lengths, plans: Sequence[Estimate]) -> Iter
     yield ""
     yield (
         f"on one GPU, at {COMPUTE_SHARE:.0%} of its bfloat16 rate; sampling reads all weights for each token, at "
-        f"{BANDWIDTH_SHARE:.0%} of its bandwidth (both shares are assumed)"
+        f"{BANDWIDTH_SHARE:.0%} of its bandwidth (both shares are assumed), and no pass is faster than its launches"
     )
     for gpu in GPUS:
         rates = f"{gpu.flops / 1e12:.0f} TFLOP/s, {gpu.bandwidth / 1e12:.2f} TB/s"

@@ -42,7 +42,7 @@ ROOMS = {
         "experiments.terminal",
         "experiments.diagnostics",
     },
-    "experiments/planning": {"experiments.config", "experiments.run"},
+    "experiments/planning": {"experiments.config", "experiments.run", "experiments.terminal"},
     "experiments/tuning": {
         "experiments.config",
         "experiments.run",
@@ -50,6 +50,7 @@ ROOMS = {
         "experiments.diagnostics",
         "experiments.terminal",
         "experiments.page",
+        "experiments.planning",
     },
     "experiments/lab": {"experiments.config", "experiments.run", "experiments.terminal"},
     "experiments/bench": {"experiments.config", "experiments.run", "experiments.terminal", "experiments.lab"},

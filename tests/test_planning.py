@@ -11,11 +11,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from appo.anchor import Anchor
 from appo.config import APPOConfig
+from appo.lm import adapter
 from appo.lm.model import CausalLM
 from appo.policy import Policy
 from appo.rollout import Batch, Query, Rollout, Scored
 from appo.update import Updater, advantages
-from experiments.planning.shadow import LiveBytes, Shadow
+from experiments import plan
+from experiments.config import build_config
+from experiments.planning.estimate import Estimate, Lengths, Machine, Options
+from experiments.planning.outlook import lengths_of, outlook
+from experiments.planning.shadow import Adapter, LiveBytes, Shadow
+from experiments.run.run import prepare
+from tasks.meta_prompt import meta_prompt
 from tests.conftest import SPECIAL_IDS, byte_tokenizer, plain_sampling
 
 QUERY, RESPONSES, LENGTH = 90, 6, 40
@@ -56,13 +63,28 @@ def scored() -> Scored:
     return Scored.of(rollout, torch.arange(float(RESPONSES)), next(numbers))
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "checkpointing"])
-def test_the_memory_of_an_update_is_within_15_percent_of_the_plan(name: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "large vocabulary"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_of_an_adapters_update_is_within_15_percent_of_the_plan(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
     folder = folder_of(name, tmp_path)
-    dtype, checkpointing = torch.bfloat16 if kind == "bfloat16" else torch.float32, kind == "checkpointing"
-    lm = CausalLM(model_of(folder), byte_tokenizer(), None, dtype, checkpointing, onednn=False)
+    model = model_of(folder).to(dtype)
+    adapter.add(model, 8)
+    lm = CausalLM(model, byte_tokenizer(), None, dtype, onednn=False)
     updater = Updater(Policy(lm, plain_sampling(LENGTH)), APPOConfig(max_ratio=None))
+    shadow = Shadow(folder, dtype, dtype, trained=True, adapter=Adapter(8))
+    measured = measured_update(updater)
+    planned = shadow.update([QUERY - 1], [LENGTH] * RESPONSES, [0] * RESPONSES, scaled=False)
+    assert planned == pytest.approx(measured, rel=0.15)
+    assert shadow.trained == sum(weight.numel() for weight in updater.policy.trained().values())
+    frozen = {id(p): p.nbytes for p in model.parameters() if not p.requires_grad}
+    assert shadow.bytes == sum(frozen.values())
+
+
+def measured_update(updater: Updater) -> int:
+    """Peak bytes of an update, without weights and the optimizer's moments."""
     rows = scored()
     batch = Batch.finish(rows, *advantages(rows, updater.config, 0.1))
     updater.optimizer_step(batch)  # makes the optimizer's moments
@@ -71,10 +93,57 @@ def test_the_memory_of_an_update_is_within_15_percent_of_the_plan(name: str, kin
     measured.ignore(updater.policy.parameters())
     with measured:
         updater.optimizer_step(batch)
+    return measured.peak
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "checkpointing"])
+def test_the_memory_of_an_update_is_within_15_percent_of_the_plan(name: str, kind: str, tmp_path: Path) -> None:
+    folder = folder_of(name, tmp_path)
+    dtype, checkpointing = torch.bfloat16 if kind == "bfloat16" else torch.float32, kind == "checkpointing"
+    lm = CausalLM(model_of(folder), byte_tokenizer(), None, dtype, checkpointing, onednn=False)
+    updater = Updater(Policy(lm, plain_sampling(LENGTH)), APPOConfig(max_ratio=None))
+    measured = measured_update(updater)
     shadow = Shadow(folder, computes_in=dtype, trained=True, checkpointing=checkpointing)
     planned = shadow.update([QUERY - 1], [LENGTH] * RESPONSES, [0] * RESPONSES, scaled=False)
-    assert planned == pytest.approx(measured.peak, rel=0.15)
+    assert planned == pytest.approx(measured, rel=0.15)
     anchor = Anchor(updater.policy, updater.optimizer)
     held = [*updater.policy.parameters(), *anchor.state_dict()["parameters"].values()]
     held += [s for state in updater.optimizer.state.values() for name, s in state.items() if name != "step"]
     assert shadow.trained * 4 * 4 == sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+# -- in the header of a run, and as a command --------------------------------------------------------------------
+
+
+def test_a_run_begins_with_its_memory_work_and_time(tmp_path: Path) -> None:
+    run = prepare(build_config({"task": "sst2", "run": str(tmp_path / "run")}, assignments=["threads=1"]))
+    said = dict(outlook(run))
+    assert list(said) == ["memory", "work", "expected"]
+    agent = sum(weight.nbytes for weight in run.policy.model.parameters()) / 2**30
+    assert f"agent's weights {agent:.2g}" in said["memory"]
+    assert lengths_of(run).query == len(run.policy.query(*meta_prompt(run.data.train[:5])).tokens)
+    assert "s an iteration" in said["expected"] or "min an iteration" in said["expected"]
+
+
+def test_the_command_plans_what_the_configuration_asks_for_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder_of("llama", tmp_path)
+    model = str(tmp_path / "config.json")
+    given = ["--agent", model, "--target", model, "lora.rank=4", "gradient_checkpointing=true", "prompts=2"]
+    assert plan.main([*given, "examples.batch_size=4", "sampling.max_new_tokens=8"]) == 0
+    said = capsys.readouterr().out
+    assert "arithmetic of: LoRA rank 4, one base for both, gradient checkpointing" in said
+    assert said.count("fits") > 4
+    assert plan.main(["--agent", str(tmp_path / "nothing.json")]) == 2
+
+
+def test_a_pass_takes_at_least_its_launches() -> None:
+    lengths = Lengths(query=100, prompt=100, example=40, steps=10)
+    estimate = Estimate(build_config({}), lengths, Options(rank=4))
+    slow = Machine("slow to start", 80.0, 1e18, 1e18, launch=1e-3)
+    layers = estimate.agent.layers
+    passes = sum(line.passes for line in estimate.work())
+    assert passes > 100
+    assert estimate.seconds(slow) == pytest.approx(passes * layers * 2e-3, rel=1e-3)

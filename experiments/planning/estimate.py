@@ -18,33 +18,46 @@ ADAM, COPY, GRADIENT = 8, 4, 4  # bytes for a trained number: two moments, a cop
 SCALE = 64  # weights of a quantised layer that share one scale of two bytes
 CONTEXT = 1.0 * GIB  # of the driver, its libraries and fragments of memory
 COMPUTE_SHARE, BANDWIDTH_SHARE = 0.4, 0.6  # of a GPU's peak rates that are reached; assumed
+LAUNCH = 1e-3  # seconds that a layer takes on a GPU at least, whatever it computes; twice with an adapter (H200)
 QUANTISED = {"int8": 8, "int4": 4}  # bits
 
 
-class Gpu(NamedTuple):
-    """A GPU: memory in GiB, peak rate of bfloat16 products (dense) in FLOP/s, bandwidth of its memory in bytes/s."""
+class Machine(NamedTuple):
+    """What runs a model.
+
+    Attributes:
+        name: as its maker has it.
+        memory: GiB.
+        flops: peak rate of (dense) products, in FLOP/s; of bfloat16 on a GPU.
+        bandwidth: of its memory, in bytes/s.
+        launch: seconds that a layer takes at least.
+        share: of `flops` that is reached.
+    """
 
     name: str
     memory: float
     flops: float
     bandwidth: float
+    launch: float = LAUNCH
+    share: float = COMPUTE_SHARE
 
 
 GPUS = (
-    Gpu("H100 80 GB", 79.6, 989e12, 3.35e12),
-    Gpu("H200", 140.4, 989e12, 4.8e12),
-    Gpu("A100 80 GB", 79.2, 312e12, 2.04e12),
-    Gpu("RTX 4090", 24.0, 165e12, 1.01e12),
-    Gpu("L4", 22.5, 121e12, 0.30e12),
+    Machine("H100 80 GB", 79.6, 989e12, 3.35e12),
+    Machine("H200", 140.4, 989e12, 4.8e12),
+    Machine("A100 80 GB", 79.2, 312e12, 2.04e12),
+    Machine("RTX 4090", 24.0, 165e12, 1.01e12),
+    Machine("L4", 22.5, 121e12, 0.30e12),
 )
 
 
 class Line(NamedTuple):
-    """A number, what it is, and how it came about."""
+    """A number, what it is, how it came about and, where it is work, how often it runs through all layers."""
 
     name: str
     value: float
     how: str
+    passes: float = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,13 @@ class Options:
     checkpointing: bool = False
     bfloat16: bool = True
     quantised: str | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig, bfloat16: bool = True) -> Options:
+        """Those that a configuration asks for, of an agent that computes in bfloat16, as on a GPU, or does not."""
+        rank, quantised = config.lora.rank, config.target_quantization
+        shared = rank is not None and quantised is None and source(config, "agent") == source(config, "target")
+        return cls(rank, shared, config.gradient_checkpointing, bfloat16, quantised)
 
     def __str__(self) -> str:
         parts = [f"LoRA rank {self.rank}" if self.rank else "all weights trained"]
@@ -174,7 +194,6 @@ class Estimate:
         made, read = self.responses * t.prompt, self.queries * t.query
         forward = 2.0 * agent.in_layers * (made + read) + 2.0 * agent.head * made
         answers = self.responses * self.examples
-        scored = 2.0 * target.in_layers * (made + answers * t.example)
         epochs = config.appo.ppo_epochs
         factor = (2 if self.options.rank else 3) + (1 if self.options.checkpointing else 0)
         per_step = f"{agent.in_layers / 1e9:.3f} G weights in layers"
@@ -185,29 +204,42 @@ class Estimate:
         review = (
             prompts * 2.0 * (agent.in_layers * (t.query + t.prompt) + target.in_layers * (t.prompt + rows * t.example))
         )
+        told = made + answers * t.example
+        scored = 2.0 * target.in_layers * told
         return [
-            Line("sampling", forward, f"2 x {per_step} x {made + read:,} tokens, head for {made:,}"),
-            Line("scoring", scored, f"2 x {target.in_layers / 1e9:.3f} G x {made + answers * t.example:,} tokens"),
-            Line("old and anchor's log-probabilities", 2 * forward, "two passes as in sampling"),
-            Line("updates", epochs * factor * forward, f"{epochs} epochs x {factor} passes"),
-            Line("reviews", review / period, f"{prompts} prompts on {rows} rows, once in {period} iterations"),
+            Line("sampling", forward, f"2 x {per_step} x {made + read:,} tokens, head for {made:,}", t.prompt),
+            Line("scoring", scored, f"2 x {target.in_layers / 1e9:.3f} G x {told:,} tokens", -(-told // AT_ONCE)),
+            Line("old and anchor's log-probabilities", 2 * forward, "two passes as in sampling", 2),
+            Line("updates", epochs * factor * forward, f"{epochs} epochs x {factor} passes", 3 * epochs),
+            Line(
+                "reviews",
+                review / period,
+                f"{prompts} prompts on {rows} rows, once in {period} iterations",
+                2 * (t.prompt + 1) / period,
+            ),
         ]
 
-    def seconds(self, gpu: Gpu) -> float:
-        """Of an iteration: products at a share of the peak rate; in sampling, all weights are read for each token."""
-        sampling, *others = self.work()
-        rate = COMPUTE_SHARE * gpu.flops
-        read = self.lengths.prompt * (self.agent.parameters * 2 + self.cache()) / (BANDWIDTH_SHARE * gpu.bandwidth)
-        return max(sampling.value / rate, read) + sum(line.value for line in others) / rate
+    def seconds(self, machine: Machine) -> float:
+        """Of an iteration: a phase takes as long as its products, at a share of the peak rate, or as launching layers.
 
-    def verdict(self, gpu: Gpu) -> str:
-        """Whether it fits on a GPU, and how long it takes there."""
+        In sampling all weights are read for each token besides, at a share of the bandwidth.
+        """
+        rate, layers = machine.share * machine.flops, self.agent.layers
+        launch = machine.launch * (2 if self.options.rank else 1)
+        width = 2 if self.options.rank and self.options.bfloat16 else 4
+        read = self.agent.parameters * width + self.cache()
+        sampling = self.lengths.prompt * read / (BANDWIDTH_SHARE * machine.bandwidth)
+        phases = [max(line.value / rate, line.passes * layers * launch) for line in self.work()]
+        return max(phases[0], sampling) + sum(phases[1:])
+
+    def verdict(self, machine: Machine) -> str:
+        """Whether it fits on a machine, and how long it takes there."""
         needed = (self.total() + CONTEXT) / GIB
-        if needed > gpu.memory:
-            return f"does not fit: {needed:.1f} of {gpu.memory:.1f} GiB"
-        seconds = self.seconds(gpu)
+        if needed > machine.memory:
+            return f"does not fit: {needed:.1f} of {machine.memory:.1f} GiB"
+        seconds = self.seconds(machine)
         hours = seconds * self.lengths.steps / 3600
-        return f"fits: {needed:.1f} of {gpu.memory:.1f} GiB, {seconds:.2g} s an iteration, {hours:.2g} h in all"
+        return f"fits: {needed:.1f} of {machine.memory:.1f} GiB, {seconds:.2g} s an iteration, {hours:.2g} h in all"
 
 
 @cache
@@ -250,8 +282,13 @@ def source(config: RunConfig, role: str) -> str:
     return str(LAB_DIR / role) if name == LAB else name
 
 
-def choices(same: bool, rank: int = 16) -> Iterator[Options]:
-    """The options that a plan compares; `same`: agent and target are one checkpoint."""
+def choices(config: RunConfig, rank: int = 16) -> list[Options]:
+    """The options that a plan compares: what the configuration asks for, then others."""
+    same = source(config, "agent") == source(config, "target")
+    return list(dict.fromkeys([Options.of(config, config.dtype != "float32"), *_others(same, rank)]))
+
+
+def _others(same: bool, rank: int) -> Iterator[Options]:
     yield Options()
     yield Options(checkpointing=True)
     yield Options(rank=rank)

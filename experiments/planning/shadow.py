@@ -6,6 +6,7 @@ those of `appo.lm`, not a formula for them: what autograd keeps is found out by 
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -142,12 +143,13 @@ class Shadow:
         rank = adapter.rank if adapter else None
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         self.linear = [m for m in self.model.modules() if isinstance(m, nn.Linear) and m is not head]
-        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.parameters, self.layers = sum(p.numel() for p in self.model.parameters()), len(packed.layers(self.model))
+        if trained and head.weight.element_size() < 4:  # an agent's head is float32: see CausalLM
+            self.model.set_output_embeddings(copy.deepcopy(head).float())
         self.bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        self.in_layers = sum(p.numel() for p in self.model.parameters() if p.dim() > 1) - embedding.weight.numel()
         self.tied = head.weight is embedding.weight
-        if not self.tied:
-            self.in_layers -= head.weight.numel()
+        outside = {id(embedding.weight), id(self.model.get_output_embeddings().weight)}
+        self.in_layers = sum(p.numel() for p in self.model.parameters() if p.dim() > 1 and id(p) not in outside)
         self.head = head.weight.numel()
         self.width = head.weight.shape[1]
         self.vocabulary = head.weight.shape[0]

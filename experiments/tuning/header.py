@@ -58,6 +58,9 @@ def loaded(run: Run) -> Iterator[str]:
         yield _line("", f"target {run.served.server.model!r} on {run.served.server.name}{_context(run.served)}")
     rows = f"{len(run.data.train)} train, {len(run.data.validation)} validation and {len(run.data.test)} test rows"
     yield _line("", f"{rows}, {run.steps} iterations")
+    from experiments.planning.outlook import outlook  # takes long to load, like all that a loaded run needs
+
+    yield from (_line(name, text) for name, text in outlook(run))
 
 
 def _context(served: ServedTarget) -> str:

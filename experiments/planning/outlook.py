@@ -1,0 +1,72 @@
+"""What a run that is about to begin will take, in a few lines: memory, work, and time at the rates of this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from experiments.planning.estimate import GIB, Estimate, Lengths, Machine, Options
+from experiments.run.models import ModelError
+from experiments.run.run import Run
+from experiments.terminal.console import duration
+from tasks.meta_prompt import meta_prompt
+
+TEMPLATE = 12  # tokens of the target's template around an input, about
+MEASURED_SHARE = 0.6  # of the rate of one large product that a whole run reaches; see docs/benchmarks.md
+LAUNCH_ON_CPU = 3e-4  # seconds that a layer takes at least
+
+
+def outlook(run: Run) -> Iterator[tuple[str, str]]:
+    """Names and texts; nothing for models that cannot be planned (see `appo plan`), or a target behind a server."""
+    if run.served:
+        return
+    bfloat16 = run.policy.lm.compute_dtype == torch.bfloat16
+    try:
+        plan = Estimate(run.config, lengths_of(run), Options.of(run.config, bfloat16))
+    except ModelError:
+        return
+    held = plan.memory()
+    parts = ", ".join(f"{line.name} {line.value / GIB:.2g}" for line in held if line.value)
+    yield "memory", f"{sum(line.value for line in held) / GIB:.2g} GiB held ({parts}), and what a phase takes on top"
+    work = plan.work()
+    total = sum(line.value for line in work)
+    most = ", ".join(f"{line.name} {line.value / total:.0%}" for line in sorted(work, key=lambda line: -line.value)[:3])
+    yield "work", f"{total / 1e12:.2g} TFLOP an iteration: {most}"
+    seconds = plan.seconds(measured(run.policy.device, run.policy.lm.compute_dtype)) / run.policy.ranks.size
+    each = f"{seconds:.2g} s" if seconds < 100 else duration(seconds)
+    how = "by the rate of a matrix product just now; the bar will tell better"
+    yield "expected", f"about {each} an iteration and {duration(seconds * run.steps)} in all, {how}"
+
+
+def lengths_of(run: Run) -> Lengths:
+    """The lengths of this run's texts: of one meta-prompt, and of inputs in the mean."""
+    data, lm = run.data.train, run.policy.lm
+    query = len(run.policy.query(*meta_prompt(data[: run.config.examples.pairs])).tokens)
+    tokens = lm.tokenizer([example.input for example in data])["input_ids"]
+    example = sum(map(len, tokens)) // len(tokens) + TEMPLATE
+    return Lengths(query, run.config.sampling.max_new_tokens, example, run.steps)
+
+
+def measured(device: torch.device, dtype: torch.dtype) -> Machine:
+    """This machine, by the time of a product and of a copy; a fiftieth of a second each."""
+    size = 4096 if device.type == "cuda" else 768
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = _quickest(lambda: a @ a, device)
+    flops = 2.0 * size**3 / seconds
+    bandwidth = 2.0 * a.nbytes / _quickest(a.clone, device)
+    launch = 1e-3 if device.type == "cuda" else LAUNCH_ON_CPU
+    return Machine("this machine", 0.0, flops, bandwidth, launch, MEASURED_SHARE)
+
+
+def _quickest(work: Callable[[], object], device: torch.device) -> float:
+    """The shortest of three times, after one to warm up."""
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
