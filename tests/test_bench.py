@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.bench import bench
+from experiments.bench import bench, shapes
 from experiments.bench.bench import Bench, Shape
 
 
@@ -27,7 +27,7 @@ def test_every_part_gives_rows_with_ratios(
     bench.main()
     found = json.loads(path.read_text(encoding="utf-8"))
     assert found["about"]["threads"] == 1
-    assert {row["work"].split()[0] for row in found["rows"]} == {"scoring", "sampling", "update", "iteration"}
+    assert {row["work"].split()[0] for row in found["rows"]} == {"scoring", "sampling", "update", "LoRA", "iteration"}
     assert all(row["ratio"] > 0 for row in found["rows"] if row["unit"] == "s")
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(found["rows"])
 
@@ -50,3 +50,17 @@ def test_ways_that_differ_are_not_compared() -> None:
     bench.same(torch.ones(3), torch.ones(3) + 1e-6)
     with pytest.raises(RuntimeError, match=r"differ by 1\.0e-03"):
         bench.same(torch.ones(3), torch.tensor([1.0, 1.0, 1.001]))
+
+
+def test_a_shape_with_random_weights_runs_and_its_phases_are_timed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setattr("experiments.bench.shapes.REPEATS", 1)
+    small = ["prompts=2", "examples.batch_size=4", "sampling.max_new_tokens=6", "anchor.period=1", "device=cpu"]
+    assert shapes.main(["tiny", "--steps", "1", "--set", *small]) == 0
+    said = capsys.readouterr()
+    assert "review: " in said.err
+    assert [line.split("  ")[1] for line in said.out.splitlines()[3:]] == [
+        "sampling", "scoring", "anchor's pass", "update", "iteration",
+    ]  # fmt: skip

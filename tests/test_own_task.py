@@ -75,7 +75,8 @@ def test_the_readmes_task_of_ones_own_trains(tmp_path: Path, capsys: pytest.Capt
     write(tmp_path / "reviews.jsonl", "\n".join(map(json.dumps, rows)))
     small = ["steps=1", "prompts=2", "examples.shots=2", "threads=1", "sampling.max_new_tokens=8"]
     assert train(["--task", str(tmp_path / "reviews.yaml"), "--run", str(tmp_path / "run"), *small]) == 0
-    assert "best prompt" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "manual prompt" in said and "report:" in said
     assert json.loads((tmp_path / "run" / "best_prompt.json").read_text())["task"] == "reviews"
 
 

@@ -545,7 +545,12 @@ def test_only_so_many_pairs_are_remembered(counting: Counting, monkeypatch: pyte
 
 def test_what_it_does_not_remember_it_passes_on(counting: Counting) -> None:
     target = Remembered(counting)
-    assert target.words == WORDS and target.described() == {"computes_in": "float32", "chat": False, "packed": True}
+    assert target.words == WORDS and target.described() == {
+        "computes_in": "float32",
+        "chat": False,
+        "packed": True,
+        "shared": False,
+    }
     assert target.generate(pairs(["p"], ["x"]), 3, ()) == counting.target.generate(pairs(["p"], ["x"]), 3, ())
     with pytest.raises(ContextTooLongError):
         target.check_fits(512, "x")

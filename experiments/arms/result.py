@@ -80,7 +80,7 @@ def scores(best: Mapping[str, Tensor], manual: Mapping[str, Tensor]) -> dict[str
     for split in SPLITS[1:]:
         found |= split_scores(split, best[split], manual[split])
     of_best, of_manual = best["test"].tolist(), manual["test"].tolist()
-    found["difference"] = best["test"].mean().item() - manual["test"].mean().item()
+    found["difference"] = best["test"].double().mean().item() - manual["test"].double().mean().item()
     found["difference_interval"] = paired_interval(of_best, of_manual)
     found["p"] = paired_p(of_best, of_manual)
     found["verdict"] = NO_BETTER if same else compared(of_best, of_manual)
@@ -91,7 +91,7 @@ def split_scores(split: str, best: Tensor, manual: Tensor) -> dict[str, Any]:
     """Rows, means and intervals of the result and the manual prompt on one split, from their row values."""
     found: dict[str, Any] = {f"{split}_rows": len(best)}
     for name, values in ((split, best), (f"manual_{split}", manual)):
-        found[f"{name}_score"] = values.mean().item()
+        found[f"{name}_score"] = values.double().mean().item()
         found[f"{name}_interval"] = interval(values.tolist())
     return found
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from appo.config import APPOConfig, SamplingConfig
+from appo.lm import adapter
 from appo.lm.ends import Ends
 from appo.lm.model import CausalLM
 from appo.policy import Policy
@@ -36,6 +37,7 @@ from appo.rollout import Batch, Query, Rollout, Scored
 from appo.trainer import APPOTrainer
 from experiments.bench.plain import as_plain, plain_loss, plain_sample, plain_scores, plain_update
 from experiments.config import MAX_THREADS, RunConfig
+from experiments.config.extras import installed
 from experiments.lab import grammar
 from experiments.run.files import write_whole
 from experiments.run.models import load_model
@@ -60,7 +62,10 @@ SHAPES = {
     "big head": Shape(256_000, 256, 2),
 }
 PROMPT, INPUT, QUERY, RESPONSE = 70, 80, 256, 64  # tokens
-UPDATES = (("tiny", 4), ("tiny", 8), ("small", 4), ("big head", 1))  # shape and K
+UPDATES = (  # shape, K, rank of an adapter; 0: all weights are trained
+    *(("tiny", 4, 0), ("tiny", 8, 0), ("small", 4, 0), ("big head", 1, 0)),
+    *(("tiny", 4, 16), ("small", 4, 16), ("big head", 1, 16)),
+)
 PROC = Path("/proc/self")
 WORDS = ("yes", "maybe", "no")
 TEMPLATE = "{prompt} Input : {input} Output :"
@@ -223,8 +228,10 @@ class Bench:
 
     def update(self) -> Iterator[Row]:
         """Four PPO epochs on K responses, with the passes for reference log-probabilities before them."""
-        for name, count in UPDATES:
-            plain, ours = self._plain_trainer(name), self._trainer(name)
+        for name, count, rank in UPDATES:
+            if rank and not installed("peft"):
+                continue
+            plain, ours = self._plain_trainer(name, rank), self._trainer(name, rank)
             rollout = ours.policy.sample([self._query()], copies=count)
             batch = as_batch(rollout)
             same(gradients(plain, plain_loss(plain, batch)[0]), gradients(ours, ours.updater.loss(batch)[0]))
@@ -232,10 +239,10 @@ class Bench:
                 "TRL's passes": lambda t=plain, b=batch: plain_update(t, b, passes=2),
                 "ours": lambda t=ours, r=rollout: our_update(t, r),
             }
-            if (name, count) == ("tiny", 4):
+            if (name, count, rank) == ("tiny", 4, 0):
                 ways["plain PPO"] = lambda t=plain, b=batch: plain_update(t, b, passes=1)
             pairs = [(theirs, "ours") for theirs in ways if theirs != "ours"]
-            yield from self.timed(f"update {name}, K {count}", ways, pairs)
+            yield from self.timed(f"{'LoRA ' if rank else ''}update {name}, K {count}", ways, pairs)
 
     def iteration(self) -> Iterator[Row]:
         """Sampling, scoring and updating: all the plain way, against all ours."""
@@ -258,15 +265,17 @@ class Bench:
             ways = {"all the plain way": published, "ours": appo}
             yield from self.timed(f"iteration {name}, K {count}, B {size}", ways, [("all the plain way", "ours")])
 
-    def _trainer(self, name: str) -> APPOTrainer:
+    def _trainer(self, name: str, rank: int = 0) -> APPOTrainer:
         sampling = SamplingConfig(RESPONSE, 1.0, nonempty=False, one_line=False)
         model = build(SHAPES[name], torch.float32, self.device)
+        if rank:
+            adapter.add(model, rank)
         policy = Policy(CausalLM(model, self.tokenizer, compute_dtype=self.dtype), sampling)
         policy.ends = Ends((), (), SHAPES[name].vocabulary, model.device, False, False)  # so that all have full length
         return APPOTrainer(policy, APPOConfig(learning_rate=1e-6, target_kl=None))
 
-    def _plain_trainer(self, name: str) -> APPOTrainer:
-        trainer = self._trainer(name)
+    def _plain_trainer(self, name: str, rank: int = 0) -> APPOTrainer:
+        trainer = self._trainer(name, rank)
         as_plain(trainer.policy.lm)
         return trainer
 

@@ -10,10 +10,9 @@ after it, three times each, and the median is shown.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from appo.rollout import Query
 from appo.trainer import APPOTrainer
 from experiments.config import LAB_DIR, RunConfig, build_config
 from experiments.run.models import find_device, peak_memory
+from experiments.terminal.command import Parser, in_order
 from rewards.local import LocalTarget
 from rewards.reward import ClassificationReward
 from tasks.meta_prompt import meta_prompt
@@ -166,17 +166,18 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def main() -> int:
-    """Prints a table for each shape."""
+@in_order
+def main(argv: Sequence[str]) -> int:
+    """Prints a table for each shape; returns the exit code."""
     known = shapes()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser("python -m experiments.bench.shapes", __doc__)
     parser.add_argument("shapes", nargs="+", choices=known, help="which sizes to run")
     parser.add_argument("--steps", type=int, default=4, help="iterations of the run before the timing (default: 4)")
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--data", default=str(LAB_DIR / "data"), help="folder of the task's rows (default: the lab's)")
     parser.add_argument("--tokenizer", default=str(LAB_DIR / "agent"), help="folder of a tokenizer")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="fields of the configuration")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     fixed = ["preset=lora", "prompts=4", "examples.batch_size=16", "sampling.max_new_tokens=100", "anchor.period=2"]
     for name in options.shapes:
         given = {"agent": name, "target": name, "task": options.task, "data": options.data}
