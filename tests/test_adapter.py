@@ -261,6 +261,15 @@ def test_a_run_with_an_adapter_from_end_to_end(tmp_path: Path, capsys: pytest.Ca
     assert load_model(build_config({"agent": str(run / "merged")}), "agent").frozen is False
 
 
+def test_an_update_that_changes_nothing_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_given: None)
+    small = ["lora.rank=4", "prompts=4", "headroom=0", "examples.test_limit=8", "threads=1"]
+    assert train(["--task", "mnli", "--steps", "2", "--run", str(tmp_path / "run"), *small]) == 3
+    assert "the first update had a gradient and changed no weight" in capsys.readouterr().err
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from appo.rollout import Query
-from appo.selfcheck import self_check
+from appo.selfcheck import SelfCheckError, self_check
 from appo.trainer import APPOTrainer, Iteration
 from experiments.arms.batches import Batches
 from experiments.arms.pool import PromptPool
@@ -79,7 +79,7 @@ class Arm(ABC):
         """Iteration `number`, from 1, and the review that is due after it.
 
         Raises:
-            SelfCheckError: the first rollout fails the self-check.
+            SelfCheckError: the first rollout fails the self-check, or the first update changes no weight.
             DivergedError: training cannot go on.
         """
         self.cost = dict.fromkeys(COSTS, 0.0)
@@ -89,9 +89,17 @@ class Arm(ABC):
             rollout = self.run.policy.sample(question.queries, generator, question.copies)
             self_check(self.run.policy, self.trainer.anchor, rollout)
         iteration = self.learn(question)
+        if number == 1 and iteration.stats.get("grad_norm"):
+            self._check_moved()
         if number % (self.run.config.anchor.period * self.run.steps_per_epoch) == 0:
             return self.reviewed(iteration)
         return iteration
+
+    def _check_moved(self) -> None:
+        """Raises SelfCheckError if training has not changed a single weight: it would go on like that in silence."""
+        before = self.trainer.anchor.state_dict()["parameters"]
+        if all(torch.equal(weight, before[name]) for name, weight in self.run.policy.trained().items()):
+            raise SelfCheckError("the first update had a gradient and changed no weight; what is trained is not used")
 
     def learn(self, question: Question) -> Iteration:
         """Collects rollouts and updates the agent."""
