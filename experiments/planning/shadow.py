@@ -230,6 +230,8 @@ class Shadow:
 
 
 def _without_weights(source: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    if source.endswith(".json") and not Path(source).is_file():  # a hub would be asked for it, again and again
+        raise ModelError(f"no file {source!r}; expected the config.json of a causal LM")
     if Path(source).is_dir() and not Path(source, "config.json").is_file():
         raise ModelError(f"{source!r} holds no config.json; expected the folder of a causal LM")
     try:
