@@ -149,7 +149,8 @@ def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_appo_works_in_a_folder_where_others_have_our_names(appo: Path) -> None:
-    done = run(appo, "train", "--task", "sst2", "--steps", "1", "prompts=2", "examples.test_limit=10", "--run", "r")
+    small = ("prompts=2", "threads=1", "headroom=0", "pool=2", "examples.test_limit=10", "sampling.max_new_tokens=8")
+    done = run(appo, "train", "--task", "sst2", "--steps", "1", *small, "--run", "r")
     assert (done.returncode, (appo.parents[1] / "r" / "best_prompt.json").is_file()) == (0, True), done.stderr
     assert run(appo, "report", "r").stdout == "r/report.html\n"
 
