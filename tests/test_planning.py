@@ -25,7 +25,7 @@ from experiments.run.run import prepare
 from tasks.meta_prompt import meta_prompt
 from tests.conftest import SPECIAL_IDS, byte_tokenizer, plain_sampling
 
-QUERY, RESPONSES, LENGTH = 90, 6, 40
+QUERY, RESPONSES, LENGTH = 48, 4, 24
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {
         "model_type": "llama", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,

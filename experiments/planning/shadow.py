@@ -65,7 +65,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 @contextmanager
-def _as_run(computes_in: torch.dtype, head: nn.Module) -> Iterator[None]:
+def _as_run(computes_in: torch.dtype, head: nn.Module, cast: dict[int, Tensor]) -> Iterator[None]:
     """Does on meta tensors what autocast and the kernels for attention do on a real device.
 
     The three functions are replaced for the block: a mode of torch would not reach the passes of checkpointing.
@@ -73,8 +73,8 @@ def _as_run(computes_in: torch.dtype, head: nn.Module) -> Iterator[None]:
     Args:
         computes_in: the dtype of products and attention.
         head: the output layer, which is exempt, as in `appo.lm.model`.
+        cast: weights by id in that dtype: autocast casts a weight once for all of a pass, and forgets it afterwards.
     """
-    cast: dict[int, Tensor] = {}  # autocast casts a weight once for all of a pass
     places = ((F, "linear"), (F, "scaled_dot_product_attention"), (torch, "addmm"))
     linear, _, addmm = before = [getattr(*place) for place in places]
 
@@ -155,6 +155,7 @@ class Shadow:
         self.vocabulary = head.weight.shape[0]
         self.trained = 0
         self._extra: list[nn.Parameter] = []
+        self._casts: dict[int, Tensor] = {}
         self.model.requires_grad_(trained and rank is None)
         if trained and rank is not None:
             self._extra = [p for layer in self.linear for p in _adapt(layer, rank)]
@@ -178,6 +179,7 @@ class Shadow:
         """
         with self._passes() as count:
             output = packed.run(self.model, _blank(prefixes, branches, owner))
+            self._casts.clear()  # what the backward pass needs of them is kept by autograd
             logits = output.logits.float() / 0.5 if scaled else output.logits
             tokens = torch.zeros(len(logits), dtype=torch.long, device=META)
             values = output.hidden.float() @ torch.zeros(self.width, 1, device=META, requires_grad=True)
@@ -220,11 +222,12 @@ class Shadow:
         count = LiveBytes()
         count.ignore([*self.model.parameters(), *self._extra])
         try:
-            with _as_run(self.computes_in, self.model.get_output_embeddings()), count:
+            with _as_run(self.computes_in, self.model.get_output_embeddings(), self._casts), count:
                 yield count
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             raise ModelError(f"this architecture cannot be planned: {' '.join(str(error).split())[:300]}") from error
         finally:
+            self._casts.clear()
             for layer in layers:
                 layer.training = False
 
