@@ -73,8 +73,8 @@ def test_first_update_of_the_one_file_appo_is_that_of_the_package() -> None:
 
 def test_one_file_appo_learns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     train, validation, test = minimal.read_task()
-    monkeypatch.setattr(minimal, "read_task", lambda: (train, validation, test[:32]))
-    curve = minimal.main(minimal.Config(iterations=22))
+    monkeypatch.setattr(minimal, "read_task", lambda: (train, validation, test[:8]))
+    curve = minimal.main(minimal.Config(iterations=16, learning_rate=8e-4, max_new_tokens=40))
     assert sum(curve[-5:]) / 5 > sum(curve[:3]) / 3 + 0.15
     assert "best prompt on validation" in capsys.readouterr().out
 
