@@ -137,7 +137,7 @@ class Anchor:
 
     def _exchange(self) -> None:
         for name, parameter in self._policy.trained().items():
-            parameter.data, self._parameters[name] = self._parameters[name], parameter.data
+            self._parameters[name] = self._policy.ranks.swap(parameter, self._parameters[name])
 
 
 class Reference(NamedTuple):

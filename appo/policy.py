@@ -136,8 +136,9 @@ class Policy(nn.Module):
         # Response i draws from row i, whichever rank writes it: the same prompts on any number of ranks.
         shape = (len(owner), self.sampling.max_new_tokens)
         chances = torch.rand(shape, generator=generator, dtype=torch.float64, device=self.device)
-        columns = self.ranks.divide(len(owner), lambda rows: self._write(queries, owner[rows], chances[rows], greedy))
-        return Rollout(tuple(queries), owner, *columns)
+        with self.ranks.gathered():
+            parts = self.ranks.divide(len(owner), lambda rows: self._write(queries, owner[rows], chances[rows], greedy))
+        return Rollout(tuple(queries), owner, *parts)
 
     def _write(self, queries: Sequence[Query], owner: Tensor, chances: Tensor, greedy: bool) -> list[Tensor]:
         """Tokens, mask, logprobs and values of a response for each entry of `owner` [R], each [R, T]; see `sample`."""

@@ -269,7 +269,7 @@ class APPOTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, random states included, as tensors and plain values."""
-        return {
+        state = {
             "policy": {name: weight.detach() for name, weight in self.policy.trained().items()},
             "optimizer": self.updater.optimizer.state_dict(),
             "anchor": self.anchor.state_dict(),
@@ -278,9 +278,11 @@ class APPOTrainer:
             "mean_score": self.updater.mean_score,
             "bad_steps": self.bad_steps,
         }
+        return dict(self.policy.ranks.whole(state))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a saved state; on the same machine, training then continues bit for bit."""
+        state = self.policy.ranks.part(state)
         self.policy.load_state_dict(self.policy.state_dict() | state["policy"])
         self.updater.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # or both would share their moments
         self.anchor.load_state_dict(state["anchor"])

@@ -70,6 +70,7 @@ class Updater:
     def __init__(self, policy: Policy, config: APPOConfig, generator: torch.Generator | None = None) -> None:
         self.policy, self.config, self.generator = policy, config, generator
         self.reference = Reference.of(config.reference, config.kl_in_loss)
+        policy.ranks.begin(policy.model, policy.value_head)
         weights, head = [p for p in policy.model.parameters() if p.requires_grad], list(policy.value_head.parameters())
         if not weights:
             raise ValueError(
@@ -77,7 +78,6 @@ class Updater:
                 "with the frozen target?"
             )
         self.trained = [*weights, *head]
-        policy.ranks.copy_first(self.trained)
         self.optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0, fused=True)
         head_rate = config.value_learning_rate or config.learning_rate
         self.optimizer.add_param_group({"params": head, "lr": head_rate})
@@ -119,16 +119,16 @@ class Updater:
         self.optimizer.zero_grad()
         tokens = minibatch.mask.sum()
         totals = dict.fromkeys(STATS, 0.0)
-        for rows in self.policy.ranks.parts(len(minibatch), self.config.micro_batch_size):
+        for rows, weight in self.policy.ranks.parts(len(minibatch), self.config.micro_batch_size):
             part = minibatch.select(rows)
-            share = part.mask.sum() / tokens  # losses are means over tokens, so parts are weighted by tokens
+            share = weight * part.mask.sum() / tokens  # losses are means over tokens, so parts are weighted by tokens
             loss, stats = self.loss(part, kl_coef, entropy_coef)
             (share * loss).backward()
             for name, value in stats.items():
                 totals[name] += (share * value).item()
         totals = self.policy.ranks.sum_gradients(self.trained, totals)
         limit = float("inf") if self.config.max_grad_norm is None else self.config.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit).item()
+        norm = self.policy.ranks.clip_gradients(self.trained, limit)
         fault = self._fault(totals, norm)
         if fault:
             self.optimizer.zero_grad()

@@ -1,18 +1,26 @@
-"""What the processes of tests/test_ranks.py do; torchrun starts two of them: FOLDER."""
+"""What the processes of tests/test_ranks.py do, and how they are started: as torchrun does, but without new imports."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.tensor import DTensor
 
 from appo.config import APPOConfig
+from appo.lm import adapter
+from appo.lm.model import CausalLM
 from appo.lm.ranks import Ranks, RanksError
+from appo.lm.sharded import Sharded
 from appo.policy import Policy
 from appo.rollout import Query
 from appo.trainer import APPOTrainer
@@ -24,6 +32,8 @@ from tests.conftest import byte_tokenizer, llama, plain_sampling
 SMALL = {"prompts": 3, "threads": 1, "sampling.max_new_tokens": 8, "examples.test_limit": 8, "anchor.prompts": 2}
 OPTIONS = [f"{key}={value}" for key, value in SMALL.items()]
 OPTIONS += ["examples.shots=2", "examples.batch_size=2", "headroom=2", "checkpoint_every=2", "anchor.period=1"]
+DIVIDED = ("whole", "minibatches", "single")  # configurations that are run with a divided agent too
+REPEATED = ("minibatches",)
 QUERIES = [Query((5, 6, 7)), Query((8, 9))]
 
 
@@ -31,13 +41,15 @@ def arguments(folder: Path, *more: str, task: str = "sst2") -> list[str]:
     return ["--task", task, "--run", str(folder), *OPTIONS, "device=cpu", *more]
 
 
-def trainer(ranks: Ranks | None = None, **config: Any) -> APPOTrainer:
+def trainer(ranks: Ranks | None = None, lora: int = 0, **config: Any) -> APPOTrainer:
     """A trainer of a tiny model, with a learning rate that no rounding of a small gradient can turn into a step."""
-    from appo.lm.model import CausalLM
-
     tokenizer = byte_tokenizer()
-    lm = CausalLM(llama(len(tokenizer)), tokenizer)
-    policy = Policy(lm, plain_sampling(12), ranks)
+    model = llama(len(tokenizer))
+    if lora:
+        torch.manual_seed(0)
+        adapter.add(model, lora)
+    lm = CausalLM(model, tokenizer)
+    policy = Policy(lm, plain_sampling(8), ranks)
     settings = APPOConfig(learning_rate=1e-5, reference="anchor", **config)
     return APPOTrainer(policy, settings, generator=torch.Generator().manual_seed(0))
 
@@ -48,28 +60,36 @@ def score(prompts: list[str]) -> list[float]:
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "whole": {"ppo_epochs": 2},
-    "minibatches": {"minibatch_size": 3, "micro_batch_size": 1, "ppo_epochs": 2},
+    "minibatches": {"minibatch_size": 3, "micro_batch_size": 1, "ppo_epochs": 1},
     "single": {"minibatch_size": 1, "ppo_epochs": 1},  # one of two ranks has nothing to do
+    "adapter": {"lora": 4, "ppo_epochs": 2},
 }
 
 
-def updates(ranks: Ranks | None) -> dict[str, Any]:
-    """What three iterations do to an agent, under several configurations."""
+def updates(ranks: Ranks | None, names: Sequence[str] = tuple(CONFIGS)) -> dict[str, Any]:
+    """What two iterations do to an agent, under several configurations, and how many numbers the ranks exchange."""
     found: dict[str, Any] = {}
-    for name, config in CONFIGS.items():
-        made = trainer(ranks, **config)
-        done = [made.step(QUERIES, score, copies=3) for _ in range(2)]
+    for name in names:
+        made = trainer(ranks, **CONFIGS[name])
+        done = [made.step(QUERIES, score, copies=3)]
+        made.anchor.promote()
+        with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+            done.append(made.step(QUERIES, score, copies=3))
         found[name] = {
             "tokens": [iteration.collected.rollout.tokens for iteration in done],
             "logprobs": [iteration.collected.rollout.logprobs for iteration in done],
             "stats": [iteration.stats for iteration in done],
             "weights": weights(made),
+            "exchanged": {call.args[0].numel() for call in reduced.call_args_list},
         }
+        made.anchor.rollback()
+        found[name]["rolled back"] = weights(made)
     return found
 
 
 def weights(made: APPOTrainer) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in made.policy.parameters()])
+    wholes = [p.full_tensor() if isinstance(p, DTensor) else p for p in made.policy.parameters()]
+    return torch.cat([p.detach().flatten() for p in wholes])
 
 
 def verbs(ranks: Ranks) -> dict[str, Any]:
@@ -86,8 +106,8 @@ def verbs(ranks: Ranks) -> dict[str, Any]:
     with_none[0].grad = torch.full((2,), 1.0 + ranks.rank) if ranks.rank == 0 else None
     with_none[1].grad = torch.ones(1)
     sums = ranks.sum_gradients(with_none, {"a": 1.0 + ranks.rank})
-    first = torch.full((2,), float(ranks.rank))
-    ranks.copy_first([first])
+    module = torch.nn.ParameterList([torch.full((2,), float(ranks.rank))])
+    ranks.begin(module)
     apart = ""
     try:
         ranks.check_same("numbers", ranks.rank)
@@ -100,7 +120,7 @@ def verbs(ranks: Ranks) -> dict[str, Any]:
         "few": ranks.divide(1, lambda share: [["only"][share]]),
         "gradients": [p.grad for p in with_none],
         "sums": sums,
-        "first": first,
+        "first": module[0].detach(),
         "largest": ranks.largest(ranks.rank),
         "same": ranks.check_same("nothing", [float("nan")]),
         "apart": apart,
@@ -113,23 +133,43 @@ def runs(folder: Path) -> dict[str, int]:
 
     def show_and_signal(self: Progress, iteration: int, *rest: Any) -> None:
         show(self, iteration, *rest)
-        if iteration == 3 and job.rank() == 1:  # the other process must hear of it
+        if iteration > 1 and job.rank() == 1:  # the other process must hear of it
             os.kill(os.getpid(), signal.SIGTERM)
 
-    codes = {"fixed": main(arguments(folder / "fixed", "steps=4"))}
-    codes["dry"] = main([*arguments(folder / "dry"), "--dry-run"])
-    codes["tte"] = main(arguments(folder / "tte", "mode=tte", "steps=1", task="mixed"))
-    codes["text"] = main(arguments(folder / "text", "steps=1", task="antonyms"))
     Progress.show = show_and_signal  # type: ignore[method-assign]
-    codes["resumed"] = main(["--run", str(folder / "begun"), "--resume"])  # by one process
-    return codes
+    go_on = ["--run", str(folder / "begun"), "--resume"]  # one process has made an iteration
+    codes = {"resumed": main(go_on)}
+    job.leave()  # what is stopped does not
+    codes["divided"] = main([*go_on, "shard=true"])
+    job.leave()
+    return codes | {
+        "dry": main([*arguments(folder / "dry"), "--dry-run"]),
+        "tte": main(arguments(folder / "tte", "mode=tte", "steps=1", "shard=true", task="mixed")),
+        "text": main(arguments(folder / "text", "steps=1", task="antonyms")),
+    }
 
 
-if __name__ == "__main__":
-    target = Path(sys.argv[1])
+def look(folder: Path) -> None:
+    """Leaves in a file what this process finds when it does all of the above."""
     torch.set_num_threads(1)
     joined = job.join("cpu")
-    kept = {"verbs": verbs(joined), "updates": updates(joined), "again": updates(joined)}
+    kept = {"verbs": verbs(joined), "updates": updates(joined), "again": updates(joined, REPEATED)}
+    kept["divided"] = updates(Sharded(torch.float32, torch.device("cpu")), DIVIDED)
     job.leave()
-    kept["codes"] = runs(target)
-    torch.save(kept, target / f"rank-{joined.rank}.pt")
+    kept["codes"] = runs(folder)
+    torch.save(kept, folder / f"rank-{job.rank()}.pt")
+
+
+def tune(*arguments: str) -> None:
+    """A run, as `python -m experiments.train` is one."""
+    sys.exit(main(arguments))
+
+
+def launch(log: Path, work: Callable[..., None], *arguments: Any) -> None:
+    """Two processes that work as torchrun's would, in a process group of their own; what they print goes to a file."""
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    where = {"run_id": "job", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    elastic_launch(LaunchConfig(1, 1, 2, **where, start_method="fork", max_restarts=0), work)(*arguments)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from appo.lm.ranks import Ranks
@@ -21,36 +22,37 @@ from experiments.run.folder import read_jsonl
 from experiments.terminal.console import Progress
 from experiments.train import main
 from rewards.target import Asked, Shared, Target
-from tests.ranks_job import CONFIGS, arguments, updates, verbs
+from tests.ranks_job import CONFIGS, DIVIDED, REPEATED, arguments, launch, look, tune, updates, verbs
 
-ROOT = Path(__file__).parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
 STEPS = "steps=4"
+CONTEXT = multiprocessing.get_context("forkserver")  # its processes find torch and transformers imported
+CONTEXT.set_forkserver_preload(["tests.ranks_job", "peft", "experiments.tuning.loop"])
 
 
-def started(*command: str) -> subprocess.Popen[str]:
+def started(log: Path, work: Callable[..., None], *arguments: Any) -> ForkServerProcess:
     """A job of two processes."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([*TORCHRUN, *command], cwd=ROOT, env=environment, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+    process = CONTEXT.Process(target=launch, args=(log, work, *arguments))
+    process.start()
+    return process
 
 
-def logged(folder: Path) -> tuple[list[dict[str, Any]], str]:
-    """Rows of metrics.jsonl without seconds, and prompts.jsonl."""
-    metrics = [{k: v for k, v in row.items() if "seconds" not in k} for row in read_jsonl(folder / "metrics.jsonl")]
-    return metrics, (folder / "prompts.jsonl").read_text(encoding="utf-8")
+def ended(process: ForkServerProcess, log: Path, seconds: float = 60) -> str:
+    """All that a job printed, once it has ended."""
+    process.join(seconds)
+    assert process.exitcode is not None, log.read_text(encoding="utf-8")
+    return log.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with runs of one process: one that is whole, and one that was stopped after two iterations."""
+    """A folder with runs of one process: one that is whole, and one that was stopped after one iteration."""
     folder = tmp_path_factory.mktemp("ranks")
     assert main(arguments(folder / "whole", STEPS)) == 0
     show = Progress.show
 
     def show_and_signal(self: Progress, iteration: int, *rest: Any) -> None:
         show(self, iteration, *rest)
-        if iteration == 2:
+        if iteration == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -62,10 +64,16 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def job(alone: Path) -> tuple[Path, list[dict[str, Any]], str]:
     """The folder of a finished job, what each of its two processes found, and all that they printed."""
-    process = started("tests.ranks_job", str(alone))
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, printed
+    process = started(alone / "log", look, alone)
+    printed = ended(process, alone / "log", 300)
+    assert process.exitcode == 0, printed
     return alone, [torch.load(alone / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)], printed
+
+
+@pytest.fixture(scope="module")
+def one() -> dict[str, Any]:
+    """What one process finds."""
+    return updates(None)
 
 
 def test_a_process_on_its_own_gets_what_it_gives() -> None:
@@ -78,8 +86,8 @@ def test_a_process_on_its_own_gets_what_it_gives() -> None:
 def test_a_share_is_cut_into_parts_that_hold_every_row() -> None:
     one, none = Ranks(), Ranks()
     none.rank, none.size = 0, 2  # of one row, the second rank's
-    assert [rows.tolist() for rows in one.parts(3, 2)] == [[0, 1], [2]]
-    assert [rows.tolist() for rows in one.parts(3)] == [[0, 1, 2]]
+    assert [rows.tolist() for rows, _ in one.parts(3, 2)] == [[0, 1], [2]]
+    assert [rows.tolist() for rows, _ in one.parts(3)] == [[0, 1, 2]]
     assert none.parts(1) == []
 
 
@@ -103,8 +111,10 @@ def test_rank_0_is_copied_and_a_difference_is_an_error(job: tuple[Path, list[dic
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_ranks_end_in_the_update_of_one(job: tuple[Path, list[dict[str, Any]], str], name: str) -> None:
-    alone, both = updates(None)[name], [rank["updates"][name] for rank in job[1]]
+def test_two_ranks_end_in_the_update_of_one(
+    job: tuple[Path, list[dict[str, Any]], str], one: dict[str, Any], name: str
+) -> None:
+    alone, both = one[name], [rank["updates"][name] for rank in job[1]]
     for mine in both:
         assert all(map(torch.equal, mine["tokens"], alone["tokens"]))
         assert_close(mine["weights"], alone["weights"], rtol=0, atol=1e-6)
@@ -113,93 +123,126 @@ def test_two_ranks_end_in_the_update_of_one(job: tuple[Path, list[dict[str, Any]
     assert torch.equal(both[0]["weights"], both[1]["weights"])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", DIVIDED)
+def test_ranks_that_divide_an_agent_end_in_the_update_of_one(
+    job: tuple[Path, list[dict[str, Any]], str], one: dict[str, Any], name: str
+) -> None:
+    for mine in (rank["divided"][name] for rank in job[1]):
+        assert all(map(torch.equal, mine["tokens"], one[name]["tokens"]))
+        for weights in ("weights", "rolled back"):
+            assert_close(mine[weights], one[name][weights], rtol=0, atol=1e-6)
+        for here, there in zip(mine["stats"], one[name]["stats"], strict=True):
+            assert here == pytest.approx(there, rel=1e-4, abs=1e-5)
+    assert not torch.equal(one[name]["weights"], one[name]["rolled back"])
+
+
+@pytest.mark.parametrize("wrong", ["lora.rank=4", "shard=true"], ids=["an adapter", "one process"])
+def test_a_division_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: str) -> None:
+    assert main(arguments(tmp_path / "run", "shard=true", wrong)) == 2
+    assert "error: shard is true" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_only_an_adapter_and_the_head_are_exchanged(job: tuple[Path, list[dict[str, Any]], str]) -> None:
+    # q and o 32 x 32, k and v 32 x 16, three of 32 x 64, in two layers of rank 4; the head's 33; 6 statistics
+    numbers = 2 * 4 * (2 * 64 + 2 * 48 + 3 * 96) + 33 + 6
+    assert [rank["updates"]["adapter"]["exchanged"] for rank in job[1]] == [{numbers}] * 2
+
+
+@pytest.mark.parametrize("name", REPEATED)
 def test_the_same_seed_gives_the_same_bits(job: tuple[Path, list[dict[str, Any]], str], name: str) -> None:
     for rank in job[1]:
         assert torch.equal(rank["updates"][name]["weights"], rank["again"][name]["weights"])
 
 
-def test_a_job_writes_the_prompts_and_decisions_of_one_process(job: tuple[Path, list[dict[str, Any]], str]) -> None:
-    (rows, prompts), (expected, expected_prompts) = (logged(job[0] / name) for name in ("fixed", "whole"))
-    assert [json.loads(line)["prompt"] for line in prompts.splitlines()] == [
-        json.loads(line)["prompt"] for line in expected_prompts.splitlines()
-    ]
-    reviews = [row["review"] for row in rows if row["anchor"]]
-    assert len(reviews) == len([row for row in expected if row["anchor"]]) > 0
-    for mine, other in zip(rows, expected, strict=True):
-        assert mine["anchor"] == other["anchor"]
-        if mine["anchor"]:
-            assert mine["review"]["policy_scores"] == other["review"]["policy_scores"]
-
-
 def test_every_kind_of_run_ends_well(job: tuple[Path, list[dict[str, Any]], str]) -> None:
     folder, ranks, printed = job
-    assert [rank["codes"] for rank in ranks] == [{"fixed": 0, "resumed": 143, "dry": 0, "tte": 0, "text": 0}] * 2
+    assert [rank["codes"] for rank in ranks] == [{"resumed": 143, "divided": 143, "dry": 0, "tte": 0, "text": 0}] * 2
     assert not (folder / "dry").exists()
-    assert all((folder / name / "best_prompt.json").is_file() for name in ("fixed", "tte", "text"))
-    assert printed.count("best prompt found") <= 3 and printed.count("loaded") == 5  # the second process is silent
+    assert all((folder / name / "best_prompt.json").is_file() for name in ("tte", "text"))
+    assert printed.count("best prompt found") <= 2 and printed.count("loaded") == 5  # the second process is silent
     assert "processes was 1, is 2" in printed
 
 
 def test_a_run_goes_from_one_process_to_two_and_back(job: tuple[Path, list[dict[str, Any]], str]) -> None:
-    folder = job[0] / "begun"
-    assert len(read_jsonl(folder / "metrics.jsonl")) == 3  # the signal came to one process in the third iteration
-    assert main(["--run", str(folder), "--resume"]) == 0
-    assert [row["prompt"] for row in read_jsonl(folder / "prompts.jsonl")] == [
-        row["prompt"] for row in read_jsonl(job[0] / "whole" / "prompts.jsonl")
-    ]
+    """Whole, divided among two processes, whole again: prompts, decisions and agent are as in an unbroken run."""
+    begun, whole = job[0] / "begun", job[0] / "whole"
+    assert len(read_jsonl(begun / "metrics.jsonl")) == 3  # a signal came to one process in each job's only iteration
+    assert main(["--run", str(begun), "--resume", "shard=false"]) == 0
+    mine, other = (read_jsonl(folder / "prompts.jsonl") for folder in (begun, whole))
+    assert [row["prompt"] for row in mine] == [row["prompt"] for row in other]
+    mine, other = (read_jsonl(folder / "metrics.jsonl") for folder in (begun, whole))
+    assert [row["anchor"] for row in mine] == [row["anchor"] for row in other] and any(row["anchor"] for row in mine)
+    scores = [[row["review"]["policy_scores"] for row in rows if row["anchor"]] for rows in (mine, other)]
+    assert scores[0] == scores[1]
+    mine, other = (load_file(folder / "agent" / "model.safetensors") for folder in (begun, whole))
+    assert_close(mine, other, rtol=0, atol=1e-4)
+
+
+def test_a_divided_agent_is_saved_whole(job: tuple[Path, list[dict[str, Any]], str]) -> None:
+    divided, whole = (load_file(job[0] / name / "agent" / "model.safetensors") for name in ("tte", "whole"))
+    assert {name: (w.shape, w.dtype) for name, w in divided.items()} == {
+        name: (w.shape, w.dtype) for name, w in whole.items()
+    }
+
+
+Running = tuple[Path, ForkServerProcess, Callable[[int], int]]
 
 
 @pytest.fixture
-def running(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str], Callable[[int], int]]]:
-    """A job in its third iteration or later: its folder, torchrun, and a function from ranks to process ids."""
+def running(tmp_path: Path) -> Iterator[Running]:
+    """A job in its third iteration or later: its folder, its first process, and a function from ranks to process ids.
+
+    What it prints is in the file `log` beside the folder.
+    """
     folder = tmp_path / "run"
-    process = started("experiments.train", *arguments(folder, "steps=5000"))
+    process = started(tmp_path / "log", tune, *arguments(folder, "steps=5000"))
     metrics, limit = folder / "metrics.jsonl", time.monotonic() + 200
     while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 3:
-        assert process.poll() is None and time.monotonic() < limit, process.communicate()[0]
+        assert process.is_alive() and time.monotonic() < limit, (tmp_path / "log").read_text(encoding="utf-8")
         time.sleep(0.05)
 
     def pid(rank: int) -> int:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii").split()
-        ours = (p for p in children if f"RANK={rank}".encode() in Path(f"/proc/{p}/environ").read_bytes().split(b"\0"))
-        return int(next(ours))
+        # Forked in order, and never replaced.
+        tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+        children = [int(child) for task in tasks for child in task.read_text(encoding="ascii").split()]
+        return sorted(children)[-2:][rank]
 
     yield folder, process, pid
-    process.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    process.join()
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="finds the processes in /proc")
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the processes in /proc")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_the_job(
-    running: tuple[Path, subprocess.Popen[str], Callable[[int], int]], rank: int
-) -> None:
+def test_a_killed_process_ends_the_job(running: Running, rank: int) -> None:
     folder, process, pid = running
     os.kill(pid(rank), signal.SIGKILL)
-    printed, _ = process.communicate(timeout=30)
-    assert process.returncode != 0
+    printed = ended(process, folder.parent / "log", 30)
+    assert process.exitcode != 0
     assert [line for line in printed.splitlines() if line.startswith("error: another process of this job has ended")]
     assert printed.count("error: ") == 1
-    done = len(read_jsonl(folder / "metrics.jsonl"))
-    assert main(["--run", str(folder), "--resume", f"steps={done + 1}"]) == 0
+    if rank == 1:
+        done = len(read_jsonl(folder / "metrics.jsonl"))
+        assert main(["--run", str(folder), "--resume", f"steps={done + 1}"]) == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM])
-def test_a_signal_to_the_job_ends_it_in_order(
-    running: tuple[Path, subprocess.Popen[str], Callable[[int], int]], number: int
-) -> None:
+@pytest.mark.parametrize("to_all", [False, True], ids=["SIGTERM to torchrun", "Ctrl-C"])
+def test_a_signal_to_the_job_ends_it_in_order(running: Running, to_all: bool) -> None:
     folder, process, _ = running
-    process.send_signal(number)
-    printed, _ = process.communicate(timeout=60)
-    assert printed.count("finishing this iteration") == 1 and printed.count("to go on: ") == 1
+    if to_all:
+        os.killpg(process.pid or 0, signal.SIGINT)  # as a terminal does; torchrun sends it once more
+    else:
+        os.kill(process.pid or 0, signal.SIGTERM)
+    printed = ended(process, folder.parent / "log")
+    assert printed.count("finishing this iteration") == 1 and printed.count("to go on: ") == 1, printed
     assert (folder / "best_so_far.json").is_file() and (folder / "report.html").is_file()
     steps = sorted(int(p.name.removeprefix("step-")) for p in (folder / "checkpoint").iterdir())
     assert steps[-1] == len(read_jsonl(folder / "metrics.jsonl"))  # nothing is lost
 
 
 def test_a_mistake_is_told_once(tmp_path: Path) -> None:
-    process = started("experiments.train", *arguments(tmp_path / "run", "nonsense=1"))
-    printed, _ = process.communicate(timeout=100)
+    printed = ended(started(tmp_path / "log", tune, *arguments(tmp_path / "run", "nonsense=1")), tmp_path / "log")
     assert printed.count("error: ") == 1 and "nonsense" in printed
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -39,10 +39,10 @@ class Ranks:
         """Which of `count` rows are this rank's: consecutive ones, nearly as many as any other rank's."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def parts(self, count: int, size: int = 0) -> list[Tensor]:
-        """This rank's share of `count` rows, at most `size` at a time (0: all at once); none if the share is empty."""
+    def parts(self, count: int, size: int = 0) -> list[tuple[Tensor, float]]:
+        """This rank's share of `count` rows, at most `size` at a time (0: all at once), and the weight of each part."""
         rows = torch.arange(count, device="cpu")[self.share(count)]
-        return list(rows.split(size or count)) if len(rows) else []
+        return [(part, 1.0) for part in rows.split(size or count)] if len(rows) else []
 
     def divide(self, count: int, work: Work) -> Sequence[Any]:
         """What `work` makes of `count` rows; each rank does its share, and gets the whole.
@@ -64,8 +64,29 @@ class Ranks:
         """
         return numbers
 
-    def copy_first(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrites the tensors with those of rank 0, and checks that they arrived."""
+    def clip_gradients(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
+        """Scales the gradients, in place, to a norm of at most `limit`; returns the norm that they had together."""
+        return nn.utils.clip_grad_norm_(parameters, limit).item()
+
+    def begin(self, *modules: nn.Module) -> None:
+        """Makes the modules ready to be trained: their trained weights become rank 0's. May replace parameters."""
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Within this block ranks may make passes without gradients, each as many as it likes."""
+        return nullcontext()
+
+    def swap(self, parameter: nn.Parameter, other: Tensor) -> Tensor:
+        """Gives the parameter the values of `other`; returns a tensor with those that it had. `other` is used up."""
+        before, parameter.data = parameter.data, other
+        return before
+
+    def whole(self, state: Any) -> Any:
+        """A nested state for the first rank to save: with whole tensors where ranks hold parts."""
+        return state
+
+    def part(self, state: Any) -> Any:
+        """The reverse of `whole`, for every rank: what this rank holds of a saved state."""
+        return state
 
     def check_same(self, what: str, found: object) -> None:
         """Raises RanksError, which names `what`, if another rank has found something else."""
@@ -96,7 +117,7 @@ class Joined(Ranks):
     def gather(self, part: list[Any]) -> list[Any]:
         """As `Ranks.gather`."""
         parts: list[list[Any]] = [[] for _ in range(self.size)]
-        with _meeting():
+        with meeting():
             dist.all_gather_object(parts, part)
         return [entry for entries in parts for entry in entries]
 
@@ -106,12 +127,12 @@ class Joined(Ranks):
             return self.gather(list(column))
         sizes = torch.tensor(column.shape, device=column.device)
         shapes = [torch.empty_like(sizes) for _ in range(self.size)]
-        with _meeting():
+        with meeting():
             dist.all_gather(shapes, sizes)
         padded = column.new_zeros(torch.stack(shapes).amax(0).tolist())
         padded[tuple(map(slice, column.shape))] = column
         parts = [torch.empty_like(padded) for _ in range(self.size)]
-        with _meeting():
+        with meeting():
             dist.all_gather([_as_bytes(part) for part in parts], _as_bytes(padded))
         return torch.cat([part[: int(shape[0])] for part, shape in zip(parts, shapes, strict=True)])
 
@@ -120,16 +141,20 @@ class Joined(Ranks):
         parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
         told = torch.tensor(list(numbers.values()), dtype=parts[0].dtype, device=parts[0].device)
         together = torch.cat([*parts, told])
-        with _meeting():
+        with meeting():
             dist.all_reduce(together)
         *sums, told = together.split([*map(len, parts), len(told)])
         for parameter, total in zip(parameters, sums, strict=True):
             parameter.grad = total.view_as(parameter)
         return dict(zip(numbers, told.tolist(), strict=True))
 
+    def begin(self, *modules: nn.Module) -> None:
+        """As `Ranks.begin`."""
+        self.copy_first([p for module in modules for p in module.parameters() if p.requires_grad])
+
     def copy_first(self, tensors: Sequence[Tensor]) -> None:
-        """As `Ranks.copy_first`."""
-        with _meeting():
+        """Overwrites the tensors with those of rank 0, and checks that they arrived."""
+        with meeting():
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
         self.check_weights(tensors)
@@ -151,7 +176,7 @@ class Joined(Ranks):
 
 
 @contextmanager
-def _meeting() -> Iterator[None]:
+def meeting() -> Iterator[None]:
     """Turns the errors of a meeting that some rank does not come to into RanksError."""
     try:
         yield

@@ -31,7 +31,7 @@ DEFAULT_PRESETS = {  # (the lab's agent, mode tte) -> name
 }
 MAX_THREADS = 1024  # torch crashes if the system cannot start as many as asked
 RESUMABLE = (  # what may change on a resume
-    *("steps", "epochs", "run", "checkpoint_every", "trust_remote_code", "tensorboard", "wandb"),
+    *("steps", "epochs", "run", "checkpoint_every", "trust_remote_code", "tensorboard", "wandb", "shard"),
 )
 
 
@@ -114,6 +114,7 @@ class RunConfig:
     target_quantization: Literal["int8", "int4"] | None = None  # of the target's weights; needs bitsandbytes
     threads: int = 2  # CPU threads of torch; results repeat bit for bit only under the same number
     gradient_checkpointing: bool = False  # of the agent: a third more time for far less memory in updates
+    shard: bool = False  # divide the agent's weights and optimizer among several GPUs: docs/several-gpus.md
     onednn: bool = True  # use oneDNN for large matrix products on CPUs where it is faster; false: torch's own
     agent_chat: bool | None = None  # use the agent's chat template; null: if it has one
     target_chat: bool = False  # likewise the target's; the paper's template is plain text
@@ -128,6 +129,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         _at_least(self, seed=0, epochs=1, steps=1, prompts=1, pool=1, checkpoint_every=1, threads=1)
         _at_least(self, few_shot=0, headroom=0)
+        if self.shard and self.lora.rank is not None:
+            raise ValueError("shard is true, and lora.rank is set; an adapter is small enough for every GPU: drop one")
         if self.wandb == "":
             raise ValueError("wandb is ''; expected the name of a project, or null")
         if self.threads > MAX_THREADS:

@@ -172,12 +172,19 @@ def reach_server(config: RunConfig) -> Server:
 def save_agent(policy: Policy, folder: Path) -> None:
     """Writes the agent as a folder for `AutoModelForCausalLM`: the model, or its adapter alone; no value head.
 
+    All processes call it, and the first one writes.
+
     Raises:
         OSError: it cannot be written.
     """
+    model = policy.model
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    weights = policy.ranks.whole({name: w for name, w in model.state_dict().items() if name not in tied})
+    if policy.ranks.rank > 0:
+        return
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)  # raises if a file is there; transformers would skip saving
-        policy.model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         policy.lm.tokenizer.save_pretrained(folder)
 
 

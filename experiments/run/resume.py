@@ -84,8 +84,6 @@ def save(run: Run, arm: Stateful, iteration: int) -> None:
         RanksError: the processes' weights differ.
     """
     run.policy.ranks.check_weights([p for p in run.policy.parameters() if p.requires_grad])
-    if not run.folder.written:
-        return
     state = {
         "iteration": iteration,
         "arm": arm.state_dict(),
@@ -94,7 +92,8 @@ def save(run: Run, arm: Stateful, iteration: int) -> None:
         "environment": run.environment(),
         "log": run.folder.sizes(),
     }
-    checkpoint.save(run.folder.path / "checkpoint", iteration, state)
+    if run.folder.written:
+        checkpoint.save(run.folder.path / "checkpoint", iteration, state)
 
 
 def restore(run: Run, arm: Stateful) -> tuple[int, list[str]]:

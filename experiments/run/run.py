@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from appo.lm import adapter
 from appo.lm.model import CausalLM, ContextTooLongError
+from appo.lm.packed import layers
 from appo.lm.ranks import Ranks
 from appo.policy import Policy
 from experiments.config import RunConfig, data_source, is_served
@@ -110,6 +112,8 @@ def prepare(config: RunConfig, resume: bool = False, ranks: Ranks | None = None)
     """
     check_extras(config)
     ranks, path = ranks or Ranks(), new_folder(config)
+    if config.shard and ranks.size == 1:
+        raise ConfigError("shard is true, but there is one process only; start more: docs/several-gpus.md")
     return _assemble(config, RunFolder(path, new=not resume) if ranks.rank == 0 else ReadFolder(path), ranks)
 
 
@@ -131,12 +135,24 @@ def _assemble(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Run:
             answering = LocalTarget(reading, data.spec.template, data.words, inputs)
         except ValueError as error:  # a label word that its tokenizer does not know, or cannot tell from another
             raise ModelError(f"target: {error}") from error
+    if config.shard and ranks.size > 1:
+        ranks = _sharded(agent)
     target = Remembered(Shared(answering, ranks) if ranks.size > 1 else answering)
     policy, reward = Policy(agent, config.sampling, ranks), _reward(config, data, target)
     run = Run(config, data, policy, target, reward, folder, fingerprint(data), sizes, served)
     _check_agent_fits(run)
     _check_target_fits(run, reading)
     return run
+
+
+def _sharded(agent: CausalLM) -> Ranks:
+    """Processes that divide the agent; they have met before."""
+    from appo.lm.sharded import Sharded  # takes a second to load
+
+    if not layers(agent.model) or adapter.is_in(agent.model):
+        has = "is an adapter" if adapter.is_in(agent.model) else "has no layers that can be told apart"
+        raise ModelError(f"agent: shard is true, but the model {has}; set shard=false")
+    return Sharded(agent.compute_dtype, agent.device)
 
 
 def _served(config: RunConfig, data: TaskData, inputs: Sequence[str]) -> ServedTarget:

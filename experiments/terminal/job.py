@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from appo.lm.ranks import Ranks
@@ -83,6 +84,15 @@ def leave() -> None:
 
         dist.destroy_process_group()
         del _joined["store"]
+
+
+def end(code: int) -> NoReturn:
+    """Ends the process with this exit code; one of several at once, since FSDP2 may abort while Python cleans up."""
+    if size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def is_spokesman() -> bool:

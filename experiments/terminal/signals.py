@@ -6,9 +6,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+
+from experiments.terminal import job
+
+TWICE = 2.0  # seconds
 
 
 class StoppedError(KeyboardInterrupt):
@@ -65,12 +70,15 @@ def _print(text: str) -> None:
 class Signals:
     """Notes a first SIGINT or SIGTERM while a block runs; a second one raises StoppedError at once.
 
+    Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun: within two seconds it counts as one.
+
     Args:
         say: shows a line to the user.
     """
 
     def __init__(self, say: Callable[[str], None] = _print) -> None:
         self.received = 0
+        self._at = 0.0  # when the first one came
         self._say = say
         self._handlers: dict[int, Any] = {}
 
@@ -84,8 +92,11 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
-        if self.received:
+        now = time.monotonic()
+        if self.received and (job.size() == 1 or now > self._at + TWICE):
             raise StoppedError(number)
-        self.received = number
+        if self.received:
+            return
+        self.received, self._at = number, now
         with suppress(RuntimeError):  # the signal came during another print
             self._say("finishing this iteration; once more to stop at once")

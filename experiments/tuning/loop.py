@@ -71,8 +71,7 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
 
 def _finish(run: Run, arm: Arm, log: Log) -> dict[str, Any]:
     """Saves the agent, chooses the result and writes everything about it."""
-    if run.folder.written:
-        save_agent(run.policy, run.folder.path / "agent")
+    save_agent(run.policy, run.folder.path / "agent")
     result, candidates, predictions = arm.result()
     run.folder.write_rows(CANDIDATES, candidates)
     run.folder.write_rows(PREDICTIONS, predictions)
