@@ -70,6 +70,7 @@ class APPOConfig:
     max_bad_steps: int = 3  # iterations in a row without a sound step: roll back; twice as many: end training; ours
     whiten_advantages: bool = True  # over all tokens of the rollout [TRL]
     leave_one_out: bool = True  # subtract the mean score of the query's other responses; ours, see update.advantages
+    scale_scores: bool = False  # divide them by their root mean square among the query's responses, as GRPO does
     reference: ReferenceName = "anchor"  # KL against: anchor (APPO), initial (RLHF), previous (plain PPO), none
     kl_coef: float = 0.05  # the paper prints no coefficient; [TRL]: 0.2
     kl_in_loss: bool = False  # True: the k3 estimate in the loss, in place of a penalty on each token's reward

@@ -107,6 +107,12 @@ def leave_one_out(scores: Tensor, groups: Tensor, otherwise: float = 0.0) -> Ten
     return torch.where(count > 0, differences / count.clamp(min=1), scores - otherwise)
 
 
+def group_scaled(centred: Tensor, groups: Tensor) -> Tensor:
+    """Centred scores over their root mean square in their group, as in GRPO (Shao et al. 2024); both [B]; 0 stays 0."""
+    same = (groups[:, None] == groups).to(centred.dtype)  # [B, B]
+    return centred / (same @ centred**2 / same.sum(1)).sqrt().clamp(min=1e-4)
+
+
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Reward of each token: -kl_coef * kl everywhere, plus the response's score on its last real token.
 
@@ -189,16 +195,9 @@ def policy_loss(
     return PolicyLoss(masked_mean(torch.maximum(unclipped, clipped), mask), clip_fraction, approx_kl)
 
 
-class ValueLoss(NamedTuple):
-    """Result of `value_loss`: scalars; only `loss` carries a gradient."""
-
-    loss: Tensor
-    clip_fraction: Tensor
-
-
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float | None = 0.2
-) -> ValueLoss:
+) -> Tensor:
     """Squared error of the value head (StablePrompt, Eq. 3), clipped around the values of the rollout.
 
     0.5 * mean over `mask` of max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2);
@@ -212,11 +211,9 @@ def value_loss(
     old_values, returns = (x.detach().masked_fill(~mask, 0.0) for x in (old_values, returns))
     unclipped = (values - returns) ** 2
     if clip_range is None:
-        return ValueLoss(0.5 * masked_mean(unclipped, mask), unclipped.new_zeros(()))
+        return 0.5 * masked_mean(unclipped, mask)
     clipped = (values.clamp(old_values - clip_range, old_values + clip_range) - returns) ** 2
-    with torch.no_grad():
-        clip_fraction = masked_mean((clipped > unclipped).to(values.dtype), mask)
-    return ValueLoss(0.5 * masked_mean(torch.maximum(unclipped, clipped), mask), clip_fraction)
+    return 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from appo.anchor import Reference
 from appo.config import APPOConfig
 from appo.functional import (
     gae,
+    group_scaled,
     kl_estimate,
     leave_one_out,
     masked_mean,
@@ -40,13 +41,15 @@ def advantages(scored: Scored, config: APPOConfig, kl_coef: float, mean_score: f
 
     Args:
         scored: a scored rollout.
-        config: leave_one_out, gamma, lam, whiten_advantages.
+        config: leave_one_out, scale_scores, gamma, lam, whiten_advantages.
         kl_coef: weight of the k1 penalty on each token's reward; 0 for none.
         mean_score: the mean of earlier scores, the baseline of a response that is the only one to its query.
     """
     scores = scored.scores
     if config.leave_one_out:
         scores = leave_one_out(scores, scored.owner, otherwise=mean_score)
+    if config.scale_scores:
+        scores = group_scaled(scores, scored.owner)
     kl = kl_estimate(scored.logprobs, scored.ref_logprobs)
     rewards = token_rewards(scores, kl, scored.mask, kl_coef)
     estimated, returns = gae(rewards, scored.values, scored.mask, config.gamma, config.lam)
@@ -157,7 +160,7 @@ class Updater:
         now = self.policy.evaluate(batch)
         policy = policy_loss(now.logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip_range)
         value = value_loss(now.values, batch.values, batch.returns, batch.mask, config.value_clip_range)
-        loss = policy.loss + config.value_coef * value.loss
+        loss = policy.loss + config.value_coef * value
         entropy = masked_mean(now.entropy, batch.mask)
         if entropy_coef:
             loss = loss - entropy_coef * entropy
@@ -165,7 +168,7 @@ class Updater:
             loss = loss + kl_coef * masked_mean(kl_estimate(now.logprobs, batch.ref_logprobs, "k3"), batch.mask)
         stats = {
             "policy_loss": policy.loss,
-            "value_loss": value.loss,
+            "value_loss": value,
             "entropy": entropy,
             "ratio": masked_mean((now.logprobs - batch.logprobs).exp(), batch.mask),
             "clip_fraction": policy.clip_fraction,

@@ -220,7 +220,7 @@ def test_onednn_can_be_switched_off() -> None:
 
 
 def test_frozen_agent_is_best_of_n(tmp_path: Path) -> None:
-    run_small(tmp_path / "run", "frozen=true", steps=4)
+    run_small(tmp_path / "run", "arm=frozen", steps=4)
     rows = read_jsonl(tmp_path / "run/metrics.jsonl")
     assert all(abs(row["kl"]) < 1e-5 for row in rows)  # the agent is still the anchor
 

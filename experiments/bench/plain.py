@@ -88,7 +88,7 @@ def plain_loss(trainer: APPOTrainer, batch: Batch) -> tuple[Tensor, Tensor]:
     policy = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip_range)
     value = value_loss(values, batch.values, batch.returns, batch.mask, config.value_clip_range)
     entropy = logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
-    return policy.loss + config.value_coef * value.loss, entropy
+    return policy.loss + config.value_coef * value, entropy
 
 
 def plain_update(trainer: APPOTrainer, batch: Batch, passes: int) -> None:
