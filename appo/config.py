@@ -37,15 +37,16 @@ class AnchorConfig:
     prompts: int = 8  # sampled from each side at a review; ours; the published code's 2 are mostly noise
     promote_threshold: float = 0.05  # lead in mean validation accuracy, as a fraction, above which to promote [P]
     rollback_threshold: float = 0.1  # deficit above which to roll back [P]
+    significance: float | None = None  # highest p of a paired test at which a review acts, ours; null: no test [P]
     promote: bool = True  # False: the anchor stays where it is
     rollback: bool = True  # False: the agent is never rolled back
     collapse: bool = True  # roll back an agent whose prompts are empty, very short or all the same; ours
 
     def __post_init__(self) -> None:
-        _require(self.period >= 1, "period", self.period, "at least 1")
-        _require(self.prompts >= 1, "prompts", self.prompts, "at least 1")
-        _require(self.promote_threshold >= 0, "promote_threshold", self.promote_threshold, "at least 0")
-        _require(self.rollback_threshold >= 0, "rollback_threshold", self.rollback_threshold, "at least 0")
+        for name, least in (("period", 1), ("prompts", 1), ("promote_threshold", 0), ("rollback_threshold", 0)):
+            _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
+        p = self.significance
+        _require(p is None or 0 < p < 1, "significance", p, "above 0 and below 1, or null")
 
 
 @dataclass(frozen=True)

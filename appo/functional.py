@@ -34,17 +34,11 @@ def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
     return squares.masked_fill(~mask, 0.0).sum() / (count - int(unbiased)).clamp(min=1)
 
 
-def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """`x` at mean 0 and variance 1 over `mask`: (x - mean) / sqrt(var + 1e-8), 0 on padding.
-
-    With `shift_mean=False` the mean is added back and only the scale changes, as in Ziegler et al. 2019
-    (some libraries give the flag the opposite meaning). A single value whitens to 0.
-    """
+def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` at mean 0 and variance 1 over `mask`: (x - mean) / sqrt(var + 1e-8), 0 on padding; a single value gives 0."""
     mask = mask.bool()
     mean = masked_mean(x, mask)
     whitened = (x.masked_fill(~mask, 0.0) - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
-    if not shift_mean:
-        whitened = whitened + mean
     return whitened.masked_fill(~mask, 0.0)
 
 

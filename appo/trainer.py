@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from appo.anchor import Anchor, AnchorDecision, Health, KLController, collapse, decide
+from appo.anchor import Anchor, AnchorDecision, Health, KLController, collapse, decide, luck
 from appo.config import AnchorConfig, APPOConfig
 from appo.functional import kl_estimate, masked_mean
 from appo.policy import Policy
@@ -179,12 +179,6 @@ class APPOTrainer:
         self._guard(iteration)
         return iteration
 
-    def explore(self, queries: Sequence[Query], reward_fn: RewardFn, copies: int = 1) -> Iteration:
-        """As `step`, but without the update: best-of-N sampling."""
-        collected = self.collect(queries, reward_fn, copies)
-        self.buffer.clear()
-        return Iteration(collected, collected.stats())
-
     def collect(self, queries: Sequence[Query], reward_fn: RewardFn, copies: int = 1) -> Collected:
         """Samples `copies` responses to each query, scores them, and adds them to the buffer; may be called repeatedly.
 
@@ -200,7 +194,7 @@ class APPOTrainer:
         anchor_logprobs = self.anchor.logprobs(rollout)
         cut_off = 1 - self.policy.ended(rollout).float()
         if rewarded.scores.isfinite().all():
-            ref_logprobs = self.updater.reference.logprobs(anchor_logprobs, rollout.logprobs)
+            ref_logprobs = anchor_logprobs if self.updater.reference.fixed else rollout.logprobs
             scores = rewarded.scores.to(self.policy.device) - self.config.cut_off_penalty * cut_off
             self.buffer.add(rollout, scores, ref_logprobs)
         kl = kl_estimate(rollout.logprobs, anchor_logprobs).sum(1).mean().item()
@@ -220,8 +214,6 @@ class APPOTrainer:
         if self.bad_steps >= 2 * self.config.max_bad_steps:
             reasons = ", ".join(name for name in FAULTS if iteration.stats.get(name))
             raise DivergedError(f"{self.bad_steps} iterations in a row without a sound step ({reasons})", iteration)
-
-    # -- the anchor ----------------------------------------------------------------------------------------------------
 
     def review_anchor(self, queries: Sequence[Query], score_fn: ScoreFn, copies: int = 1) -> AnchorReview:
         """Lets agent and anchor answer the same queries, compares their mean scores, and acts on the result.
@@ -246,6 +238,9 @@ class APPOTrainer:
         policy_mean, anchor_mean = (sum(scores) / len(scores) for scores in (policy_scores, anchor_scores))
         decision = decide(policy_mean, anchor_mean, *thresholds)
         reason = f"mean score {policy_mean:.3f} against the anchor's {anchor_mean:.3f}"
+        p = luck([one - other for one, other in zip(policy_scores, anchor_scores, strict=True)])
+        if decision is not AnchorDecision.KEEP and config.significance is not None and p > config.significance:
+            decision, reason = AnchorDecision.KEEP, f"{reason}; that may be luck (p = {p:.2f})"
         sign = collapse(policy_health, anchor_health) if config.collapse else None
         wins = decision is AnchorDecision.PROMOTE and policy_mean > max(anchor_scores)
         if sign and not wins:
@@ -264,8 +259,6 @@ class APPOTrainer:
         rollout = self.policy.sample(queries, self.review_generator, copies)
         prompts = self.policy.decode(rollout)
         return prompts, _health(rollout, prompts)
-
-    # -- resuming from a saved state -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, random states included, as tensors and plain values."""

@@ -42,7 +42,7 @@ MUTANTS = (
     Mutant("mean: divided by all", F, "x.sum() / mask.sum().clamp(min=1)", "x.sum() / mask.numel()", MASKS),
     Mutant("variance: always biased", F, "(count - int(unbiased))", "count", MASKS),
     Mutant("variance: mask dropped", F, "squares.masked_fill(~mask, 0.0).sum()", "squares.sum()", MASKS),
-    Mutant("whiten: not centred", F, "if not shift_mean:", "if shift_mean:", MASKS),
+    Mutant("whiten: not centred", F, "x.masked_fill(~mask, 0.0) - mean) * torch", "x.masked_fill(~mask, 0.0)) * torch", MASKS),
     Mutant("whiten: padding not zero", F, "return whitened.masked_fill(~mask, 0.0)", "return whitened", MASKS),
     Mutant("logprobs: not normalised", F, "at_least_float32(logits).log_softmax(-1).gather", "at_least_float32(logits).gather", KL),
     Mutant("logprobs: rows not normalised", LOGITS, "logprobs = at_least_float32(rows).log_softmax(-1)\n            chosen", "logprobs = at_least_float32(rows)\n            chosen", KL),

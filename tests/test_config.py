@@ -94,6 +94,7 @@ PAPER = {
     "anchor.period": 5,
     "anchor.promote_threshold": 0.05,
     "anchor.rollback_threshold": 0.1,
+    "anchor.significance": None,
     "anchor.promote": True,
     "anchor.rollback": True,
     "target_chat": False,  # the paper's template is plain text

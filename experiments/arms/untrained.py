@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from appo.trainer import Iteration
 from experiments.arms.arm import Arm, Question, Step
 from experiments.arms.editing import TestTimeEditing
 from experiments.arms.fixed import FixedPrompt
@@ -12,7 +13,9 @@ class Untrained(Arm):
 
     def learn(self, question: Question) -> Step:
         """Collects rollouts and discards them."""
-        return Step.of(self.trainer.explore(question.queries, question.reward_fn, question.copies))
+        collected = self.trainer.collect(question.queries, question.reward_fn, question.copies)
+        self.trainer.buffer.clear()
+        return Step.of(Iteration(collected, collected.stats()))
 
     def reviewed(self, step: Step) -> Step:
         """No review: the agent has not changed."""
