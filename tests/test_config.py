@@ -101,6 +101,7 @@ PAPER = {
     "trust_remote_code": False,
     "arm": "appo",
     "show_best": 0,
+    "race": False,
     "appo.scale_scores": False,
     "seed": 0,
 }
@@ -384,6 +385,7 @@ BOUNDS = [
     ("threads", 0, 1),
     ("few_shot", -1, 0),
     ("headroom", -1, 0),
+    ("show_best", -1, 0),
     ("checkpoint_every", 0, 1),
     ("appo.max_ratio", 1.0, 1.000001),
     ("appo.target_kl", 0, 1e-9),
@@ -424,6 +426,8 @@ BOUNDS = [
     ("anchor.prompts", 0, 1),
     ("anchor.promote_threshold", -1e-9, 0.0),
     ("anchor.rollback_threshold", -1e-9, 0.0),
+    ("anchor.significance", 0, 1e-9),
+    ("anchor.significance", 1, 0.999),
 ]
 
 

@@ -7,9 +7,13 @@ import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from appo.lm.model import ContextTooLongError
 from appo.rollout import Query
 from experiments.arms.arm import Arm, Question, Step
+from experiments.arms.race import race
 from experiments.arms.result import Outcome, answers, chance, described, predictions, scores, shares, split_scores
 from experiments.run.run import Run, stream
 from experiments.run.statistics import interval
@@ -100,12 +104,12 @@ class FixedPrompt(Arm):
         run, manual, test = self.run, self.run.data.spec.manual_prompt, self.run.data.test
         candidates = self.candidates()
         prompts = [candidate.prompt for candidate in candidates]
-        table = run.reward.table(prompts, run.data.validation)
+        table = self._on_validation(prompts)
         validation = table[run.reward.metric]
         rewards = run.reward.weighed({name: values.mean(1) for name, values in table.items()}).scores
         if not rewards.isfinite().any():
             raise FloatingPointError("no prompt has a finite score on the validation split; see metrics.jsonl")
-        rewards, means = rewards.nan_to_num(-math.inf), validation.mean(1).tolist()
+        rewards, means = rewards.nan_to_num(-math.inf), validation.mean(1).nan_to_num(-math.inf).tolist()
         best = self.choose(means, rewards.tolist())
         published = [prompt for prompt, kind, _ in candidates if kind == "tuned"][:PAPER_POOL] or [manual]
         others = run.reward.by_example(published, test)
@@ -127,17 +131,30 @@ class FixedPrompt(Arm):
                 "test_interval": interval(luckiest),
             },
         }
+        scored = validation.isfinite() if run.config.race else torch.ones_like(validation, dtype=torch.bool)
+        scored[~scored.any(1)] = True  # no number at all: a target that is not sound
         listed = [
             {
                 **candidate._asdict(),
-                "validation_score": mean,
-                "validation_interval": interval(values),
-                "validation_rows": len(values),
+                "validation_score": values[known].mean().item(),
+                "validation_interval": interval(values[known].tolist()),
+                "validation_rows": int(known.sum()),
             }
-            for candidate, mean, values in zip(candidates, means, validation.tolist(), strict=True)
+            for candidate, values, known in zip(candidates, validation, scored, strict=True)
         ]
         listed.sort(key=lambda row: -row["validation_score"])
         return Outcome(result, listed, predictions(test, of_manual, of_best, run.target.words))
+
+    def _on_validation(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Metrics of the candidates on the validation rows, by name, [K, N]; NaN where a race left one out."""
+        run, examples = self.run, self.run.data.validation
+        if not run.config.race:
+            return run.reward.table(prompts, examples)
+
+        def score(alive: Sequence[int], rows: Sequence[int]) -> dict[str, Tensor]:
+            return run.reward.table([prompts[i] for i in alive], [examples[i] for i in rows])
+
+        return race(score, len(prompts), len(examples), run.reward.metric, stream(run.config.seed, "race"))
 
     def best_so_far(self) -> dict[str, Any] | None:
         """The best on validation of the manual prompt and as many prompts of the pool as an iteration scores."""

@@ -114,6 +114,7 @@ class RunConfig:
     prompts: int = 8  # K, sampled per iteration, in mode tte per input; [P, Table 6]: 4
     pool: int = 16  # best prompts by training reward that are re-scored on validation at the end; [P, 4.1]: 5
     few_shot: int = 0  # candidates beside the pool: the manual prompt followed by training pairs, drawn for each
+    race: bool = False  # drop candidates early at the end, by racing on blocks of validation rows; ours
     show_best: int = 0  # best prompts so far that the meta-prompt shows (GFlowPO, arXiv 2602.03358); 0: none [P]
     headroom: int = 16  # prompts of the untrained agent that are scored before training; 0: no such check
     checkpoint_every: int = 10  # iterations between checkpoints; a stop by signal and the end of a run write one too
