@@ -108,9 +108,9 @@ def _side_by_side(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, int,
                 cell = waiting.popleft()
                 running.append((cell, _started(cell)))
             for cell, process in list(running):
-                if process.poll() is not None:
+                if (code := process.poll()) is not None:
                     running.remove((cell, process))
-                    yield cell, process.returncode, _error(cell) if process.returncode else ""
+                    yield cell, code if code >= 0 else 128 - code, _error(cell) if code else ""
             time.sleep(PAUSE)
     finally:  # a signal came: each finishes its iteration and writes a checkpoint
         for _, process in running:
