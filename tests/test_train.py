@@ -204,7 +204,7 @@ def test_test_split_is_not_touched_before_the_end(tmp_path: Path, monkeypatch: p
 def test_winner_is_chosen_on_validation_not_on_test(small: tuple[Path, dict]) -> None:
     folder, result = small
     if result["chosen"] == "tuned":  # the best of a pool of five, which includes the winner
-        assert result["test_score"] <= result["paper_protocol"]["test_score"]
+        assert result["test_score"] <= result["paper_protocol"]["test_score"] + 1e-6  # the former is a float32 mean
     written = {row["prompt"] for row in read_jsonl(folder / "prompts.jsonl")}
     assert result["prompt"] in written | {result["manual_prompt"]}
 
