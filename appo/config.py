@@ -37,15 +37,16 @@ class AnchorConfig:
     prompts: int = 8  # sampled from each side at a review; ours; the published code's 2 are mostly noise
     promote_threshold: float = 0.05  # lead in mean validation accuracy, as a fraction, above which to promote [P]
     rollback_threshold: float = 0.1  # deficit above which to roll back [P]
+    significance: float | None = None  # highest p of a paired test at which a review acts, ours; null: no test [P]
     promote: bool = True  # False: the anchor stays where it is
     rollback: bool = True  # False: the agent is never rolled back
     collapse: bool = True  # roll back an agent whose prompts are empty, very short or all the same; ours
 
     def __post_init__(self) -> None:
-        _require(self.period >= 1, "period", self.period, "at least 1")
-        _require(self.prompts >= 1, "prompts", self.prompts, "at least 1")
-        _require(self.promote_threshold >= 0, "promote_threshold", self.promote_threshold, "at least 0")
-        _require(self.rollback_threshold >= 0, "rollback_threshold", self.rollback_threshold, "at least 0")
+        for name, least in (("period", 1), ("prompts", 1), ("promote_threshold", 0), ("rollback_threshold", 0)):
+            _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
+        p = self.significance
+        _require(p is None or 0 < p < 1, "significance", p, "above 0 and below 1, or null")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class APPOConfig:
     max_bad_steps: int = 3  # iterations in a row without a sound step: roll back; twice as many: end training; ours
     whiten_advantages: bool = True  # over all tokens of the rollout [TRL]
     leave_one_out: bool = True  # subtract the mean score of the query's other responses; ours, see update.advantages
+    scale_scores: bool = False  # divide them by their root mean square among the query's responses, as GRPO does
     reference: ReferenceName = "anchor"  # KL against: anchor (APPO), initial (RLHF), previous (plain PPO), none
     kl_coef: float = 0.05  # the paper prints no coefficient; [TRL]: 0.2
     kl_in_loss: bool = False  # True: the k3 estimate in the loss, in place of a penalty on each token's reward

@@ -35,17 +35,15 @@ def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
 
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """`x` at mean 0 and variance 1 over `mask`: (x - mean) / sqrt(var + 1e-8), 0 on padding.
+    """`x` at mean 0 and variance 1 over `mask`: (x - mean) / sqrt(var + 1e-8), 0 on padding; a single value gives 0.
 
     With `shift_mean=False` the mean is added back and only the scale changes, as in Ziegler et al. 2019
-    (some libraries give the flag the opposite meaning). A single value whitens to 0.
+    (some libraries give the flag the opposite meaning).
     """
     mask = mask.bool()
     mean = masked_mean(x, mask)
     whitened = (x.masked_fill(~mask, 0.0) - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
-    if not shift_mean:
-        whitened = whitened + mean
-    return whitened.masked_fill(~mask, 0.0)
+    return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0.0)
 
 
 def logprobs_from_logits(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -105,6 +103,12 @@ def leave_one_out(scores: Tensor, groups: Tensor, otherwise: float = 0.0) -> Ten
     differences = (scores[:, None] - scores).masked_fill(~others, 0.0).sum(1)
     count = others.sum(1)
     return torch.where(count > 0, differences / count.clamp(min=1), scores - otherwise)
+
+
+def group_scaled(centred: Tensor, groups: Tensor) -> Tensor:
+    """Centred scores over their root mean square in their group, as in GRPO (Shao et al. 2024); both [B]; 0 stays 0."""
+    same = (groups[:, None] == groups).to(centred.dtype)  # [B, B]
+    return centred / (same @ centred**2 / same.sum(1)).sqrt().clamp(min=1e-4)
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
@@ -214,8 +218,7 @@ def value_loss(
     if clip_range is None:
         return ValueLoss(0.5 * masked_mean(unclipped, mask), unclipped.new_zeros(()))
     clipped = (values.clamp(old_values - clip_range, old_values + clip_range) - returns) ** 2
-    with torch.no_grad():
-        clip_fraction = masked_mean((clipped > unclipped).to(values.dtype), mask)
+    clip_fraction = masked_mean((clipped > unclipped).to(values.dtype), mask)
     return ValueLoss(0.5 * masked_mean(torch.maximum(unclipped, clipped), mask), clip_fraction)
 
 

@@ -21,9 +21,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from appo.anchor import Anchor, AnchorDecision, Health, KLController, collapse, decide
+from appo.anchor import Anchor, AnchorDecision, Health, KLController, collapse, decide, luck
 from appo.config import AnchorConfig, APPOConfig
 from appo.functional import kl_estimate, masked_mean
+from appo.lm.ends import distinct_ngrams
 from appo.policy import Policy
 from appo.rollout import Query, Rollout, RolloutBuffer
 from appo.update import FAULTS, Updater
@@ -72,7 +73,7 @@ class Collected:
             "truncated_rate": self.truncated_rate,
             "empty_rate": health.empty_rate,
             "duplicate_rate": 1 - health.distinct,
-            "distinct_2": _distinct(self.prompts, 2),
+            "distinct_2": distinct_ngrams(self.prompts, 2),
         }
 
 
@@ -179,12 +180,6 @@ class APPOTrainer:
         self._guard(iteration)
         return iteration
 
-    def explore(self, queries: Sequence[Query], reward_fn: RewardFn, copies: int = 1) -> Iteration:
-        """As `step`, but without the update: best-of-N sampling."""
-        collected = self.collect(queries, reward_fn, copies)
-        self.buffer.clear()
-        return Iteration(collected, collected.stats())
-
     def collect(self, queries: Sequence[Query], reward_fn: RewardFn, copies: int = 1) -> Collected:
         """Samples `copies` responses to each query, scores them, and adds them to the buffer; may be called repeatedly.
 
@@ -200,7 +195,7 @@ class APPOTrainer:
         anchor_logprobs = self.anchor.logprobs(rollout)
         cut_off = 1 - self.policy.ended(rollout).float()
         if rewarded.scores.isfinite().all():
-            ref_logprobs = self.updater.reference.logprobs(anchor_logprobs, rollout.logprobs)
+            ref_logprobs = anchor_logprobs if self.updater.reference.fixed else rollout.logprobs
             scores = rewarded.scores.to(self.policy.device) - self.config.cut_off_penalty * cut_off
             self.buffer.add(rollout, scores, ref_logprobs)
         kl = kl_estimate(rollout.logprobs, anchor_logprobs).sum(1).mean().item()
@@ -220,8 +215,6 @@ class APPOTrainer:
         if self.bad_steps >= 2 * self.config.max_bad_steps:
             reasons = ", ".join(name for name in FAULTS if iteration.stats.get(name))
             raise DivergedError(f"{self.bad_steps} iterations in a row without a sound step ({reasons})", iteration)
-
-    # -- the anchor ----------------------------------------------------------------------------------------------------
 
     def review_anchor(self, queries: Sequence[Query], score_fn: ScoreFn, copies: int = 1) -> AnchorReview:
         """Lets agent and anchor answer the same queries, compares their mean scores, and acts on the result.
@@ -246,6 +239,9 @@ class APPOTrainer:
         policy_mean, anchor_mean = (sum(scores) / len(scores) for scores in (policy_scores, anchor_scores))
         decision = decide(policy_mean, anchor_mean, *thresholds)
         reason = f"mean score {policy_mean:.3f} against the anchor's {anchor_mean:.3f}"
+        p = luck([one - other for one, other in zip(policy_scores, anchor_scores, strict=True)])
+        if decision is not AnchorDecision.KEEP and config.significance is not None and p > config.significance:
+            decision, reason = AnchorDecision.KEEP, f"{reason}; that may be luck (p = {p:.2f})"
         sign = collapse(policy_health, anchor_health) if config.collapse else None
         wins = decision is AnchorDecision.PROMOTE and policy_mean > max(anchor_scores)
         if sign and not wins:
@@ -264,8 +260,6 @@ class APPOTrainer:
         rollout = self.policy.sample(queries, self.review_generator, copies)
         prompts = self.policy.decode(rollout)
         return prompts, _health(rollout, prompts)
-
-    # -- resuming from a saved state -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, random states included, as tensors and plain values."""
@@ -321,13 +315,6 @@ def _health(rollout: Rollout, prompts: Sequence[str]) -> Health:
         length=rollout.mask.sum(1).float().mean().item(),
         empty_rate=prompts.count("") / len(prompts),
         distinct=len(set(prompts)) / len(prompts),
-        distinct_2=fmean([_distinct([prompt], 2) for prompt in prompts if len(prompt.split()) > 1] or [1.0]),
+        distinct_2=fmean([distinct_ngrams([prompt], 2) for prompt in prompts if len(prompt.split()) > 1] or [1.0]),
         entropy=-masked_mean(rollout.logprobs, rollout.mask).item(),
     )
-
-
-def _distinct(prompts: Sequence[str], size: int) -> float:
-    """Share of distinct word n-grams, n = `size` (Li et al. 2016, distinct-n): near 0 when prompts repeat."""
-    words = [prompt.split() for prompt in prompts]
-    runs = [tuple(row[i : i + size]) for row in words for i in range(len(row) - size + 1)]
-    return len(set(runs)) / max(1, len(runs))

@@ -13,6 +13,7 @@ from appo.anchor import Reference
 from appo.config import APPOConfig
 from appo.functional import (
     gae,
+    group_scaled,
     kl_estimate,
     leave_one_out,
     masked_mean,
@@ -40,13 +41,15 @@ def advantages(scored: Scored, config: APPOConfig, kl_coef: float, mean_score: f
 
     Args:
         scored: a scored rollout.
-        config: leave_one_out, gamma, lam, whiten_advantages.
+        config: leave_one_out, scale_scores, gamma, lam, whiten_advantages.
         kl_coef: weight of the k1 penalty on each token's reward; 0 for none.
         mean_score: the mean of earlier scores, the baseline of a response that is the only one to its query.
     """
     scores = scored.scores
     if config.leave_one_out:
         scores = leave_one_out(scores, scored.owner, otherwise=mean_score)
+    if config.scale_scores:
+        scores = group_scaled(scores, scored.owner)
     kl = kl_estimate(scored.logprobs, scored.ref_logprobs)
     rewards = token_rewards(scores, kl, scored.mask, kl_coef)
     estimated, returns = gae(rewards, scored.values, scored.mask, config.gamma, config.lam)

@@ -1,67 +1,80 @@
-"""Compares APPO with best-of-N sampling at the same number of scored prompts, over seeds; or runs that exist.
+"""Compares ways to tune a prompt under one budget of scored prompts, over seeds; or runs that exist.
 
-    appo compare --task mnli --seeds 0 1 2 3 4
-    appo compare --task mnli --arms anchor initial previous none best-of-n
+    appo compare --task mnli --seeds 0-4
+    appo compare --task mnli --arms "appo ppo rlhf none frozen" --seeds 0-9 --folder runs/mnli --jobs 2
     appo compare --runs runs/mnli-* --out results.csv --page comparison.html
 
-The arms are the four references of the KL penalty (anchor is APPO, initial is RLHF-style PPO, previous is plain
-PPO, none has no penalty), best-of-n, which never updates the agent, and test-time editing with the trained agent (tte)
-or the untrained one (tte-untrained). Prints a table in Markdown. --out also writes a CSV file with a row for each run,
---page a page with curves and intervals.
+The arms are those of the key `arm` (docs/arms.md), and test-time editing with the trained agent (tte) or the untrained
+one (tte-untrained). Prints tables in Markdown. --out also writes a CSV file with a row for each run, --page a page with
+curves and intervals. With the --folder of an earlier call, finished runs are taken as they are and stopped ones resume.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import sys
-import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from experiments.config import build_config
+from experiments.config import ArmName, build_config
 from experiments.diagnostics.results import RunRow, grouped, read_row, scored, write_csv
-from experiments.page.comparison import render_comparison
+from experiments.page.comparison import render_comparison, summaries
 from experiments.run.files import write_whole
-from experiments.run.folder import read_jsonl
-from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order, one_line
-from experiments.terminal.signals import ending_at_once
-from experiments.train import train
+from experiments.run.folder import METRICS, PROMPTS, read_optional, read_result
+from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order
+from experiments.tuning.cells import Cell, make
 from tasks.errors import printable
 
 ARMS = {
-    "anchor": ["appo.reference=anchor"],
-    "initial": ["appo.reference=initial"],
-    "previous": ["appo.reference=previous"],
-    "none": ["appo.reference=none"],
-    "best-of-n": ["frozen=true"],
+    **{arm: [f"arm={arm}"] for arm in get_args(ArmName)},
     "tte": ["mode=tte"],
-    "tte-untrained": ["mode=tte", "frozen=true", "steps=1"],
+    "tte-untrained": ["mode=tte", "arm=frozen", "steps=1"],
 }
+SEEDS, COMPARED = "0-4", "appo frozen"  # by default
+MOST_SEEDS = 1000  # in a range
 EDGE = 20  # iterations averaged at the beginning and at the end of a run
+HEADER = (
+    *("arm", "seed", "prompts", "answers", "first 20", "last 20", "validation", "test", "manual, test"),
+    *("top 5 on test", "seconds"),
+)
 COLUMNS = ("first", "last", "validation_score", "test_score", "manual_test_score", "top")
 
 
-def run_arm(arm: str, task: str, seed: int, folder: Path, assignments: Sequence[str]) -> dict[str, Any]:
-    """Runs one arm; returns its result with the mean scores of sampled prompts in the first and last iterations."""
-    from experiments.run.run import prepare
+def cells_of(options: Namespace) -> list[Cell]:
+    """The runs to be made, by arm and seed.
 
-    started = time.perf_counter()
-    options = {"task": task, "seed": seed, "run": str(folder / f"{arm}-{seed}")}
-    run = prepare(build_config(options, assignments=[*assignments, *ARMS[arm]]))
-    with run.folder.lock():
-        result = train(run, quiet=True)
-    rows = read_jsonl(run.folder.path / "metrics.jsonl")
+    Raises:
+        ConfigError: one of them cannot be.
+    """
+    folder = options.folder or Path(f"runs/compare-{datetime.now():%Y%m%d-%H%M%S}")
+    alone = ["threads=1"] if options.jobs > 1 else []
+    found = []
+    for arm in options.arms:
+        for seed in options.seeds:
+            given = {"task": options.task, "seed": seed, "run": str(folder / f"{arm}-{seed}")}
+            assignments = [*alone, *options.assignments, *ARMS[arm]]
+            config = build_config(given, assignments=assignments)
+            words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+            found.append(Cell(f"{arm}, seed {seed}", config, [*words, *assignments]))
+    return found
+
+
+def measured(cell: Cell) -> dict[str, Any]:
+    """The result of a finished run with the mean scores of sampled prompts in its first and last iterations."""
+    result, rows = read_result(cell.folder), read_optional(cell.folder / METRICS)
     scores = [math.nan if (score := row[f"{result['metric']}_mean"]) is None else score for row in rows]
     return result | {
-        "first": sum(scores[:EDGE]) / len(scores[:EDGE]),
-        "last": sum(scores[-EDGE:]) / len(scores[-EDGE:]),
+        "first": _mean(scores[:EDGE]),
+        "last": _mean(scores[-EDGE:]),
         "top": result.get("paper_protocol", {}).get("test_score", math.nan),  # mode tte has none
         "top_interval": result.get("paper_protocol", {}).get("test_interval"),
-        "seconds": time.perf_counter() - started,
-        "prompts": len(read_jsonl(run.folder.path / "prompts.jsonl")),
+        "seconds": sum(row["seconds"] for row in rows),
+        "prompts": len(read_optional(cell.folder / PROMPTS)),
+        "answers": sum(row["answers"] for row in rows),
     }
 
 
@@ -73,30 +86,42 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as CSV too, as in results.csv")
     parser.add_argument("--page", type=Path, metavar="FILE", help="draw a page too, as in comparison.html")
     parser.add_argument("--task", help="default: mnli")
-    parser.add_argument("--seeds", nargs="+", action="append", help="default: 0 1 2 3 4")
-    parser.add_argument("--arms", nargs="+", action="append", help=f"of {', '.join(ARMS)} (default: anchor best-of-n)")
+    parser.add_argument("--seeds", nargs="+", action="append", help=f"such as 0 1 5-9 (default: {SEEDS})")
+    parser.add_argument("--arms", nargs="+", action="append", help=f"of {', '.join(ARMS)} (default: {COMPARED})")
     parser.add_argument("--folder", type=Path, help="folder of the runs (default: runs/compare-DATE-TIME)")
+    parser.add_argument("--jobs", type=int, help="runs at a time, in processes of one thread each (default: 1)")
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="sets a configuration field of every run")
     options = parser.parse_intermixed_args(argv)
-    if options.runs and any((options.task, options.seeds, options.arms, options.folder, options.assignments)):
+    made = (options.task, options.seeds, options.arms, options.folder, options.jobs, options.assignments)
+    if options.runs and any(made):
         raise UsageError("--runs shows runs that exist; it goes with --separate, --out and --page only")
     if options.separate and not options.runs:
         raise UsageError("--separate goes with --runs only")
     if options.separate and options.page:
         raise UsageError("--page shows runs of one test; leave out --separate")
     options.task = options.task or "mnli"
-    for name, default in (("seeds", ["0", "1", "2", "3", "4"]), ("arms", ["anchor", "best-of-n"])):
-        given = getattr(options, name) or [default]  # nargs="+" takes every word that follows, assignments too
+    options.jobs = 1 if options.jobs is None else options.jobs
+    if options.jobs < 1:
+        raise UsageError(f"--jobs is {options.jobs}; expected at least 1")
+    for name, default in (("seeds", SEEDS), ("arms", COMPARED)):
+        given = getattr(options, name) or [[default]]  # nargs="+" takes every word that follows, assignments too
         options.assignments += [word for words in given for word in words if "=" in word]
-        setattr(options, name, [word for word in given[-1] if "=" not in word])
-    for word in options.seeds:
-        if not word.isdecimal():
-            raise UsageError(f"--seeds: {word!r} is no seed; expected whole numbers")
+        words = [word for several in given[-1] if "=" not in several for word in several.split()]
+        setattr(options, name, list(dict.fromkeys(words)))
     for word in options.arms:
         if word not in ARMS:
             raise UsageError(f"--arms: unknown arm {word!r}; expected {', '.join(ARMS)}")
-    options.seeds = list(map(int, options.seeds))
+    options.seeds = list(dict.fromkeys(seed for word in options.seeds for seed in _seeds(word)))
     return options
+
+
+def _seeds(word: str) -> range:
+    """The seeds that a word names: one, or a range such as 0-9."""
+    ends = re.fullmatch(r"([0-9]{1,20})(?:-([0-9]{1,20}))?", word)
+    first, last = (int(end) for end in (ends[1], ends[2] or ends[1])) if ends else (0, -1)
+    if not 0 <= last - first < MOST_SEEDS:
+        raise UsageError(f"--seeds: {word!r} is no seed; expected whole numbers, or ranges such as 0-9")
+    return range(first, last + 1)
 
 
 def show(rows: Sequence[RunRow]) -> None:
@@ -114,7 +139,7 @@ def _cell(result: Mapping[str, Any], column: str) -> str:
     """A score of a run, with its interval and number of rows if it has any."""
     ends = result.get(f"{column.removesuffix('_score')}_interval")
     if ends is None:
-        return f"{result[column]:.3f}"
+        return "" if math.isnan(result[column]) else f"{result[column]:.3f}"
     low, high = ends
     return scored(result[column], low, high, result["validation_rows" if "validation" in column else "test_rows"])
 
@@ -138,6 +163,10 @@ def compare_runs(folders: Sequence[Path], separate: bool) -> list[RunRow]:
     return rows
 
 
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
 @in_order
 def main(argv: Sequence[str]) -> int:
     """Shows runs that exist, or makes them and shows their scores; returns the exit code."""
@@ -157,37 +186,52 @@ def keep(rows: Sequence[RunRow], options: Namespace) -> None:
         write_whole(options.page, render_comparison(rows))
 
 
-def compare_arms(options: Namespace) -> int:
-    """Runs all arms on all seeds and prints a row for each, then the means; returns the exit code.
+def _lines(cells: Sequence[Cell], codes: Mapping[str, int]) -> Iterator[str]:
+    """The table of runs, in order: "" wherever the next run is not done yet, that is, not in `codes`."""
+    yield f"| {' | '.join(HEADER)} |"
+    yield "|---" * len(HEADER) + "|"
+    found: list[list[float]] = []
+    for number, cell in enumerate(cells):
+        while cell.name not in codes:
+            yield ""
+        arm, seed = cell.folder.name.rsplit("-", 1)
+        if code := codes[cell.name]:
+            what = "diverged" if code == UNSOUND else "failed"
+            yield f"| {arm} | {seed} | | | | | {what} | | | | |"
+        else:
+            result = measured(cell)
+            found.append([result[column] for column in COLUMNS])
+            numbers = " | ".join(_cell(result, column) for column in COLUMNS)
+            cost = f"{result['prompts']} | {result['answers']:.0f}"
+            yield f"| {arm} | {seed} | {cost} | {numbers} | {result['seconds']:.0f} |"
+        if found and (number + 1 == len(cells) or cells[number + 1].folder.name.rsplit("-", 1)[0] != arm):
+            means = " | ".join(_cell({"mean": _mean(column)}, "mean") for column in zip(*found, strict=True))
+            yield f"| **{arm}** | mean | | | {means} | |"
+            found = []
 
-    A run that diverges is a row without numbers, and the others go on.
+
+def compare_arms(options: Namespace) -> int:
+    """Makes the runs of all arms and seeds and prints a row for each, then one for each arm; returns the exit code.
+
+    A run that diverges or fails is a row without numbers, and the others go on.
     """
-    with ending_at_once():
-        from appo.trainer import DivergedError  # takes seconds to load
-    folder = options.folder or Path(f"runs/compare-{datetime.now():%Y%m%d-%H%M%S}")
-    print("| arm | seed | prompts | first 20 | last 20 | validation | test | manual, test | top 5 on test | seconds |")
-    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
-    code, made = 0, list[Path]()
-    for arm in options.arms:
-        found = []
-        for seed in options.seeds:
-            made.append(folder / f"{arm}-{seed}")
-            try:
-                result = run_arm(arm, options.task, seed, folder, options.assignments)
-                found.append([result[column] for column in COLUMNS])
-                cells = " | ".join(_cell(result, column) for column in COLUMNS)
-                line = f"| {arm} | {seed} | {result['prompts']} | {cells} | {result['seconds']:.0f} |"
-            except (DivergedError, FloatingPointError) as error:
-                code = UNSOUND
-                print(f"error: {arm}, seed {seed}: {one_line(error)}", file=sys.stderr)
-                line = f"| {arm} | {seed} | | | | diverged | | | | |"
+    cells, codes = cells_of(options), dict[str, int]()
+    lines = _lines(cells, codes)
+    print(*(next(lines) for _ in range(2)), sep="\n", flush=True)
+    for cell, code, error in make(cells, options.jobs):
+        codes[cell.name] = code
+        if code:
+            print(f"error: {cell.name}: {error}", file=sys.stderr)
+        for line in lines:
+            if not line:
+                break
             print(line, flush=True)
-            if options.out or options.page:  # after each run: a stop loses none
-                keep([read_row(run) for run in made], options)
-        means = " | ".join(f"{sum(column) / len(column):.3f}" for column in zip(*found, strict=True))
-        if found:
-            print(f"| **{arm}** | mean | | {means} | |", flush=True)
-    return code
+        if options.out or options.page:  # after each run: a stop loses none
+            keep([read_row(other.folder) for other in cells if other.begun], options)
+    header, rows = summaries([read_row(cell.folder) for cell in cells if not codes[cell.name]])
+    for row in ["", header, ["---"] * len(header), *rows] if rows else []:
+        print("| " + " | ".join(row) + " |" if row else "")
+    return max(codes.values())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from experiments.config import RunConfig, build_config
+from experiments.config import GIVEN, RunConfig, build_config
 from experiments.terminal.command import Parser, in_order
 from experiments.terminal.signals import ending_at_once
 from tasks.catalogue import load_spec
@@ -58,7 +58,7 @@ def lengths_of(config: RunConfig, query: int | None = None, example: int = EXAMP
 
     load_spec(config.task)  # refuses an unknown task
     rows = 2 * config.examples.shots
-    steps = config.steps or config.epochs * -(-rows // config.examples.batch_size)
+    steps = 0 if config.arm in GIVEN else config.steps or config.epochs * -(-rows // config.examples.batch_size)
     frame = 60  # tokens of the meta-prompt around its pairs
     return Lengths(query or frame + config.examples.pairs * example, config.sampling.max_new_tokens, example, steps)
 

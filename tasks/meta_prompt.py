@@ -17,12 +17,19 @@ class MetaPrompt(NamedTuple):
     opening: str
 
 
-def meta_prompt(pairs: Sequence[Example]) -> MetaPrompt:
-    """The fixed meta-prompt of the paper (Figure 6), filled with input-output pairs."""
+def meta_prompt(pairs: Sequence[Example], best: Sequence[str] = ()) -> MetaPrompt:
+    """The fixed meta-prompt of the paper (Figure 6), filled with input-output pairs.
+
+    Args:
+        pairs: examples to show.
+        best: good instructions to show before them, best first (GFlowPO's idea, arXiv 2602.03358); the paper has none.
+    """
+    known = "".join(f"Instruction : {instruction}\n" for instruction in best)
     count = NUMBER_WORDS[len(pairs)] if len(pairs) < len(NUMBER_WORDS) else str(len(pairs))
     noun = "input" if len(pairs) == 1 else "inputs"
     return MetaPrompt(
-        f"I gave a friend an instruction and {count} {noun}.\n"
+        (f"Here are good instructions, the best one first:\n{known}" if known else "")
+        + f"I gave a friend an instruction and {count} {noun}.\n"
         "The friend read the instruction and wrote an output for every one of the inputs.\n"
         f"Here are the input-output pairs:\n{as_lines(pairs)}",
         "The instruction was :",
@@ -44,6 +51,14 @@ def rewrite_prompt(pairs: Sequence[Example], text: str, instruction: str = "") -
         f"Here are the input-output pairs:\n{as_lines(pairs)}\n"
         f"Current Input Here : {text}",
         "The Rewritten instruction was :",
+    )
+
+
+def paraphrase_prompt(text: str) -> MetaPrompt:
+    """The request for a variation of an instruction (APE, Zhou et al. 2023, section 3)."""
+    return MetaPrompt(
+        f"Generate a variation of the following instruction while keeping the semantic meaning.\nInput : {text}",
+        "Output :",
     )
 
 

@@ -111,18 +111,18 @@ def test_answers_are_counted_over_the_labels(run: Run) -> None:
 
 def test_few_shot_prompts_hold_the_manual_one_and_training_pairs(run: Run) -> None:
     run = replace(run, config=replace(run.config, few_shot=2))
-    prompts = FixedPrompt(run)._few_shot_prompts()
+    prompts = FixedPrompt(run)._few_shot_prompts(run.config.few_shot)
     assert len(set(prompts)) == 2
     known = {f"Input : {e.input} Output : {e.answer}" for e in run.data.train}
     for prompt in prompts:
         first, *pairs = prompt.splitlines()
         assert first == run.data.spec.manual_prompt
         assert len(pairs) == run.config.examples.pairs and set(pairs) <= known
-    assert FixedPrompt(run)._few_shot_prompts() == prompts
+    assert FixedPrompt(run)._few_shot_prompts(run.config.few_shot) == prompts
 
 
 def test_few_shot_prompts_stand_for_election(run: Run, better: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FixedPrompt, "_few_shot_prompts", lambda _arm: [better])
+    monkeypatch.setattr(FixedPrompt, "_few_shot_prompts", lambda _arm, _count: [better])
     result = finish(run, *JUNK)
     assert (result["prompt"], result["chosen"]) == (better, "few-shot")
 

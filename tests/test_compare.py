@@ -17,7 +17,7 @@ from experiments import train
 from experiments.compare import COLUMNS, main, parse_args
 from experiments.config import build_config
 from experiments.diagnostics.results import arm_of
-from experiments.run.folder import read_result
+from experiments.run.folder import read_result, stored_config
 
 SMALL = ["prompts=2", "threads=1", "sampling.max_new_tokens=8", "examples.test_limit=10", "pool=2", "steps=2"]
 
@@ -27,8 +27,9 @@ def arguments(folder: Path, *more: str) -> list[str]:
 
 
 def rows(out: str) -> list[list[str]]:
-    """The cells of the table's rows, without its header."""
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[2:]]
+    """The cells of the first table's rows, without its header."""
+    lines = out.partition("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def csv_rows(file: Path) -> list[dict[str, str]]:
@@ -38,18 +39,18 @@ def csv_rows(file: Path) -> list[dict[str, str]]:
 
 def test_a_row_for_each_run_and_a_mean_for_each_arm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path / "results.csv")]
-    assert main(arguments(tmp_path, "--arms", "anchor", "best-of-n", "--seeds", "0", "1", *SMALL, *out)) == 0
+    assert main(arguments(tmp_path, "--arms", "appo", "frozen", "--seeds", "0", "1", *SMALL, *out)) == 0
     found = rows(capsys.readouterr().out)
     assert [row[:2] for row in found] == [
-        *(["anchor", "0"], ["anchor", "1"], ["**anchor**", "mean"]),
-        *(["best-of-n", "0"], ["best-of-n", "1"], ["**best-of-n**", "mean"]),
+        *(["appo", "0"], ["appo", "1"], ["**appo**", "mean"]),
+        *(["frozen", "0"], ["frozen", "1"], ["**frozen**", "mean"]),
     ]
     for one, other, mean in (found[:3], found[3:]):
-        for i in range(3, 3 + len(COLUMNS)):  # each is rounded to three digits
+        for i in range(4, 4 + len(COLUMNS)):  # each is rounded to three digits
             values = [float(cell[i].split(" ")[0]) for cell in (one, other)]
             assert float(mean[i]) == pytest.approx(sum(values) / 2, abs=0.0011)
         for row in (one, other):  # all that is scored on a split carries its interval and its rows
-            assert all(re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+, n = \d+\)", row[i]) for i in range(5, 9)), row
+            assert all(re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+, n = \d+\)", row[i]) for i in range(6, 10)), row
     written = csv_rows(tmp_path / "results.csv")
     assert [(row["arm"], row["seed"]) for row in written] == [tuple(row[:2]) for row in found if row[1] != "mean"]
 
@@ -68,7 +69,7 @@ ORDERS = [
 def test_an_assignment_is_no_seed_and_no_arm(given: list[str]) -> None:
     options = parse_args(given)
     assert (options.seeds, sorted(options.assignments)) == ([0, 1], ["prompts=3", "steps=2"])
-    assert options.arms == (["tte"] if "--arms" in given else ["anchor", "best-of-n"])
+    assert options.arms == (["tte"] if "--arms" in given else ["appo", "frozen"])
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,10 @@ def test_an_assignment_is_no_seed_and_no_arm(given: list[str]) -> None:
     [
         (["--seeds", "x"], "--seeds: 'x' is no seed"),
         (["--seeds", "-1"], "--seeds"),
-        (["--seeds", "0", "steps=2", "--arms", "ancor"], "unknown arm 'ancor'; expected anchor, "),
+        (["--seeds", "3-1"], "--seeds: '3-1' is no seed"),
+        (["--seeds", "0-99999999999"], "--seeds: '0-99999999999' is no seed"),
+        (["--jobs", "0"], "--jobs is 0; expected at least 1"),
+        (["--seeds", "0", "steps=2", "--arms", "apo"], "unknown arm 'apo'; expected appo, "),
         (["--seeds", str(2**64)], "seed is"),
         (["--task", "mnIi"], "did you mean 'mnli'"),
         (["--seeds", "0", "stepz=2"], "unknown key 'stepz'"),
@@ -97,12 +101,12 @@ def test_an_arm_that_diverges_is_a_row_and_the_others_go_on(
         collected = self.collect(*given)  # the run logs its statistics
         raise DivergedError("no sound step", Iteration(collected, collected.stats()))
 
-    monkeypatch.setattr(APPOTrainer, "step", diverging)  # best-of-n takes no step
+    monkeypatch.setattr(APPOTrainer, "step", diverging)  # frozen takes no step
     out = ["--out", str(tmp_path / "results.csv")]
-    assert main(arguments(tmp_path, "--seeds", "0", "--arms", "anchor", "best-of-n", *SMALL, *out)) == 3
+    assert main(arguments(tmp_path, "--seeds", "0", "--arms", "appo", "frozen", *SMALL, *out)) == 3
     captured = capsys.readouterr()
-    assert captured.err == "error: anchor, seed 0: no sound step\n"
-    assert [row[:2] for row in rows(captured.out)] == [["anchor", "0"], ["best-of-n", "0"], ["**best-of-n**", "mean"]]
+    assert captured.err == "error: appo, seed 0: no sound step\n"
+    assert [row[:2] for row in rows(captured.out)] == [["appo", "0"], ["frozen", "0"], ["**frozen**", "mean"]]
     assert [row["finished"] for row in csv_rows(tmp_path / "results.csv")] == ["False", "True"]
     assert "diverged" in rows(captured.out)[0] and len(rows(captured.out)[0]) == len(rows(captured.out)[1])
 
@@ -120,8 +124,54 @@ def test_a_signal_ends_it_in_order(
     monkeypatch.setattr(APPOTrainer, "step", stopping)
     assert main(arguments(tmp_path, "--seeds", "0", "1", *SMALL)) == code
     assert "Traceback" not in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["anchor-0"]
-    assert list((tmp_path / "anchor-0" / "checkpoint").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["appo-0"]
+    assert list((tmp_path / "appo-0" / "checkpoint").iterdir())
+
+
+def test_a_stopped_cell_resumes_and_a_finished_one_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, taken = APPOTrainer.step, list[int]()
+
+    def stopping(self: APPOTrainer, *given: Any) -> Any:
+        taken.append(1)
+        if len(taken) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *given)
+
+    monkeypatch.setattr(APPOTrainer, "step", stopping)
+    asked = arguments(tmp_path, "--arms", "appo manual", "--seeds", "0", *SMALL, "headroom=0")
+    assert main(asked) == 130 and len(taken) == 1
+    assert main(asked) == 0 and len(taken) == 2  # the second of two iterations
+    shown = capsys.readouterr().out
+    assert [row[:3] for row in rows(shown[shown.rindex("| arm | seed |") :])][::2] == [
+        ["appo", "0", "4"],
+        ["manual", "0", "0"],
+    ]
+    monkeypatch.setattr("experiments.run.run.prepare", lambda *given: 1 / 0)
+    assert main(asked) == 0
+    assert main([*asked, "examples.pairs=4"]) == 2
+    error = capsys.readouterr().err
+    assert "holds a run with other settings: examples.pairs (5 -> 4)" in error.splitlines()[-1]
+
+
+def test_cells_run_side_by_side_in_processes_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = ["--arms", "manual", "empty", "--seeds", "3", "--jobs", "2", *SMALL]
+    assert main(arguments(tmp_path, *arms)) == 0
+    found = capsys.readouterr().out
+    assert [row[:3] for row in rows(found)][::2] == [["manual", "3", "0"], ["empty", "3", "0"]]
+    config = stored_config(tmp_path / "empty-3")
+    assert (config.threads, config.arm, config.seed) == (1, "empty", 3)
+    assert read_result(tmp_path / "empty-3")["chosen"] == "empty" and (tmp_path / "empty-3.log").is_file()
+    arms_table = found.partition("\n\n")[2]
+    assert "| interquartile mean |" in arms_table and "| beats manual |" in arms_table
+
+
+@pytest.mark.parametrize(
+    ("words", "seeds"), [(["0-3"], [0, 1, 2, 3]), (["7", "0-1", "1"], [7, 0, 1]), (["0 2-3"], [0, 2, 3])]
+)
+def test_seeds_are_numbers_and_ranges(words: list[str], seeds: list[int]) -> None:
+    assert parse_args(["--seeds", *words]).seeds == seeds
 
 
 # -- runs that exist ---------------------------------------------------------------------------------------------
@@ -133,7 +183,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     given = {
         "appo": ["--task", "sst2"],
-        "random": ["--task", "sst2", "--seed", "0", "frozen=true"],
+        "random": ["--task", "sst2", "--seed", "0", "arm=frozen"],
         "mnli": ["--task", "mnli"],
         "shorter": ["--task", "sst2", "examples.test_limit=5"],
     }
@@ -152,8 +202,8 @@ def test_runs_that_exist_are_shown_with_intervals_and_verdict(
     assert compared(made, "appo", "random", more=("--out", str(tmp_path / "results.csv"))) == 0
     found, written = rows(capsys.readouterr().out), csv_rows(tmp_path / "results.csv")
     assert [row[:7] for row in found] == [
-        [str(made["appo"]), "sst2", "anchor", "lab", "lab", "0", "2"],
-        [str(made["random"]), "sst2", "best-of-n", "lab", "lab", "0", "2"],
+        [str(made["appo"]), "sst2", "appo", "lab", "lab", "0", "2"],
+        [str(made["random"]), "sst2", "frozen", "lab", "lab", "0", "2"],
     ]
     for name, cells, row in zip(("appo", "random"), found, written, strict=True):
         result = read_result(made[name])
@@ -173,7 +223,7 @@ def test_the_page_of_a_comparison_shows_every_run_and_every_arm(made: dict[str, 
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<h1>sst2: 2 ways to tune a prompt, 2 runs</h1>" in page
     forest, curves = page.split("<h2>While training")
-    for name, arm in (("appo", "anchor"), ("random", "best-of-n")):
+    for name, arm in (("appo", "appo"), ("random", "frozen")):
         result = read_result(made[name])
         low, high = result["test_interval"]
         assert f">{arm}, seed 0</text>" in forest and f"{arm}, seed 0 {result['test_score']:.3f}" in forest
@@ -198,7 +248,7 @@ def test_a_run_that_is_not_finished_is_marked(
     (begun / "metrics.jsonl").write_text('{"iteration": 1}\n', encoding="utf-8")
     assert compared(made | {"begun": begun}, "begun", "random", more=("--out", str(tmp_path / "a.csv"))) == 0
     table = capsys.readouterr().out.replace("begun\\|half", "begun")
-    assert rows(table)[0][1:] == ["sst2", "anchor", "lab", "lab", "0", "1", "", "", "unfinished"]
+    assert rows(table)[0][1:] == ["sst2", "appo", "lab", "lab", "0", "1", "", "", "unfinished"]
     assert [(row["finished"], row["test_score"] == "") for row in csv_rows(tmp_path / "a.csv")] == [
         ("False", True),
         ("True", False),
@@ -256,12 +306,15 @@ def test_mistakes_with_runs_are_one_clear_line(
 @pytest.mark.parametrize(
     ("assignments", "arm"),
     [
-        ([], "anchor"),
+        ([], "appo"),
         (["appo.reference=none"], "none"),
-        (["frozen=true"], "best-of-n"),
+        (["appo.reference=previous"], "ppo"),
+        (["arm=ppo"], "ppo"),
+        (["arm=few_shot"], "few_shot"),
+        (["arm=frozen"], "frozen"),
         (["mode=tte"], "tte"),
-        (["mode=tte", "appo.reference=initial"], "tte, initial"),
-        (["mode=tte", "frozen=true"], "tte-untrained"),
+        (["mode=tte", "appo.reference=initial"], "tte, rlhf"),
+        (["mode=tte", "arm=frozen"], "tte-untrained"),
     ],
 )
 def test_a_run_has_the_name_of_its_arm(assignments: list[str], arm: str) -> None:

@@ -94,11 +94,15 @@ PAPER = {
     "anchor.period": 5,
     "anchor.promote_threshold": 0.05,
     "anchor.rollback_threshold": 0.1,
+    "anchor.significance": None,
     "anchor.promote": True,
     "anchor.rollback": True,
     "target_chat": False,  # the paper's template is plain text
     "trust_remote_code": False,
-    "frozen": False,
+    "arm": "appo",
+    "show_best": 0,
+    "race": False,
+    "appo.scale_scores": False,
     "seed": 0,
 }
 
@@ -333,8 +337,8 @@ WRONG_TYPES = [
     ("prompts", "four", "a whole number"),
     ("prompts", "true", "a whole number"),
     ("steps", "1.5", "a whole number or null"),
-    ("frozen", "1", "true or false"),
-    ("frozen", "maybe", "true or false"),
+    ("edit_manual", "1", "true or false"),
+    ("edit_manual", "maybe", "true or false"),
     ("agent_chat", "maybe", "true or false or null"),
     ("task", "[mnli]", "text"),
     ("task", "null", "text"),
@@ -361,7 +365,7 @@ def test_a_value_of_the_wrong_type_in_a_file_names_the_file(tmp_path: Path) -> N
         ("appo.kl_target", "null", None),
         ("appo.kl_target", "6", 6.0),
         ("appo.reference", "none", "none"),
-        ("frozen", "yes", True),  # YAML's spelling of it
+        ("edit_manual", "yes", True),  # YAML's spelling of it
         ("agent_chat", "false", False),
         ("run", "7", "7"),
         ("device", "cuda:1", "cuda:1"),
@@ -381,6 +385,7 @@ BOUNDS = [
     ("threads", 0, 1),
     ("few_shot", -1, 0),
     ("headroom", -1, 0),
+    ("show_best", -1, 0),
     ("checkpoint_every", 0, 1),
     ("appo.max_ratio", 1.0, 1.000001),
     ("appo.target_kl", 0, 1e-9),
@@ -421,6 +426,8 @@ BOUNDS = [
     ("anchor.prompts", 0, 1),
     ("anchor.promote_threshold", -1e-9, 0.0),
     ("anchor.rollback_threshold", -1e-9, 0.0),
+    ("anchor.significance", 0, 1e-9),
+    ("anchor.significance", 1, 0.999),
 ]
 
 
@@ -521,6 +528,6 @@ def test_every_key_has_a_meaning_of_one_line() -> None:
 
 
 def test_values_are_shown_as_the_command_line_takes_them() -> None:
-    config = build_config(OTHER, None, ["appo.max_ratio=null", "frozen=true", "run=runs/a b"])
+    config = build_config(OTHER, None, ["appo.max_ratio=null", "arm=frozen", "run=runs/a b"])
     shown = [line.partition("  # ")[0].rstrip() for line in explained(config, {}) if "  # " in line]
     assert build_config(None, None, [*shown, "agent=some/model"]) == config

@@ -177,7 +177,7 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any] | None]] = {
     "evaluate": {"--run": PATHS, "--votes": COUNTS, "--vote": TEXTS, "--seed": SEEDS, "--sampled": None},
     "prompt": {"--run": PATHS, "--input": TEXTS, "--file": PATHS, "--answer": None},
     "tasks": {"--show": SPECS, "--data": PATHS, "--list": None, "--check": None},
-    "compare": {"--seeds": st.integers(-2, 1) | TEXTS, "--arms": st.just("best-of-n") | TEXTS, "--task": SPECS},
+    "compare": {"--seeds": st.integers(-2, 1) | TEXTS, "--arms": st.just("frozen") | TEXTS, "--task": SPECS},
     "report": {},
 }
 ASSIGNMENTS = st.builds("{}={}".format, st.sampled_from(KEYS) | TEXTS, FEW.map(text_of) | TEXTS)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from appo.config import APPOConfig
+from appo.lm.ends import distinct_ngrams
 from appo.rollout import Batch, Query
-from appo.trainer import APPOTrainer, DivergedError, _distinct
+from appo.trainer import APPOTrainer, DivergedError
 from appo.update import FAULTS, advantages
 from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of
 
@@ -133,7 +134,7 @@ def test_logits_that_are_no_numbers_are_named_before_anything_is_sampled() -> No
     [(["a b c", "a b d"], 3 / 4), (["a b", "a b"], 1 / 2), (["", "one"], 0.0), (["a a a a"], 1 / 3)],
 )
 def test_distinct_pairs_of_words(prompts: list[str], expected: float) -> None:
-    assert _distinct(prompts, 2) == pytest.approx(expected)
+    assert distinct_ngrams(prompts, 2) == pytest.approx(expected)
 
 
 def all_end_at_once(appo: APPOTrainer) -> None:

@@ -114,6 +114,21 @@ def test_going_back_can_be_switched_off(collapsed: tuple[APPOTrainer, torch.Tens
     assert not torch.equal(weights(trainer), before)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("leads", "acts"), [([0.9] + [0.0] * 7, False), ([0.2] * 8, True), ([0.2] * 6 + [-0.01] * 2, True)]
+)
+def test_a_paired_test_keeps_what_one_lucky_prompt_would_move(leads: list[float], acts: bool, sign: int) -> None:
+    for significance in (None, 0.04):
+        trainer = make(AnchorConfig(significance=significance, collapse=False))
+        scores = iter([[0.5 + sign * lead / 2 for lead in leads], [0.5 - sign * lead / 2 for lead in leads]])
+        review = trainer.review_anchor(QUERIES, lambda prompts, scores=scores: next(scores), COPIES)
+        wanted = AnchorDecision.PROMOTE if sign > 0 else AnchorDecision.ROLLBACK
+        held = significance is not None and not acts
+        assert review.decision is (AnchorDecision.KEEP if held else wanted)
+        assert ("may be luck (p = " in review.reason) == held
+
+
 def test_the_reference_initial_is_never_promoted() -> None:
     trainer = make(reference="initial")
     with torch.no_grad():

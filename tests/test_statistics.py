@@ -6,11 +6,24 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from experiments.run.statistics import compared, interval, paired_interval, paired_p, spread, wilson
+from experiments.run.statistics import (
+    coefficient_of_variation,
+    compared,
+    corrected,
+    improvement_interval,
+    interquartile_interval,
+    interquartile_mean,
+    interval,
+    paired_interval,
+    paired_p,
+    probability_of_improvement,
+    spread,
+    wilson,
+)
 
 scores = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30)
 
@@ -140,3 +153,69 @@ def test_expected_noise_is_the_deviation_that_chance_gives() -> None:
 )
 def test_a_difference_is_called_one_only_where_rows_show_it(best: list[float], manual: list[float], words: str) -> None:
     assert compared(best, manual).startswith(words)
+
+
+# -- over seeds ------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30))
+def test_the_interquartile_mean_is_scipys_trimmed_mean(values: list[float]) -> None:
+    assert interquartile_mean(values) == pytest.approx(float(stats.trim_mean(values, 0.25)), abs=1e-9)
+
+
+def test_the_interval_of_the_interquartile_mean_is_near_scipys_bootstrap() -> None:
+    values = np.random.default_rng(3).beta(3, 2, 25)
+    expected = stats.bootstrap(
+        (values,), lambda x, axis: stats.trim_mean(x, 0.25, axis=axis), n_resamples=9_000, method="percentile", rng=4
+    ).confidence_interval
+    width = expected.high - expected.low
+    assert interquartile_interval([values.tolist()]) == pytest.approx((expected.low, expected.high), abs=0.06 * width)
+
+
+def test_seeds_are_drawn_within_their_task() -> None:
+    same = [[0.1] * 4, [0.9] * 4]  # no seed differs within its task, so nothing is uncertain
+    assert interquartile_interval(same) == pytest.approx((0.5, 0.5))
+
+
+@settings(max_examples=20)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=9), st.lists(st.integers(0, 5), min_size=1, max_size=9))
+def test_the_probability_of_improvement_is_mann_whitneys_u(one: list[float], other: list[float]) -> None:
+    found = probability_of_improvement(one, other)
+    assert found == pytest.approx(stats.mannwhitneyu(one, other).statistic / (len(one) * len(other)))
+    assert probability_of_improvement(other, one) == pytest.approx(1 - found)
+    low, high = improvement_interval(one, other)
+    assert 0 <= low <= high <= 1
+
+
+def test_the_probability_of_improvement_is_uncertain_as_scipys_bootstrap_says() -> None:
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(0.5, 1, 12), rng.normal(0, 1, 10)
+    resampled = stats.bootstrap(
+        (one, other), probability_of_improvement, n_resamples=4_000, method="percentile", vectorized=False, rng=1
+    )
+    expected = resampled.confidence_interval
+    assert improvement_interval(one.tolist(), other.tolist()) == pytest.approx((expected.low, expected.high), abs=0.03)
+
+
+@given(st.lists(st.floats(0.125, 1, width=32), min_size=2, max_size=20))
+def test_the_coefficient_of_variation_is_scipys(values: list[float]) -> None:
+    assert coefficient_of_variation(values) == pytest.approx(float(stats.variation(values, ddof=1)), abs=1e-9)
+
+
+def test_one_seed_has_no_variation() -> None:
+    assert math.isnan(coefficient_of_variation([0.5])) and math.isnan(coefficient_of_variation([0.0, 0.0]))
+
+
+def test_the_best_of_many_equal_prompts_is_worth_what_they_are() -> None:
+    rng = np.random.default_rng(1)
+    tables = rng.random((40, 16, 48)) < 0.5  # 40 times the best of 16 equal prompts on 48 rows
+    flattered = float(np.mean([table.mean(1).max() for table in tables]))
+    fair = float(np.mean([corrected(table.astype(float).tolist()) for table in tables]))
+    assert flattered > 0.6
+    assert fair == pytest.approx(0.5, abs=0.03)
+
+
+def test_where_one_prompt_is_far_better_nothing_is_taken_off() -> None:
+    rng = np.random.default_rng(2)
+    table = np.vstack([rng.random(48) < 0.95, rng.random((7, 48)) < 0.2]).astype(float)
+    assert corrected(table.tolist()) == pytest.approx(table.mean(1).max(), abs=0.01)

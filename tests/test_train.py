@@ -204,7 +204,7 @@ def test_test_split_is_not_touched_before_the_end(tmp_path: Path, monkeypatch: p
 def test_winner_is_chosen_on_validation_not_on_test(small: tuple[Path, dict]) -> None:
     folder, result = small
     if result["chosen"] == "tuned":  # the best of a pool of five, which includes the winner
-        assert result["test_score"] <= result["paper_protocol"]["test_score"]
+        assert result["test_score"] <= result["paper_protocol"]["test_score"] + 1e-6  # the former is a float32 mean
     written = {row["prompt"] for row in read_jsonl(folder / "prompts.jsonl")}
     assert result["prompt"] in written | {result["manual_prompt"]}
 
@@ -220,7 +220,7 @@ def test_onednn_can_be_switched_off() -> None:
 
 
 def test_frozen_agent_is_best_of_n(tmp_path: Path) -> None:
-    run_small(tmp_path / "run", "frozen=true", steps=4)
+    run_small(tmp_path / "run", "arm=frozen", steps=4)
     rows = read_jsonl(tmp_path / "run/metrics.jsonl")
     assert all(abs(row["kl"]) < 1e-5 for row in rows)  # the agent is still the anchor
 

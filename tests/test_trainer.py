@@ -174,17 +174,6 @@ def test_rewards_may_come_in_any_form_that_torch_reads(given: Any) -> None:
     assert step(found, lambda prompts: given)["reward_max"] == 7 / 8
 
 
-def test_exploring_changes_no_weight() -> None:
-    trainer = make()
-    before = flat(trainer)
-    for _ in range(3):
-        found = trainer.explore(queries(trainer), share_of_a, 4)
-        assert len(found.collected.prompts) == 8
-        assert found.stats["reward_mean"] == found.collected.rewarded.scores.mean().item()
-    assert torch.equal(flat(trainer), before)
-    assert (len(trainer.buffer), trainer.updater.optimizer.state_dict()["state"]) == (0, {})
-
-
 def moved(steps: int = 2, **config: object) -> torch.Tensor:
     trainer = make(**config)
     for _ in range(steps):

@@ -97,3 +97,10 @@ def whole_sentences(text: str) -> str:
     """The text up to its last complete sentence; all of it if there is none."""
     ends = [found.end() for found in re.finditer(r"[.!?][\"')\]*]*(?=\s|$)", text)]
     return text[: ends[-1]] if ends else text
+
+
+def distinct_ngrams(texts: Sequence[str], size: int) -> float:
+    """Share of distinct word n-grams, n = `size` (Li et al. 2016, distinct-n): near 0 when texts repeat themselves."""
+    words = [text.split() for text in texts]
+    runs = [tuple(row[i : i + size]) for row in words for i in range(len(row) - size + 1)]
+    return len(set(runs)) / max(1, len(runs))

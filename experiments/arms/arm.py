@@ -7,13 +7,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from appo.rollout import Query
 from appo.selfcheck import SelfCheckError, self_check
-from appo.trainer import APPOTrainer, Iteration
+from appo.trainer import AnchorReview, APPOTrainer, Iteration, Rewarded
 from experiments.arms.batches import Batches
 from experiments.arms.pool import PromptPool
 from experiments.arms.result import Outcome
@@ -41,13 +41,39 @@ class Question:
     rows: int = 1
 
 
+@dataclass(frozen=True)
+class Step:
+    """What an iteration of an arm scored.
+
+    Attributes:
+        prompts: as they were scored.
+        rewarded: their rewards and metrics.
+        stats: of the iteration, by name.
+        tokens: that the agent wrote.
+        review: of the anchor, if one followed.
+    """
+
+    prompts: list[str]
+    rewarded: Rewarded
+    stats: dict[str, float]
+    tokens: int = 0
+    review: AnchorReview | None = None
+
+    @classmethod
+    def of(cls, iteration: Iteration) -> Self:
+        """That of an iteration of the trainer."""
+        found = iteration.collected
+        return cls(found.prompts, found.rewarded, iteration.stats, int(found.rollout.mask.sum()), iteration.review)
+
+
 class Arm(ABC):
-    """Asks the agent for prompts, scores them, updates the agent, and in the end chooses a result.
+    """Asks for prompts, scores them, updates the agent, and in the end chooses a result.
 
     A subclass says what is asked (`ask`, `ask_for_review`), what comes out (`result`) and, if it does not learn by
     APPO, how an iteration goes (`learn`).
 
     Attributes:
+        number: of the iteration, from 1.
         pool: the prompts found so far, each for all inputs; empty in an arm that writes one for each input.
         cost: of the last iteration and its review: seconds of scoring, seconds of the whole review, and how many
             answers of the target were asked for.
@@ -55,7 +81,7 @@ class Arm(ABC):
 
     def __init__(self, run: Run) -> None:
         config = run.config
-        self.run, self.pool = run, PromptPool()
+        self.run, self.pool, self.number = run, PromptPool(), 0
         self.cost = dict.fromkeys(COSTS, 0.0)
         # A stream for each purpose: arms that use one of them differently still draw the same from the others.
         self.streams = {name: stream(config.seed, name) for name in ("batches", "pairs", "review")}
@@ -75,25 +101,25 @@ class Arm(ABC):
     def result(self) -> Outcome:
         """The result, its scores on validation and test, and what it was chosen among. Reads the test split."""
 
-    def step(self, number: int) -> Iteration:
+    def step(self, number: int) -> Step:
         """Iteration `number`, from 1, and the review that is due after it.
 
         Raises:
             SelfCheckError: the first rollout fails the self-check, or the first update changes no weight.
             DivergedError: training cannot go on.
         """
-        self.cost = dict.fromkeys(COSTS, 0.0)
+        self.number, self.cost = number, dict.fromkeys(COSTS, 0.0)
         question = self._counted(self.ask(self.batches.next(), self.streams["pairs"]))
         if number == 1:
             generator = torch.Generator(self.run.policy.device).manual_seed(0)
             rollout = self.run.policy.sample(question.queries, generator, question.copies)
             self_check(self.run.policy, self.trainer.anchor, rollout)
-        iteration = self.learn(question)
-        if number == 1 and iteration.stats.get("grad_norm"):
+        step = self.learn(question)
+        if number == 1 and step.stats.get("grad_norm"):
             self._check_moved()
         if number % (self.run.config.anchor.period * self.run.steps_per_epoch) == 0:
-            return self.reviewed(iteration)
-        return iteration
+            return self.reviewed(step)
+        return step
 
     def _check_moved(self) -> None:
         """Raises SelfCheckError if training has not changed a single weight: it would go on like that in silence."""
@@ -101,14 +127,14 @@ class Arm(ABC):
         if all(torch.equal(weight, before[name]) for name, weight in self.run.policy.trained().items()):
             raise SelfCheckError("the first update had a gradient and changed no weight; what is trained is not used")
 
-    def learn(self, question: Question) -> Iteration:
+    def learn(self, question: Question) -> Step:
         """Collects rollouts and updates the agent."""
-        return self.trainer.step(question.queries, question.reward_fn, question.copies)
+        return Step.of(self.trainer.step(question.queries, question.reward_fn, question.copies))
 
-    def reviewed(self, iteration: Iteration) -> Iteration:
-        """The iteration with the review that follows it; unchanged if the reference is no anchor that may move."""
+    def reviewed(self, step: Step) -> Step:
+        """The step with the review that follows it; unchanged if the reference is no anchor that may move."""
         if not self.trainer.updater.reference.reviewed:
-            return iteration
+            return step
         started = time.perf_counter()
         question = self._counted(self.ask_for_review(self.streams["review"]))
         metric = self.run.reward.metric
@@ -120,7 +146,7 @@ class Arm(ABC):
         scoring = self.cost["scoring_seconds"]
         review = self.trainer.review_anchor(question.queries, score, question.copies)
         self.cost |= {"review_seconds": time.perf_counter() - started, "scoring_seconds": scoring}
-        return replace(iteration, review=review)
+        return replace(step, review=review)
 
     def _counted(self, question: Question) -> Question:
         """The question with a reward function that adds to `cost`."""

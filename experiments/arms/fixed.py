@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from appo.lm.model import ContextTooLongError
 from appo.rollout import Query
-from appo.trainer import Iteration
-from experiments.arms.arm import Arm, Question
+from experiments.arms.arm import Arm, Question, Step
+from experiments.arms.race import race
 from experiments.arms.result import Outcome, answers, chance, described, predictions, scores, shares, split_scores
 from experiments.run.run import Run, stream
 from experiments.run.statistics import interval
@@ -19,12 +23,34 @@ from tasks.spec import Example
 PAPER_POOL = 5  # prompts that the paper runs on test, to report the best of them [P, 4.1]
 
 
-def meta_query(run: Run, scored: Sequence[Example], rng: random.Random) -> Query:
-    """A meta-prompt of training pairs, without the examples in `scored` if enough others remain."""
+class Candidate(NamedTuple):
+    """A prompt that may become the result: manual, few-shot or tuned, with its training reward if it is known."""
+
+    prompt: str
+    kind: str
+    reward: float | None = None
+
+
+def meta_query(run: Run, scored: Sequence[Example], rng: random.Random, best: Sequence[str] = ()) -> Query:
+    """A meta-prompt of training pairs, without the examples in `scored` if enough others remain.
+
+    Args:
+        run: whose training examples the pairs are, and whose agent is asked.
+        scored: the examples that the prompts will be scored on.
+        rng: draws the pairs.
+        best: good prompts to show, best first; only as many of them as fit the agent's context.
+    """
     known = set(scored)
     others = [example for example in run.data.train if example not in known]
     count = min(run.config.examples.pairs, len(run.data.train))
     pairs = rng.sample(others if len(others) >= count else run.data.train, count)
+    for shown in range(len(best), 0, -1):
+        query = run.policy.query(*meta_prompt(pairs, best[:shown]))
+        try:
+            run.policy.check_fits(query)
+        except ContextTooLongError:
+            continue
+        return query
     return run.policy.query(*meta_prompt(pairs))
 
 
@@ -33,20 +59,36 @@ class FixedPrompt(Arm):
 
     def ask(self, batch: Sequence[Example], rng: random.Random) -> Question:
         """One meta-prompt, K times."""
-        query = meta_query(self.run, batch, rng)
+        query = meta_query(self.run, batch, rng, self._shown())
         return Question([query], self.run.config.prompts, lambda prompts: self.run.reward(prompts, batch), len(batch))
 
     def ask_for_review(self, rng: random.Random) -> Question:
         """A meta-prompt for each prompt to be compared."""
-        queries = [meta_query(self.run, (), rng) for _ in range(self.run.config.anchor.prompts)]
+        best = self._shown()
+        queries = [meta_query(self.run, (), rng, best) for _ in range(self.run.config.anchor.prompts)]
         rows = self.run.data.validation
         return Question(queries, 1, lambda prompts: self.run.reward(prompts, rows), len(rows))
 
-    def learn(self, question: Question) -> Iteration:
+    def _shown(self) -> list[str]:
+        """The best prompts so far, as many as the meta-prompt is to show."""
+        return [entry.prompt for entry in self.pool.best(self.run.config.show_best)]
+
+    def learn(self, question: Question) -> Step:
         """As in any arm; adds the prompts to the pool."""
-        iteration = super().learn(question)
-        self.pool.add(iteration.collected.prompts, iteration.collected.rewarded.scores.tolist())
-        return iteration
+        step = super().learn(question)
+        self.pool.add(step.prompts, step.rewarded.scores.tolist())
+        return step
+
+    def candidates(self) -> list[Candidate]:
+        """What the result is chosen among: the manual prompt first, few-shot prompts, the best of the pool."""
+        tuned = [Candidate(entry.prompt, "tuned", entry.reward) for entry in self.pool.best(self.run.config.pool)]
+        shots = [Candidate(prompt, "few-shot") for prompt in self._few_shot_prompts(self.run.config.few_shot)]
+        return [Candidate(self.run.data.spec.manual_prompt, "manual"), *shots, *tuned]
+
+    def choose(self, means: Sequence[float], rewards: Sequence[float]) -> int:
+        """Which candidate is the result, from their scores and rewards on validation; the manual prompt wins a tie."""
+        best = max(range(len(means)), key=lambda i: (means[i], rewards[i], -i))
+        return best if means[best] > means[0] else 0
 
     def result(self) -> Outcome:
         """Chooses the winner on validation and runs it on test.
@@ -60,26 +102,22 @@ class FixedPrompt(Arm):
             FloatingPointError: no prompt has a finite score.
         """
         run, manual, test = self.run, self.run.data.spec.manual_prompt, self.run.data.test
-        rewards_of = {entry.prompt: entry.reward for entry in self.pool.best(run.config.pool)}
-        tuned = list(rewards_of)
-        shots = self._few_shot_prompts()
-        candidates = [manual, *shots, *tuned]
-        kinds = ["manual", *["few-shot"] * len(shots), *["tuned"] * len(tuned)]
-        table = run.reward.table(candidates, run.data.validation)
+        candidates = self.candidates()
+        prompts = [candidate.prompt for candidate in candidates]
+        table = self._on_validation(prompts)
         validation = table[run.reward.metric]
         rewards = run.reward.weighed({name: values.mean(1) for name, values in table.items()}).scores
         if not rewards.isfinite().any():
             raise FloatingPointError("no prompt has a finite score on the validation split; see metrics.jsonl")
-        rewards, means = rewards.nan_to_num(-math.inf), validation.mean(1).tolist()
-        best = max(range(len(candidates)), key=lambda i: (means[i], rewards[i].item(), -i))
-        best = best if means[best] > means[0] else 0
-        published = tuned[:PAPER_POOL] or [manual]
+        rewards, means = rewards.nan_to_num(-math.inf), validation.mean(1).nan_to_num(-math.inf).tolist()
+        best = self.choose(means, rewards.tolist())
+        published = [prompt for prompt, kind, _ in candidates if kind == "tuned"][:PAPER_POOL] or [manual]
         others = run.reward.by_example(published, test)
-        of_manual, of_best = (answers(run, [prompt] * len(test), test) for prompt in (manual, candidates[best]))
+        of_manual, of_best = (answers(run, [prompt] * len(test), test) for prompt in (manual, prompts[best]))
         luckiest = max(others.tolist(), key=sum)
         result = {
-            "prompt": candidates[best],
-            "chosen": kinds[best],
+            "prompt": prompts[best],
+            "chosen": candidates[best].kind,
             **described(run),
             "chance": chance(test),
             **scores(
@@ -93,19 +131,30 @@ class FixedPrompt(Arm):
                 "test_interval": interval(luckiest),
             },
         }
+        scored = validation.isfinite() if run.config.race else torch.ones_like(validation, dtype=torch.bool)
+        scored[~scored.any(1)] = True  # no number at all: a target that is not sound
         listed = [
             {
-                "prompt": prompt,
-                "kind": kind,
-                "reward": rewards_of.get(prompt),
-                "validation_score": mean,
-                "validation_interval": interval(values),
-                "validation_rows": len(values),
+                **candidate._asdict(),
+                "validation_score": values[known].mean().item(),
+                "validation_interval": interval(values[known].tolist()),
+                "validation_rows": int(known.sum()),
             }
-            for prompt, kind, mean, values in zip(candidates, kinds, means, validation.tolist(), strict=True)
+            for candidate, values, known in zip(candidates, validation, scored, strict=True)
         ]
         listed.sort(key=lambda row: -row["validation_score"])
         return Outcome(result, listed, predictions(test, of_manual, of_best, run.target.words))
+
+    def _on_validation(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Metrics of the candidates on the validation rows, by name, [K, N]; NaN where a race left one out."""
+        run, examples = self.run, self.run.data.validation
+        if not run.config.race:
+            return run.reward.table(prompts, examples)
+
+        def score(alive: Sequence[int], rows: Sequence[int]) -> dict[str, Tensor]:
+            return run.reward.table([prompts[i] for i in alive], [examples[i] for i in rows])
+
+        return race(score, len(prompts), len(examples), run.reward.metric, stream(run.config.seed, "race"))
 
     def best_so_far(self) -> dict[str, Any] | None:
         """The best on validation of the manual prompt and as many prompts of the pool as an iteration scores."""
@@ -122,12 +171,12 @@ class FixedPrompt(Arm):
             **split_scores("validation", values[best], values[0]),
         }
 
-    def _few_shot_prompts(self) -> list[str]:
+    def _few_shot_prompts(self, count: int) -> list[str]:
         """The manual prompt with training pairs behind it, drawn anew for each."""
         config, data = self.run.config, self.run.data
-        rng, count = stream(config.seed, "few-shot"), min(config.examples.pairs, len(data.train))
-        drawn = [rng.sample(data.train, count) for _ in range(config.few_shot)]
-        return [f"{data.spec.manual_prompt}\n{as_lines(pairs)}\n" for pairs in drawn]
+        rng, pairs = stream(config.seed, "few-shot"), min(config.examples.pairs, len(data.train))
+        drawn = [rng.sample(data.train, pairs) for _ in range(count)]
+        return [f"{data.spec.manual_prompt}\n{as_lines(shown)}\n" for shown in drawn]
 
     def _shares(self, best: Sequence[dict[str, Any]], manual: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
         """How the target's answers on test, and the right ones, are spread over the labels."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from appo.trainer import Iteration
-from experiments.arms.arm import Arm, Question
+from experiments.arms.arm import Arm, Question, Step
 from experiments.arms.editing import TestTimeEditing
 from experiments.arms.fixed import FixedPrompt
 
@@ -11,13 +11,15 @@ from experiments.arms.fixed import FixedPrompt
 class Untrained(Arm):
     """Samples and scores as its arm does, but never updates the agent."""
 
-    def learn(self, question: Question) -> Iteration:
+    def learn(self, question: Question) -> Step:
         """Collects rollouts and discards them."""
-        return self.trainer.explore(question.queries, question.reward_fn, question.copies)
+        collected = self.trainer.collect(question.queries, question.reward_fn, question.copies)
+        self.trainer.buffer.clear()
+        return Step.of(Iteration(collected, collected.stats()))
 
-    def reviewed(self, iteration: Iteration) -> Iteration:
+    def reviewed(self, step: Step) -> Step:
         """No review: the agent has not changed."""
-        return iteration
+        return step
 
 
 class BestOfN(FixedPrompt, Untrained):

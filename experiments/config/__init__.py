@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from appo.config import AnchorConfig, APPOConfig, SamplingConfig
 from experiments.config.strict import ConfigError, Tree, assigned, construct, merge, read_yaml
@@ -19,6 +19,7 @@ from tasks.catalogue import is_spec_file
 from tasks.errors import shown
 
 CONFIG_DIR = Path(__file__).parents[1] / "configs"
+ARMS_DIR = CONFIG_DIR / "arms"  # the keys of arms that are settings of APPO's trainer
 LAB = "lab"
 COMMAND_LINE = "command line"
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -29,7 +30,16 @@ DEFAULT_PRESETS = {  # (the lab's agent, mode tte) -> name
     (False, False): None,
     (False, True): "tte",
 }
+# fmt: off
+ArmName = Literal[
+    "appo", "ppo", "rlhf", "none", "reinforce", "grpo", "frozen", "paraphrase", "edits",
+    "manual", "empty", "few_shot", "step_by_step",
+]
+# fmt: on
+TRAINED = ("appo", "ppo", "rlhf", "none", "reinforce", "grpo")  # arms that update the agent
+GIVEN = ("manual", "empty", "few_shot", "step_by_step")  # arms that evaluate one prompt, without any iteration
 MAX_THREADS = 1024  # torch crashes if the system cannot start as many as asked
+REFERENCES = {"ppo": "previous", "rlhf": "initial", "none": "none"}  # arms that differ from appo in this only
 RESUMABLE = (  # what may change on a resume
     *("steps", "epochs", "run", "checkpoint_every", "trust_remote_code", "tensorboard", "wandb", "shard"),
 )
@@ -94,6 +104,7 @@ class RunConfig:
     agent: str = LAB  # writes the prompts: a folder or hub id of a causal LM, or lab
     target: str = LAB  # answers under them: likewise, or http://host:port#model, a model behind a server
     data: str = LAB  # where examples come from: lab, hub, or a folder
+    arm: ArmName = "appo"  # the way to find a prompt, see docs/arms.md; frozen: best-of-N from the untrained agent
     mode: Literal["fixed", "tte"] = "fixed"  # one prompt for the task, or (test-time editing) one for each input
     edit_manual: bool = False  # in mode tte: show the agent the manual prompt, for it to edit
     run: str | None = None  # the run's folder; null: runs/TASK-DATE-TIME
@@ -103,8 +114,9 @@ class RunConfig:
     prompts: int = 8  # K, sampled per iteration, in mode tte per input; [P, Table 6]: 4
     pool: int = 16  # best prompts by training reward that are re-scored on validation at the end; [P, 4.1]: 5
     few_shot: int = 0  # candidates beside the pool: the manual prompt followed by training pairs, drawn for each
+    race: bool = False  # drop candidates early at the end, by racing on blocks of validation rows; ours
+    show_best: int = 0  # best prompts so far that the meta-prompt shows (GFlowPO, arXiv 2602.03358); 0: none [P]
     headroom: int = 16  # prompts of the untrained agent that are scored before training; 0: no such check
-    frozen: bool = False  # True: never update the agent, that is, best-of-N sampling; the control arm
     checkpoint_every: int = 10  # iterations between checkpoints; a stop by signal and the end of a run write one too
     tensorboard: bool = False  # log to TensorBoard too, in the run's folder; needs the extra `tensorboard`
     wandb: str | None = None  # log to this project of Weights & Biases too; null: do not; needs the extra `wandb`
@@ -128,7 +140,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, seed=0, epochs=1, steps=1, prompts=1, pool=1, checkpoint_every=1, threads=1)
-        _at_least(self, few_shot=0, headroom=0)
+        _at_least(self, few_shot=0, show_best=0, headroom=0)
+        if self.mode == "tte" and self.arm not in (*TRAINED, "frozen"):
+            raise ValueError(f"arm is {self.arm!r}, which finds one prompt for all inputs; expected mode fixed")
+        expected = REFERENCES.get(self.arm, self.appo.reference)
+        if self.appo.reference != expected:
+            raise ValueError(f"appo.reference is {self.appo.reference!r}; expected {expected!r} in arm {self.arm}")
         if self.shard and self.lora.rank is not None:
             raise ValueError("shard is true, and lora.rank is set; an adapter is small enough for every GPU: drop one")
         if self.wandb == "":
@@ -175,7 +192,7 @@ def build_config(
 def sources(
     options: Mapping[str, Any] | None = None, file: str | None = None, assignments: Sequence[str] = ()
 ) -> list[Source]:
-    """What fills a configuration; later sources win: preset, file, named options, assignments.
+    """What fills a configuration; later sources win: preset, arm, file, named options, assignments.
 
     Args:
         options: top-level keys, as from --task and --seed; None values are left out.
@@ -203,7 +220,17 @@ def sources(
         tree = read_yaml(path)
         found.insert(0, Source(f"preset {preset}", str(path), tree))
         preset = tree.pop("preset", None)
-    return found
+    return _with_arm(found)
+
+
+def _with_arm(found: list[Source]) -> list[Source]:
+    """The sources with what the arm asks for: it wins over presets, and what a user says wins over it."""
+    arm = next((source.keys["arm"] for source in reversed(found) if "arm" in source.keys), None)
+    path = ARMS_DIR / f"{arm}.yaml"
+    if arm not in get_args(ArmName) or not path.is_file():
+        return found
+    place = sum(source.name.startswith("preset ") for source in found)
+    return [*found[:place], Source(f"arm {arm}", str(path), read_yaml(path)), *found[place:]]
 
 
 def merged_config(found: Sequence[Source]) -> RunConfig:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.config import RunConfig
+from experiments.config import REFERENCES, RunConfig
 from experiments.run.files import write_whole
 from experiments.run.fingerprint import Fingerprint
 from experiments.run.folder import METRICS, RESULT, finished, read_optional, stored_config
@@ -86,12 +86,12 @@ def read_row(folder: Path) -> RunRow:
 
 def arm_of(config: RunConfig) -> str:
     """The name of the way in which a run looks for prompts, as `appo compare --arms` has it."""
-    if config.frozen:
-        return "tte-untrained" if config.mode == "tte" else "best-of-n"
-    reference = config.appo.reference
+    arm: str = config.arm
+    if arm == "appo":  # with another reference it is one of its siblings
+        arm = next((name for name, other in REFERENCES.items() if other == config.appo.reference), arm)
     if config.mode == "tte":
-        return "tte" if reference == "anchor" else f"tte, {reference}"
-    return reference
+        return {"appo": "tte", "frozen": "tte-untrained"}.get(arm, f"tte, {arm}")
+    return arm
 
 
 def _test(fingerprint: Fingerprint | None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from experiments.config import LAB, RunConfig, to_dict
+from experiments.config import LAB, TRAINED, RunConfig, to_dict
 from tasks.catalogue import is_spec_file
 from tasks.meta_prompt import meta_prompt, rewrite_prompt
 from tasks.spec import Example
@@ -21,6 +21,8 @@ TAGS = ("stableprompt", "appo", "prompt-tuning", "reinforcement-learning")
 CHOSEN = {  # what a run's prompt is
     "manual": "The manual prompt, which no other beat on validation",
     "tuned": "The best prompt that it found, chosen on validation",
+    "empty": "No prompt at all",
+    "step-by-step": "The manual prompt, with a request to think step by step",
     "few-shot": "The best prompt on validation, the manual one with training examples behind it",
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -67,7 +69,8 @@ def _metadata(config: RunConfig, adapter: bool) -> dict[str, Any]:
 def _what(config: RunConfig, result: Mapping[str, Any]) -> str:
     each = "an instruction for each input" if config.mode == "tte" else "instructions"
     how = "APPO" if config.appo.reference == "anchor" else f"PPO (reference: {config.appo.reference})"
-    trained = "not trained" if config.frozen else f"trained by {how} with StablePrompt (arXiv 2410.07652)"
+    how = {"reinforce": "REINFORCE", "grpo": "GRPO"}.get(config.arm, how)
+    trained = "not trained" if config.arm not in TRAINED else f"trained by {how} with StablePrompt (arXiv 2410.07652)"
     lines = [
         f"A language model that writes {each} for the task **{result['task']}**. It started as {_model(config.agent)} "
         f"and was {trained}; the reward was how well {_model(config.target)} answers under what it writes.",

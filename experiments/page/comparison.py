@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -10,6 +11,14 @@ from experiments.diagnostics.results import RunRow, scored
 from experiments.page.charts import WINDOW, Band, Curve, Entry, forest, line_chart, running_mean, swatch
 from experiments.page.html import document, figure, table
 from experiments.run.folder import METRICS, read_optional
+from experiments.run.statistics import (
+    Interval,
+    coefficient_of_variation,
+    improvement_interval,
+    interquartile_interval,
+    interquartile_mean,
+    probability_of_improvement,
+)
 
 STYLES = ("one", "two", "three", "four")
 
@@ -32,7 +41,7 @@ def render_comparison(rows: Sequence[RunRow]) -> str:
         [
             f"<h1>{escape(title)}</h1>",
             "<h2>Scores on test</h2>",
-            *([_arms(arms, metric), _forest(arms, styles, metric)] if finished else ["<p>No run is finished.</p>"]),
+            *([_arms(rows, metric), _forest(arms, styles, metric)] if finished else ["<p>No run is finished.</p>"]),
             "<h2>While training</h2>",
             _curves(arms, styles, metric),
             "<h2>Runs</h2>",
@@ -47,16 +56,42 @@ def _named(row: RunRow, rows: Sequence[RunRow]) -> str:
     return row.arm if len(models) == 1 else f"{row.arm}, {row.agent} for {row.target}"
 
 
-def _arms(arms: Mapping[str, Sequence[RunRow]], metric: str) -> str:
-    listed = []
-    for arm, rows in arms.items():
-        scores = [row.test_score for row in rows if row.test_score is not None]
-        manual = [row.manual_test_score for row in rows if row.manual_test_score is not None]
-        if scores:
-            spread = f"{min(scores):.3f} to {max(scores):.3f}"
-            listed.append((arm, str(len(scores)), f"{_mean(scores):.3f}", spread, f"{_mean(manual):.3f}"))
-    caption = f"{metric} on the test rows, over seeds"
-    return table(caption, ("arm", "finished runs", "mean", "lowest to highest", "manual prompt, mean"), listed)
+def summaries(rows: Sequence[RunRow]) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """A table of the arms: its header, and a row for each arm that has a finished run.
+
+    The interquartile mean over seeds and the probability to beat the first arm carry intervals (bootstraps over seeds).
+    """
+    arms: dict[str, list[float]] = {}
+    manual: dict[str, list[float]] = {}
+    for row in rows:
+        if row.test_score is not None and row.manual_test_score is not None:
+            arms.setdefault(_named(row, rows), []).append(row.test_score)
+            manual.setdefault(_named(row, rows), []).append(row.manual_test_score)
+    first = next(iter(arms), "")
+    listed: list[Sequence[str]] = []
+    for arm, scores in arms.items():
+        middle = f"{interquartile_mean(scores):.3f} {_range(interquartile_interval([scores]))}"
+        better = probability_of_improvement(scores, arms[first])
+        beats = f"{better:.2f} {_range(improvement_interval(scores, arms[first]))}" if arm != first else ""
+        variation = coefficient_of_variation(scores)
+        spread = "" if math.isnan(variation) else f"{variation:.3f}"
+        counted = (f"{_mean(scores):.3f}", middle, spread, f"{min(scores):.3f}", f"{max(scores):.3f}")
+        listed.append((arm, str(len(scores)), *counted, f"{_mean(manual[arm]):.3f}", beats))
+    header = ("arm", "runs", "test, mean", "interquartile mean", "variation", "lowest", "highest", "manual, test")
+    return (*header, f"beats {first}"), listed
+
+
+def _range(ends: Interval) -> str:
+    return f"({ends.low:.3f} to {ends.high:.3f})"
+
+
+def _arms(rows: Sequence[RunRow], metric: str) -> str:
+    header, listed = summaries(rows)
+    caption = (
+        f"{metric} on the test rows, over seeds, with 95 % intervals; variation: standard deviation over mean; the "
+        "last column: how likely one of its seeds beats one of the first arm's"
+    )
+    return table(caption, header, listed)
 
 
 def _forest(arms: Mapping[str, Sequence[RunRow]], styles: Mapping[str, str], metric: str) -> str:

@@ -18,7 +18,7 @@ from appo.lm.model import CausalLM, ContextTooLongError
 from appo.lm.packed import layers
 from appo.lm.ranks import Ranks
 from appo.policy import Policy
-from experiments.config import RunConfig, data_source, is_served
+from experiments.config import GIVEN, RunConfig, data_source, is_served
 from experiments.config.extras import check_extras
 from experiments.config.strict import ConfigError
 from experiments.run.fingerprint import Fingerprint, fingerprint
@@ -57,6 +57,8 @@ class Run:
 
     @property
     def steps(self) -> int:
+        if self.config.arm in GIVEN:
+            return 0
         return self.config.steps or self.config.epochs * self.steps_per_epoch
 
     @property

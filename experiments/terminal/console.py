@@ -47,7 +47,8 @@ class Progress:
         """Moves on to `iteration`; `best` says which prompt is the best so far."""
         if not self._quiet:
             self._warn(iteration, stats)
-        numbers = {"reward": stats["reward_mean"], self._metric: stats[f"{self._metric}_mean"], "kl": stats["kl"]}
+        numbers = {"reward": stats["reward_mean"], self._metric: stats[f"{self._metric}_mean"]}
+        numbers |= {"kl": stats["kl"]} if "kl" in stats else {}  # an arm that edits text has none
         if self._live:
             self._bar.set_postfix({name: f"{value:.2f}" for name, value in numbers.items()}, refresh=False)
             self._bar.update()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.config import LAB, RunConfig
+from experiments.config import GIVEN, LAB, TRAINED, RunConfig
 from tasks.catalogue import is_spec_file, load_spec
 from tasks.errors import printable
 
@@ -33,10 +33,12 @@ def asked(config: RunConfig, preset: str, folder: Path | None) -> Iterator[str]:
     yield _line("preset", preset)
     size = config.examples.batch_size
     each = f"x {size} examples" if config.mode == "fixed" else f"for each of {size} inputs"
-    yield _line(
-        "iteration", f"{config.prompts} prompts {each}" + (", the agent never updated" if config.frozen else "")
-    )
-    yield _line("length", f"{config.steps} iterations" if config.steps else f"{config.epochs} epochs")
+    yield _line("arm", config.arm + ("" if config.arm in TRAINED else ": the agent is never updated"))
+    if config.arm in GIVEN:
+        yield _line("length", "no iterations: one prompt is scored")
+    else:
+        yield _line("iteration", f"{config.prompts} prompts {each}")
+        yield _line("length", f"{config.steps} iterations" if config.steps else f"{config.epochs} epochs")
     yield _line("writes to", str(folder) if folder else "nothing: a dry run")
 
 

@@ -7,11 +7,15 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from appo.trainer import DivergedError, Iteration
-from experiments.arms.arm import Arm
+from appo.trainer import DivergedError
+from experiments.arms.arm import Arm, Step
 from experiments.arms.editing import TestTimeEditing
+from experiments.arms.edits import PhraseEdits
 from experiments.arms.fixed import FixedPrompt
+from experiments.arms.given import Given
+from experiments.arms.paraphrase import Paraphrase
 from experiments.arms.untrained import BestOfN, UntrainedEditing
+from experiments.config import GIVEN, TRAINED
 from experiments.diagnostics.headroom import look
 from experiments.diagnostics.overlap import only_labels, overlap, word_runs
 from experiments.page.run_page import render_report
@@ -23,11 +27,15 @@ from experiments.run.run import Run
 from experiments.terminal.console import Progress
 from experiments.terminal.signals import Signals, StoppedError
 
-ARMS: dict[tuple[str, bool], type[Arm]] = {  # (mode, frozen)
-    ("fixed", False): FixedPrompt,
-    ("tte", False): TestTimeEditing,
-    ("fixed", True): BestOfN,
-    ("tte", True): UntrainedEditing,
+ARMS: dict[str, dict[str, type[Arm]]] = {  # by mode
+    "fixed": {
+        **dict.fromkeys(TRAINED, FixedPrompt),
+        "frozen": BestOfN,
+        "paraphrase": Paraphrase,
+        "edits": PhraseEdits,
+        **dict.fromkeys(GIVEN, Given),
+    },
+    "tte": {**dict.fromkeys(TRAINED, TestTimeEditing), "frozen": UntrainedEditing},
 }
 
 
@@ -43,7 +51,7 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
     done, notes = begin(run, arm, resume)
     for note in [*notes, *_fallbacks(run)]:
         print(f"note: {note}", file=sys.stderr)
-    if config.headroom and done == 0:
+    if config.headroom and done == 0 and run.steps:
         seen = look(run, config.headroom)
         run.folder.write_json(HEADROOM, seen.as_json())
         if not quiet:
@@ -53,8 +61,8 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
         record = Record(run, log)
         with Signals(progress.say) as signals:
             for number in range(done + 1, run.steps + 1):
-                iteration = record.timed(number, arm)
-                progress.show(number, iteration.stats, arm.pool.leader())
+                step = record.timed(number, arm)
+                progress.show(number, step.stats, arm.pool.leader())
                 stopped = run.policy.ranks.largest(signals.received)  # a signal may have come to one process only
                 if stopped or number == run.steps or number % config.checkpoint_every == 0:
                     save(run, arm, number)
@@ -89,7 +97,7 @@ def _report(run: Run) -> None:
 
 def arm_of(run: Run) -> Arm:
     """The arm that the configuration asks for."""
-    return ARMS[run.config.mode, run.config.frozen](run)
+    return ARMS[run.config.mode][run.config.arm](run)
 
 
 def _fallbacks(run: Run) -> list[str]:
@@ -107,27 +115,27 @@ class Record:
         self.paid = run.served.cost() if run.served else {}
         self.inputs = word_runs(example.input for example in run.data.train)
 
-    def timed(self, number: int, arm: Arm) -> Iteration:
+    def timed(self, number: int, arm: Arm) -> Step:
         """Runs iteration `number` of the arm and logs it, also if it raises DivergedError."""
         started = time.perf_counter()
         try:
-            iteration = arm.step(number)
+            step = arm.step(number)
         except DivergedError as error:
-            self._write(number, error.iteration, time.perf_counter() - started, arm.cost)
+            self._write(number, Step.of(error.iteration), time.perf_counter() - started, arm.cost)
             self.run.policy.ranks.check_same("the iterations that are done", number)  # the row has been written
             raise
-        self._write(number, iteration, time.perf_counter() - started, arm.cost)
-        return iteration
+        self._write(number, step, time.perf_counter() - started, arm.cost)
+        return step
 
-    def _write(self, number: int, iteration: Iteration, seconds: float, cost: Mapping[str, float]) -> None:
-        prompts, rewarded, review = iteration.collected.prompts, iteration.collected.rewarded, iteration.review
+    def _write(self, number: int, step: Step, seconds: float, cost: Mapping[str, float]) -> None:
+        prompts, rewarded, review = step.prompts, step.rewarded, step.review
         bare = sum(only_labels(prompt, self.run.target.words) for prompt in prompts) / len(prompts)
-        row: dict[str, Any] = {"iteration": number, **iteration.stats, "label_list_rate": bare}
+        row: dict[str, Any] = {"iteration": number, **step.stats, "label_list_rate": bare}
         row |= {
             "seconds": seconds,
             **cost,
             **self._requests(),
-            "tokens": int(iteration.collected.rollout.mask.sum()),
+            "tokens": step.tokens,
             "anchor": None,
         }
         if review:

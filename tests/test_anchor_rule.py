@@ -1,0 +1,61 @@
+"""How often an anchor is replaced by an agent that is no better: simulated reviews, for the paper's rule and a test."""
+
+from __future__ import annotations
+
+from itertools import product
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+
+from appo.anchor import AnchorDecision, decide, luck
+
+REVIEWS, PROMPTS = 1000, 8
+THRESHOLDS = (0.05, 0.1)  # of promotion and rollback, the paper's
+SIGNIFICANCE = 0.04
+BETWEEN, ASKED, MEAN, ALIKE = 0.09, 0.04, 0.6, 0.5
+
+
+def review(rng: np.random.Generator, rows: int, lead: float) -> np.ndarray:
+    """Scores of both sides' prompts on the same rows, [2, PROMPTS].
+
+    A prompt's accuracy varies around MEAN with its query (sd ASKED) and by itself (sd BETWEEN, as measured for an agent
+    of 135 M parameters and a target of 0.5 B on sst2). Rows that are hard for one prompt are hard for others too.
+    """
+    query = rng.normal(0, ASKED, PROMPTS)
+    quality = MEAN + query + rng.normal(0, BETWEEN, (2, PROMPTS)) + np.array([[lead], [0.0]])
+    ease = np.vectorize(NormalDist().inv_cdf)(quality.clip(0.02, 0.98))
+    row, own = rng.normal(0, 1, rows), rng.normal(0, 1, (2, PROMPTS, rows))
+    return (ease[:, :, None] + ALIKE**0.5 * row + (1 - ALIKE) ** 0.5 * own > 0).mean(2)
+
+
+def rates(rows: int, lead: float = 0.0) -> dict[str, tuple[float, float]]:
+    """The shares of reviews that each rule ends with a promotion and with a rollback."""
+    rng, ended = np.random.default_rng(0), {"paper": [0, 0], "paired": [0, 0]}
+    for _ in range(REVIEWS):
+        agent, anchor = review(rng, rows, lead)
+        decision = decide(agent.mean(), anchor.mean(), *THRESHOLDS)
+        for i, wanted in enumerate((AnchorDecision.PROMOTE, AnchorDecision.ROLLBACK)):
+            ended["paper"][i] += decision is wanted
+            ended["paired"][i] += decision is wanted and luck((agent - anchor).tolist()) <= SIGNIFICANCE
+    return {rule: (found[0] / REVIEWS, found[1] / REVIEWS) for rule, found in ended.items()}
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(32, 0.19), (48, 0.16)])
+def test_an_agent_that_is_its_anchor_is_promoted_falsely(rows: int, expected: float) -> None:
+    found = rates(rows)
+    assert found["paper"][0] == pytest.approx(expected, abs=0.03)  # the rate that docs/arms.md states
+    assert max(found["paired"]) <= 0.05
+
+
+def test_an_agent_that_is_far_better_is_still_promoted() -> None:
+    assert rates(48, lead=0.2)["paired"][0] > 0.85
+
+
+def test_the_test_is_exact_up_to_its_random_signs() -> None:
+    leads = [0.1, 0.25, -0.05, 0.3, 0.15, -0.1, 0.2, 0.05]
+    sums = [sum(s * lead for s, lead in zip(signs, leads, strict=True)) for signs in product((1, -1), repeat=8)]
+    exact = sum(total >= sum(leads) - 1e-9 for total in sums) / len(sums)
+    assert luck(leads) == pytest.approx(exact, abs=0.01)
+    assert luck([-lead for lead in leads]) == pytest.approx(exact, abs=0.01)
+    assert luck([0.0] * 8) == 1.0 and luck([0.3]) == pytest.approx(0.5, abs=0.03)
