@@ -34,7 +34,7 @@ def render_comparison(rows: Sequence[RunRow]) -> str:
         arms.setdefault(_named(row, rows), []).append(row)
     styles = {arm: STYLES[i % len(STYLES)] for i, arm in enumerate(arms)}
     metric = next((row.metric for row in rows if row.metric), "accuracy")
-    title = f"{rows[0].task}: {len(arms)} ways to tune a prompt, {len(rows)} runs"
+    title = f"{rows[0].task}: {_count(len(arms), 'way')} to tune a prompt, {_count(len(rows), 'run')}"
     finished = [row for row in rows if row.finished]
     return document(
         title,
@@ -148,3 +148,7 @@ def _runs(rows: Sequence[RunRow]) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -60,7 +60,9 @@ svg .mark { stroke-dasharray: 3 3; stroke-width: 1; } svg .mark.rollback { strok
 @media (max-width: 40rem) { .number { white-space: normal; } th, td { padding: .3rem .4rem; }
   tbody th, td.long { min-width: 9rem; } }
 @media print { body { max-width: none; font-size: 10pt; } button, .search { display: none; }
-  h2, h3 { break-after: avoid; } tr, .prompt, .warning { break-inside: avoid; } .scroll { overflow: visible; } }
+  h2, h3 { break-after: avoid; } tr, .prompt, .warning { break-inside: avoid; } .scroll { overflow: visible; }
+  table { font-size: 8pt; } th, td, .number { padding: 2px 5px 2px 0; white-space: normal; }
+  tbody th, td.long { min-width: 4.5rem; } }
 """
 SCRIPT = """
 for (const button of document.querySelectorAll("button[data-copy]")) {
