@@ -133,10 +133,11 @@ def main(argv: Sequence[str]) -> int:
     if asked.only == "show_config":
         print(*explained(asked.config, asked.origins), sep="\n")
         return 0
-    config = replace(asked.config, run=str(new_folder(asked.config)))
+    path = new_folder(asked.config)
+    config = replace(asked.config, run=str(path))
     if job.rank() == 0:
-        RunFolder(new_folder(config), new=not asked.resume)  # refused here, before anything slow
-    print(*header.asked(config, asked.preset, None if asked.only else new_folder(config)), sep="\n", flush=True)
+        RunFolder(path, new=not asked.resume)  # refused here, before anything slow
+    print(*header.asked(config, asked.preset, None if asked.only else path), sep="\n", flush=True)
     with ending_at_once():
         from appo.lm.ranks import RanksError
         from experiments.run.run import prepare

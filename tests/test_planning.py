@@ -20,7 +20,7 @@ from experiments import plan
 from experiments.config import build_config
 from experiments.planning.estimate import Estimate, Lengths, Machine, Options
 from experiments.planning.outlook import lengths_of, outlook
-from experiments.planning.shadow import Adapter, LiveBytes, Shadow
+from experiments.planning.shadow import LiveBytes, Shadow
 from experiments.run.run import prepare
 from tasks.meta_prompt import meta_prompt
 from tests.conftest import SPECIAL_IDS, byte_tokenizer, plain_sampling
@@ -74,7 +74,7 @@ def test_the_memory_of_an_adapters_update_is_within_15_percent_of_the_plan(
     adapter.add(model, 8)
     lm = CausalLM(model, byte_tokenizer(), None, dtype, onednn=False)
     updater = Updater(Policy(lm, plain_sampling(LENGTH)), APPOConfig(max_ratio=None))
-    shadow = Shadow(folder, dtype, dtype, trained=True, adapter=Adapter(8))
+    shadow = Shadow(folder, dtype, dtype, trained=True, rank=8)
     measured = measured_update(updater)
     planned = shadow.update([QUERY - 1], [LENGTH] * RESPONSES, [0] * RESPONSES, scaled=False)
     assert planned == pytest.approx(measured, rel=0.15)

@@ -13,18 +13,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from appo.lm import adapter
 from appo.lm.model import CausalLM
 from appo.policy import Policy
-from appo.rollout import Query
 from appo.trainer import APPOTrainer
 from experiments.config import LAB_DIR, RunConfig, build_config
 from experiments.run.models import find_device, peak_memory
@@ -37,27 +34,20 @@ from tasks.sources import load_task
 REPEATS = 3
 
 
-class Shape(NamedTuple):
-    """The sizes of a model, as its config.json has them."""
-
-    model: type[PreTrainedModel]
-    config: PretrainedConfig
-
-
-def _llama(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, vocabulary: int, tied: bool) -> Shape:
+def _llama(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, vocabulary: int, tied: bool) -> LlamaConfig:
     sizes: dict[str, Any] = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
     sizes |= {"num_key_value_heads": kv_heads, "intermediate_size": inner, "vocab_size": vocabulary}
-    return Shape(LlamaForCausalLM, LlamaConfig(**sizes, tie_word_embeddings=tied, max_position_embeddings=4096))
+    return LlamaConfig(**sizes, tie_word_embeddings=tied, max_position_embeddings=4096)
 
 
-def shapes() -> dict[str, Shape]:
-    """The shapes by name."""
+def shapes() -> dict[str, PretrainedConfig]:
+    """The configurations of models by name."""
     qwen: dict[str, Any] = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28}
     qwen |= {"num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": False}
     return {
         "tiny": _llama(128, 4, 4, 2, 512, 4096, tied=True),
         "1b": _llama(2048, 16, 32, 8, 8192, 128256, tied=True),  # Llama 3.2 1B
-        "7b": Shape(Qwen2ForCausalLM, Qwen2Config(**qwen, max_position_embeddings=4096)),  # Qwen2.5 7B
+        "7b": Qwen2Config(**qwen, max_position_embeddings=4096),  # Qwen2.5 7B
         "8b": _llama(4096, 32, 32, 8, 14336, 128256, tied=False),  # Llama 3.1 8B
     }
 
@@ -80,16 +70,16 @@ class Bench:
     """A model of a shape with random weights, as agent and target of a run.
 
     Args:
-        shape: of the model.
+        shape: the model's configuration.
         config: of the run; its agent and target are ignored.
         tokenizer: the folder of a tokenizer with no more tokens than the model.
     """
 
-    def __init__(self, shape: Shape, config: RunConfig, tokenizer: str) -> None:
+    def __init__(self, shape: PretrainedConfig, config: RunConfig, tokenizer: str) -> None:
         self.config, self.device = config, find_device(config.device)
         torch.manual_seed(0)
-        with torch.device(self.device), _default_dtype(torch.bfloat16):
-            model = shape.model(shape.config)
+        with torch.device(self.device):
+            model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
         self.parameters = sum(weight.numel() for weight in model.parameters())
         adapter.add(model, config.lora.rank or 16)
         self.tokens = 0
@@ -125,8 +115,7 @@ class Bench:
         collected = trainer.collect(self.queries, self._reward, copies)
         scored = trainer.buffer.stacked()
         trainer.buffer.clear()
-        many = [Query(self.queries[0].tokens)]
-        yield "sampling", self._timed(lambda: self.policy.sample(many, trainer.generator, copies))
+        yield "sampling", self._timed(lambda: self.policy.sample(self.queries, trainer.generator, copies))
         yield "scoring", self._timed(lambda: self._reward(collected.prompts))
         yield "anchor's pass", self._timed(lambda: trainer.anchor.logprobs(collected.rollout))
         yield "update", self._timed(lambda: trainer.updater.update(scored, trainer.kl_controller.coef))
@@ -154,16 +143,6 @@ class Bench:
 
     def _count(self, _embedding: torch.nn.Module, ids: tuple[torch.Tensor], _output: torch.Tensor) -> None:
         self.tokens += ids[0].numel()
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @in_order

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from experiments.hub.card import HUB_ID, model_card
 from experiments.run.files import write_whole
-from experiments.run.folder import RunFolderError, finished
+from experiments.run.folder import ADAPTER, RunFolderError, finished
 
 CARD = "README.md"
-ADAPTER = "adapter_config.json"  # in a folder that holds an adapter, not a whole model
 
 
 class PushError(ValueError):

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from experiments.config import LAB, LAB_DIR, RunConfig
-from experiments.planning.shadow import Adapter, Shadow
+from experiments.config import RunConfig
+from experiments.planning.shadow import Shadow
+from experiments.run.models import source_of
 
 GIB = 2**30
 AT_ONCE = 32_768  # tokens of a pass of the target on a GPU: rewards/local.py
@@ -92,7 +93,7 @@ class Options:
     def of(cls, config: RunConfig, bfloat16: bool = True) -> Options:
         """Those that a configuration asks for, of an agent that computes in bfloat16, as on a GPU, or does not."""
         rank, quantised = config.lora.rank, config.target_quantization
-        shared = rank is not None and quantised is None and source(config, "agent") == source(config, "target")
+        shared = rank is not None and quantised is None and source_of(config, "agent") == source_of(config, "target")
         return cls(rank, shared, config.gradient_checkpointing, bfloat16, quantised)
 
     def __str__(self) -> str:
@@ -121,8 +122,8 @@ class Estimate:
         low = torch.bfloat16 if options.bfloat16 else torch.float32
         stored = low if options.rank else torch.float32
         trust = config.trust_remote_code
-        self.agent = _agent(source(config, "agent"), stored, low, options.rank, options.checkpointing, trust)
-        self.target = _target(source(config, "target"), trust)
+        self.agent = _agent(source_of(config, "agent"), stored, low, options.rank, options.checkpointing, trust)
+        self.target = _target(source_of(config, "target"), trust)
         several = config.mode == "tte"  # a query for each input, and each prompt answers one
         self.queries = config.examples.batch_size if several else 1
         self.responses = config.prompts * self.queries
@@ -246,7 +247,7 @@ class Estimate:
 def _agent(
     name: str, stored: torch.dtype, computes: torch.dtype, rank: int | None, checkpointing: bool, trust: bool
 ) -> Shadow:
-    return Shadow(name, stored, computes, True, Adapter(rank), checkpointing, trust)
+    return Shadow(name, stored, computes, True, rank, checkpointing, trust)
 
 
 @cache
@@ -276,15 +277,9 @@ def _held(target: Shadow, quantised: str | None) -> tuple[float, str]:
     return held, f"{linear / 1e9:.3f} G numbers of {bits} bits and a scale for each {SCALE}, the rest in bfloat16"
 
 
-def source(config: RunConfig, role: str) -> str:
-    """The folder, file or hub id of a model."""
-    name = getattr(config, role)
-    return str(LAB_DIR / role) if name == LAB else name
-
-
 def choices(config: RunConfig, rank: int = 16) -> list[Options]:
     """The options that a plan compares: what the configuration asks for, then others."""
-    same = source(config, "agent") == source(config, "target")
+    same = source_of(config, "agent") == source_of(config, "target")
     return list(dict.fromkeys([Options.of(config, config.dtype != "float32"), *_others(same, rank)]))
 
 

@@ -10,7 +10,6 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +105,6 @@ def _as_run(computes_in: torch.dtype, head: nn.Module, cast: dict[int, Tensor]) 
             setattr(*place, function)
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter on all linear layers but the head; None as rank: no adapter, all weights are trained."""
-
-    rank: int | None = None
-
-
 class Shadow:
     """A causal LM without weights.
 
@@ -121,7 +113,7 @@ class Shadow:
         stored_in: dtype of the weights.
         computes_in: dtype of products.
         trained: the weights are an agent's: all of them have gradients, or the adapter's alone.
-        adapter: the adapter, if there is one.
+        rank: of a LoRA adapter on all linear layers but the head; None: no adapter.
         checkpointing: gradient checkpointing.
 
     Raises:
@@ -134,13 +126,12 @@ class Shadow:
         stored_in: torch.dtype = torch.float32,
         computes_in: torch.dtype = torch.float32,
         trained: bool = False,
-        adapter: Adapter | None = None,
+        rank: int | None = None,
         checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         self.model = _without_weights(source, stored_in, trust_remote_code)
         self.computes_in, self.checkpointing = computes_in, checkpointing
-        rank = adapter.rank if adapter else None
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         self.linear = [m for m in self.model.modules() if isinstance(m, nn.Linear) and m is not head]
         self.parameters, self.layers = sum(p.numel() for p in self.model.parameters()), len(packed.layers(self.model))

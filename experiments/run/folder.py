@@ -26,6 +26,7 @@ METRICS, PROMPTS = "metrics.jsonl", "prompts.jsonl"  # grow row by row
 CANDIDATES, PREDICTIONS = "candidates.jsonl", "predictions.jsonl"  # written whole, at the end of a run
 SCORED = "scored.jsonl"  # of a run whose target is behind a server: the class logits it gave, which cost something
 SO_FAR = "best_so_far.json"  # of a run that was stopped
+ADAPTER = "adapter_config.json"  # in the folder of an agent that is an adapter, not a whole model
 SCORES = tuple(f"{which}{split}" for which in ("", "manual_") for split in ("validation", "test"))
 UNBEGUN = {LOCK, f"{CONFIG}.part"}  # all that a run leaves if killed before it wrote its configuration
 NUMBER = (int, float, type(None))  # a score; None where it was not finite

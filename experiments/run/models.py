@@ -32,6 +32,7 @@ from appo.policy import Policy
 from experiments.config import LAB, LAB_DIR, RunConfig
 from experiments.config.extras import installed
 from experiments.run.files import writing
+from experiments.run.folder import ADAPTER
 from rewards.connection import Connection
 from rewards.served import address_of, find_server
 from rewards.servers import Server
@@ -41,7 +42,6 @@ OWN_CODE = (
 )
 NO_NUMBERS = "its logits are not numbers; the weights are damaged, or too large for their dtype"
 TRIAL = "Input : a Output : b"
-ADAPTER = "adapter_config.json"  # in the folder of an adapter
 Role = Literal["agent", "target"]
 KEY = "APPO_TARGET_KEY"  # environment variable with the key of the target's server
 
@@ -67,9 +67,9 @@ def _shares_base(config: RunConfig, agent: CausalLM) -> bool:
     """Whether the target is what the agent's adapter was added to, in the same dtype."""
     if not adapter.is_in(agent.model) or config.target_quantization:
         return False
-    base = _base(_source(config, "agent")) or _source(config, "agent")
+    base = _base(source_of(config, "agent")) or source_of(config, "agent")
     asked = agent.model.dtype if config.target_dtype == "auto" else getattr(torch, config.target_dtype)
-    return _same(base, _source(config, "target")) and asked == agent.model.dtype
+    return _same(base, source_of(config, "target")) and asked == agent.model.dtype
 
 
 def _same(one: str, other: str) -> bool:
@@ -88,7 +88,7 @@ def load_model(config: RunConfig, role: Role) -> CausalLM:
     """
     device = find_device(config.device)
     computes_in = compute_dtype(config.dtype if role == "agent" else config.target_dtype, device, role)
-    name, source = getattr(config, role), _source(config, role)
+    name, source = getattr(config, role), source_of(config, role)
     adapted = role == "agent" and (config.lora.rank is not None or _base(source) is not None)
     stored_in = torch.float32 if role == "agent" and not adapted else computes_in
     if Path(source).is_dir():
@@ -124,8 +124,8 @@ def load_model(config: RunConfig, role: Role) -> CausalLM:
     return CausalLM(model, tokenizer, chat, computes_in, config.gradient_checkpointing, config.onednn)
 
 
-def _source(config: RunConfig, role: Role) -> str:
-    """The folder or hub id of a model."""
+def source_of(config: RunConfig, role: Role) -> str:
+    """Where a model comes from: a folder or hub id."""
     name: str = getattr(config, role)
     return str(LAB_DIR / role) if name == LAB else name
 

@@ -83,7 +83,7 @@ def save(run: Run, arm: Stateful, iteration: int) -> None:
         OSError: it cannot be written; the one before is unchanged.
         RanksError: the processes' weights differ.
     """
-    run.policy.ranks.check_weights([p for p in run.policy.parameters() if p.requires_grad])
+    run.policy.ranks.check_weights(list(run.policy.trained().values()))
     state = {
         "iteration": iteration,
         "arm": arm.state_dict(),
