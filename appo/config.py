@@ -37,6 +37,7 @@ class AnchorConfig:
     prompts: int = 8  # sampled from each side at a review; ours; the published code's 2 are mostly noise
     promote_threshold: float = 0.05  # lead in mean validation accuracy, as a fraction, above which to promote [P]
     rollback_threshold: float = 0.1  # deficit above which to roll back [P]
+    max_kl: float | None = 8.0  # nats from the anchor that call for a review, which must decide; ours; null: off [P]
     significance: float | None = None  # highest p of a paired test at which a review acts, ours; null: no test [P]
     promote: bool = True  # False: the anchor stays where it is
     rollback: bool = True  # False: the agent is never rolled back
@@ -45,8 +46,9 @@ class AnchorConfig:
     def __post_init__(self) -> None:
         for name, least in (("period", 1), ("prompts", 1), ("promote_threshold", 0), ("rollback_threshold", 0)):
             _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
-        p = self.significance
+        p, kl = self.significance, self.max_kl
         _require(p is None or 0 < p < 1, "significance", p, "above 0 and below 1, or null")
+        _require(kl is None or kl > 0, "max_kl", kl, "above 0, or null")
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class Rollout:
         """The given rows with the queries that they answer, cut to the longest response among them."""
         width = max(int(self.mask[rows].sum(1).max()), 1)
         used, owner = self.owner[rows].unique(return_inverse=True)
-        picked = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("queries", "owner")}
+        picked = {name: value[rows] for name, value in vars(self).items() if name not in ("queries", "owner")}
         cut = {name: value[:, :width] if value.dim() > 1 else value for name, value in picked.items()}
         return replace(self, queries=tuple(self.queries[m] for m in used.tolist()), owner=owner, **cut)
 
@@ -117,7 +117,7 @@ class Scored(Rollout):
         if not scores.isfinite().all():
             bad = int((~scores.isfinite()).nonzero()[0])
             raise ValueError(f"the reward of response {bad} is {scores[bad].item()}; rewards must be finite")
-        copies = {f.name: getattr(rollout, f.name).clone() for f in fields(Rollout) if f.name != "queries"}
+        copies = {name: value.clone() for name, value in vars(rollout).items() if name != "queries"}
         worth = {"ref_logprobs": ref_logprobs.clone(), "scores": scores.detach().clone().float()}
         return cls(queries=rollout.queries, **copies, **worth)
 
@@ -128,12 +128,6 @@ class Batch(Scored):
 
     advantages: Tensor
     returns: Tensor
-
-    @classmethod
-    def finish(cls, scored: Scored, advantages: Tensor, returns: Tensor) -> Batch:
-        """The scored rollout with these advantages and returns."""
-        given = {f.name: getattr(scored, f.name) for f in fields(Scored)}
-        return cls(**given, advantages=advantages, returns=returns)
 
 
 class RolloutBuffer:

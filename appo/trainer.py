@@ -136,6 +136,7 @@ class APPOTrainer:
         self.kl_controller = KLController(self.config.kl_coef, self.config.kl_target, self.config.kl_horizon)
         self.buffer = RolloutBuffer()
         self.bad_steps = 0  # in a row
+        self.far = False  # whether the last rollout's KL to the anchor is above `AnchorConfig.max_kl`
 
     def fit(
         self,
@@ -153,13 +154,14 @@ class APPOTrainer:
             steps: iterations.
             copies: prompts for each query, K.
             score_fn: maps prompts to accuracies in [0, 1] on *validation* data. With it the anchor is reviewed every
-                `AnchorConfig.period` iterations; without it the anchor stays the initial agent.
+                `AnchorConfig.period` iterations, and when the agent is far from it; without it the anchor stays.
         """
         ask = queries if callable(queries) else lambda _number: queries
         for number in range(1, steps + 1):
             asked = ask(number)
             iteration = self.step(asked, reward_fn, copies)
-            if score_fn is not None and self.updater.reference.reviewed and number % self.anchor_config.period == 0:
+            due = self.far or number % self.anchor_config.period == 0
+            if due and score_fn is not None and self.updater.reference.reviewed:
                 each = max(1, self.anchor_config.prompts // len(asked))
                 iteration = replace(iteration, review=self.review_anchor(asked, score_fn, each))
             yield iteration
@@ -199,6 +201,7 @@ class APPOTrainer:
             scores = rewarded.scores.to(self.policy.device) - self.config.cut_off_penalty * cut_off
             self.buffer.add(rollout, scores, ref_logprobs)
         kl = kl_estimate(rollout.logprobs, anchor_logprobs).sum(1).mean().item()
+        self.far = kl > (self.anchor_config.max_kl or float("inf"))
         return Collected(rollout, prompts, rewarded, cut_off.mean().item(), kl)
 
     def update(self) -> dict[str, float]:
@@ -224,6 +227,8 @@ class APPOTrainer:
         saves it only if its mean score beats the anchor's best prompt: an agent that writes "no" to everything may beat
         the mean of eight different prompts, but it will never find another.
 
+        Far from the anchor (`AnchorConfig.max_kl`) both thresholds are 0: kept, it would drift on and be held back.
+
         Args:
             queries: built from training examples, like any query.
             score_fn: maps prompts to accuracies in [0, 1] on the *validation* split.
@@ -235,16 +240,15 @@ class APPOTrainer:
         with self.anchor.in_place():
             prompts, anchor_health = self._written(queries, copies)
         anchor_scores = list(score_fn(prompts))
-        thresholds = (config.promote_threshold, config.rollback_threshold)
+        thresholds = (0.0, 0.0) if self.far else (config.promote_threshold, config.rollback_threshold)
         policy_mean, anchor_mean = (sum(scores) / len(scores) for scores in (policy_scores, anchor_scores))
         decision = decide(policy_mean, anchor_mean, *thresholds)
         reason = f"mean score {policy_mean:.3f} against the anchor's {anchor_mean:.3f}"
         p = luck([one - other for one, other in zip(policy_scores, anchor_scores, strict=True)])
-        if decision is not AnchorDecision.KEEP and config.significance is not None and p > config.significance:
+        if decision is not AnchorDecision.KEEP and not self.far and p > (config.significance or 1):
             decision, reason = AnchorDecision.KEEP, f"{reason}; that may be luck (p = {p:.2f})"
-        sign = collapse(policy_health, anchor_health) if config.collapse else None
         wins = decision is AnchorDecision.PROMOTE and policy_mean > max(anchor_scores)
-        if sign and not wins:
+        if config.collapse and not wins and (sign := collapse(policy_health, anchor_health)):
             decision, reason = AnchorDecision.ROLLBACK, f"the agent has collapsed: {sign}"
         if decision is AnchorDecision.PROMOTE and config.promote and self.updater.reference.moves:
             self.anchor.promote()

@@ -93,7 +93,8 @@ class Updater:
         """
         config = self.config
         penalty = 0.0 if self.reference.in_loss else kl_coef
-        batch = Batch.finish(scored, *advantages(scored, config, penalty, self._follow(scored.scores)))
+        estimated, returns = advantages(scored, config, penalty, self._follow(scored.scores))
+        batch = Batch(**vars(scored), advantages=estimated, returns=returns)
         entropy_coef = config.entropy_coef / max(-masked_mean(scored.logprobs, scored.mask).item(), MIN_ENTROPY)
         steps: list[dict[str, float]] = []
         for _ in range(config.ppo_epochs):

@@ -424,6 +424,7 @@ BOUNDS = [
     ("appo.kl_horizon", 0, 1),
     ("anchor.period", 0, 1),
     ("anchor.prompts", 0, 1),
+    ("anchor.max_kl", 0.0, 1e-9),
     ("anchor.promote_threshold", -1e-9, 0.0),
     ("anchor.rollback_threshold", -1e-9, 0.0),
     ("anchor.significance", 0, 1e-9),

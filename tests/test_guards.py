@@ -83,7 +83,7 @@ def test_an_exploded_ratio_changes_nothing() -> None:
     appo = trainer(max_ratio=10.0)
     appo.collect(QUERIES, rewards(1.0, 5.0, 0.0, 2.0), COPIES)
     scored = appo.buffer.stacked()
-    batch = Batch.finish(scored, *advantages(scored, appo.config, kl_coef=0.0))
+    batch = Batch(*vars(scored).values(), *advantages(scored, appo.config, kl_coef=0.0))
     before = parameters(appo)
     assert appo.updater.optimizer_step(replace(batch, logprobs=batch.logprobs - 3)) == {
         "skipped_steps": 1.0,

@@ -272,7 +272,7 @@ def minibatch(trainer: APPOTrainer, responses: int) -> Batch:
     rollout = plain_sample(trainer.policy, query, responses, 12)
     advantages = torch.linspace(-1, 1, rollout.mask.numel()).view(rollout.mask.shape)
     scored = Scored.of(rollout, advantages[:, 0], rollout.logprobs)
-    return Batch.finish(scored, advantages, advantages + 1)
+    return Batch(*vars(scored).values(), advantages, advantages + 1)
 
 
 def our_loss(trainer: APPOTrainer, batch: Batch) -> tuple[Tensor, Any]:

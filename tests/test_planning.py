@@ -86,7 +86,7 @@ def test_the_memory_of_an_adapters_update_is_within_15_percent_of_the_plan(
 def measured_update(updater: Updater) -> int:
     """Peak bytes of an update, without weights and the optimizer's moments."""
     rows = scored()
-    batch = Batch.finish(rows, *advantages(rows, updater.config, 0.1))
+    batch = Batch(*vars(rows).values(), *advantages(rows, updater.config, 0.1))
     updater.optimizer_step(batch)  # makes the optimizer's moments
     updater.optimizer.zero_grad()
     measured = LiveBytes()

@@ -33,7 +33,7 @@ def finished(*lengths: int) -> Batch:
     buffer = RolloutBuffer()
     given = rollout(*lengths)
     buffer.add(given, torch.arange(len(lengths)).float(), torch.zeros_like(given.logprobs))
-    return Batch.finish(buffer.stacked(), given.logprobs + given.values, given.values)
+    return Batch(*vars(buffer.stacked()).values(), given.logprobs + given.values, given.values)
 
 
 def test_empty_query_is_refused() -> None:

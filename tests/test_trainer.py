@@ -51,7 +51,7 @@ def step(trainer: APPOTrainer, reward_fn: RewardFn = share_of_a, count: int = 8)
 
 def finished(trainer: APPOTrainer) -> Batch:
     scored = trainer.buffer.stacked()
-    return Batch.finish(scored, *advantages(scored, trainer.config, kl_coef=0.1))
+    return Batch(*vars(scored).values(), *advantages(scored, trainer.config, kl_coef=0.1))
 
 
 def flat(trainer: APPOTrainer) -> torch.Tensor:
@@ -337,6 +337,34 @@ def test_review_compares_agent_and_anchor(first: float, second: float, decision:
     assert (review.policy_scores, review.anchor_scores) == ([first] * 8, [second] * 8)
     assert (review.promote_threshold, review.rollback_threshold) == (0.05, 0.1)
     assert torch.equal(flat(trainer), before) == (decision is not AnchorDecision.ROLLBACK)
+
+
+@pytest.mark.parametrize(
+    ("lead", "max_kl", "decision"),
+    [
+        (0.01, None, AnchorDecision.KEEP),
+        (0.01, 1e9, AnchorDecision.KEEP),
+        (0.01, 1e-9, AnchorDecision.PROMOTE),
+        (-0.01, 1e9, AnchorDecision.KEEP),
+        (-0.01, 1e-9, AnchorDecision.ROLLBACK),
+    ],
+)
+def test_far_from_the_anchor_a_review_must_decide(lead: float, max_kl: float | None, decision: AnchorDecision) -> None:
+    trainer = make(anchor=AnchorConfig(max_kl=max_kl, significance=0.04))
+    for _ in range(3):  # the first rollout is the anchor's own: its KL is 0
+        last = step(trainer)
+    assert last["kl"] > 1e-9
+    given = iter([[0.5 + lead] * 8, [0.5] * 8])
+    assert trainer.review_anchor(queries(trainer), lambda prompts: next(given), 4).decision is decision
+
+
+@pytest.mark.parametrize("max_kl", [None, 1e-9])
+def test_an_agent_far_from_its_anchor_is_reviewed_at_once(max_kl: float | None) -> None:
+    trainer = make(anchor=AnchorConfig(period=100, max_kl=max_kl))
+    done = list(trainer.fit(queries(trainer), plain_share_of_a, 3, score_fn=lambda prompts: [0.5] * len(prompts)))
+    far = [iteration.stats["kl"] > 1e-9 for iteration in done]
+    assert [iteration.review is not None for iteration in done] == (far if max_kl else [False] * 3)
+    assert any(far)
 
 
 @pytest.mark.parametrize("scores", [(1.0, 0.0), (0.0, 1.0)])

@@ -117,7 +117,7 @@ class Arm(ABC):
         step = self.learn(question)
         if number == 1 and step.stats.get("grad_norm"):
             self._check_moved()
-        if number % (self.run.config.anchor.period * self.run.steps_per_epoch) == 0:
+        if self.trainer.far or number % (self.run.config.anchor.period * self.run.steps_per_epoch) == 0:
             return self.reviewed(step)
         return step
 

@@ -306,7 +306,7 @@ def as_batch(rollout: Rollout) -> Batch:
     """The rollout as a minibatch with made-up advantages."""
     advantages = torch.linspace(-1, 1, rollout.mask.numel(), device=rollout.mask.device).view(rollout.mask.shape)
     scored = Scored.of(rollout, advantages[:, 0], rollout.logprobs)
-    return Batch.finish(scored, advantages, advantages + rollout.values)
+    return Batch(**vars(scored), advantages=advantages, returns=advantages + rollout.values)
 
 
 def our_update(trainer: APPOTrainer, rollout: Rollout) -> None:
