@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from appo.lm import decoding
 from appo.policy import Policy
 from appo.trainer import APPOTrainer
 from experiments import evaluate, prompt
@@ -110,6 +111,35 @@ def test_what_is_sampled_is_what_is_evaluated(tmp_path: Path) -> None:
     with torch.no_grad():
         difference = (policy.evaluate(rollout).logprobs - rollout.logprobs).abs().max().item()
     assert difference < 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_recorded_step_samples_what_a_launched_one_does(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [*SMALL, f"dtype={dtype}"]
+    made = prepare(build_config({"task": "sst2", "run": str(tmp_path / "run")}, assignments=settings))
+    policy: Policy = made.policy
+    trainer = APPOTrainer(policy, generator=torch.Generator(DEVICE).manual_seed(0))
+    queries = [policy.query("a", "b"), policy.query("a longer question", "b")]
+
+    def sampled() -> list[torch.Tensor]:
+        found = [policy.sample(queries, torch.Generator(DEVICE).manual_seed(0), copies=4) for _ in range(2)]
+        with trainer.anchor.in_place():
+            found.append(policy.sample(queries, torch.Generator(DEVICE).manual_seed(0), copies=4))
+        return [rollout.logprobs for rollout in found]
+
+    with torch.no_grad():  # the agent is no longer its anchor, and its weights change between two recordings
+        policy.model.get_input_embeddings().weight.mul_(1.5)
+    recorded = sampled()
+    assert len(policy.lm._recordings._made) == 2
+    monkeypatch.setattr(decoding, "_launches_take_longest", lambda begun, budget: False)
+    launched = sampled()
+    assert not torch.equal(launched[0], launched[2])
+    tolerance = 1e-4 if dtype == "float32" else 0.3
+    for ours, theirs in zip(recorded, launched, strict=True):
+        assert (ours[:, 0] - theirs[:, 0]).abs().max() < tolerance  # later tokens may differ where rounding decides
+    assert torch.equal(recorded[0], recorded[1])
 
 
 def test_an_adapter_on_shared_weights_learns_in_bfloat16(tmp_path: Path) -> None:

@@ -9,16 +9,15 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from appo.lm import adapter, linear, packed
 from appo.lm.attention import Branches
-from appo.lm.cache import new_cache, surviving_rows
-from appo.lm.packed import Output, common_prefix
+from appo.lm.decoding import Growing, Recordings
+from appo.lm.packed import Output
 
 # Takes the output for R responses and their indices [R]; returns their next tokens [R], and which go on [R].
 Choose = Callable[[Output, Tensor], tuple[Tensor, Tensor]]
@@ -72,6 +71,7 @@ class CausalLM:
             linear.install(model)
         self.packed = packed.install(model)
         self.bare = False
+        self._recordings = Recordings()
         if compute_dtype != torch.float32:
             _exempt_from_autocast(_float32_head(model))
         self._checkpoints = gradient_checkpointing
@@ -185,60 +185,16 @@ class CausalLM:
             owner: which context each response is to; default: one response to each.
         """
         with self._adapting(), self._computing():
-            cache, mask, inputs, lengths = self._prefill(contexts, range(len(contexts)) if owner is None else owner)
-            position = lengths - 1
-            padded = not mask.all()  # without padding no mask is needed
-            alive = torch.arange(len(inputs), device=self.device)
+            with _only_rows(self.model, [0]):  # nobody reads the logits of the contexts: one column is enough
+                begun = Growing(self.model, contexts, range(len(contexts)) if owner is None else owner)
+            responses = self._recordings.take_over(begun, budget, kind=self.bare)
             for _ in range(budget):
-                mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1) if padded else mask
-                output = self._step(inputs, mask if padded else None, position.unsqueeze(1), cache)
+                output = responses.step()
                 with torch.autocast(self.device.type, enabled=False):
-                    tokens, going = choose(Output(output.logits[:, 0], output.hidden[:, 0]), alive)
-                inputs, position = tokens.unsqueeze(1), position + 1
+                    tokens, going = choose(output, responses.alive)
                 if not going.any():
                     return
-                if not going.all():
-                    rows = surviving_rows(going)  # finished responses leave the batch
-                    cache.reorder_cache(rows)
-                    alive, inputs, mask, position = alive[rows], inputs[rows], mask[rows], position[rows]
-
-    def _prefill(self, contexts: Sequence[Sequence[int]], owner: Sequence[int]) -> _Prefix:
-        """Runs each context except its last token, and gives every response its own rows of the cache."""
-        cache = new_cache(self.model)
-        # A sliding window would count the padding between the shared prefix and the rest.
-        sharing = self.packed and not any(cache.is_sliding)
-        shared = common_prefix([context[:-1] for context in contexts]) if sharing else 0
-        ids, mask = packed.pad_left([context[shared:] for context in contexts], self.device)  # all end in one column
-        mask = torch.cat([mask.new_ones(len(contexts), shared), mask], dim=1)
-        positions = packed.real_positions(mask)
-        if shared:
-            beginning = torch.tensor([list(contexts[0][:shared])], device=self.device)
-            self._read(beginning, mask[:1, :shared], positions[:1, :shared], cache)
-            if len(contexts) > 1:
-                cache.reorder_cache(torch.zeros(len(contexts), dtype=torch.long, device=self.device))
-        if ids.shape[1] > 1:
-            self._read(ids[:, :-1], mask[:, :-1], positions[:, shared:-1], cache)
-        rows = torch.tensor(owner, device=self.device)
-        if list(owner) != list(range(len(contexts))):
-            cache.reorder_cache(rows)
-        return _Prefix(cache, mask[rows, :-1], ids[rows, -1:], mask.sum(1)[rows])
-
-    def _read(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> None:
-        """Adds the ids to the cache. Nobody reads their logits, so only one column of them is computed."""
-        with _only_rows(self.model, [0]):
-            self._step(ids, mask, positions, cache)
-
-    def _step(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache) -> Output:
-        """The model's output for the last of the ids, [B, 1, *]; all ids are added to the cache."""
-        return packed.call(
-            self.model,
-            input_ids=ids,
-            attention_mask=None if mask is None else mask.long(),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+                responses.feed(tokens, going)
 
     def _adapting(self) -> AbstractContextManager[None]:
         return adapter.switched_off(self.model) if self.bare else nullcontext()
@@ -258,15 +214,6 @@ class CausalLM:
         finally:
             for layer in layers:
                 layer.training = False
-
-
-class _Prefix(NamedTuple):
-    """Contexts without their last token: the cache of B rows, its mask [B, L - 1], last tokens [B, 1], lengths [B]."""
-
-    cache: DynamicCache
-    mask: Tensor
-    last_tokens: Tensor
-    lengths: Tensor
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -1,0 +1,223 @@
+"""Decoding token by token, in two ways: rows with a cache that grows, and rows whose tensors stay where they are.
+
+A step launches some ten kernels a layer. On a GPU, launching them from Python takes far longer than running them: 55 ms
+for 7 B parameters, whose bfloat16 weights are read in 3. `Fixed` records the launches of one step as a CUDA graph and
+replays them all at once. A graph reads and writes the same memory every time, so the rows must stay, finished or not,
+and the cache is as long as it will ever be. Everything else, a CPU in particular, is better off with `Growing`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from appo.lm import packed
+from appo.lm.cache import new_cache, surviving_rows
+from appo.lm.packed import Output, common_prefix
+
+BLOCK = 256  # tokens: a recorded cache's length is a multiple, so that one recording serves queries of many lengths
+ROW_BLOCK = 8  # and its number of rows is a multiple of this
+MOST_ROWS = 128  # with more rows the kernels themselves take the time
+LEAST_TOKENS = 8  # recording costs about four steps
+KEPT = 4  # recordings: two lengths, each for the agent and its anchor
+
+
+class Growing:
+    """Responses in decoding: their cache grows by a token a step, and rows leave when their response ends.
+
+    Args:
+        model: a causal LM.
+        contexts: token ids, at least one each. Each is run once; a prefix that all share is run once for all.
+        owner: which context each response is to.
+
+    Attributes:
+        alive: [R], the indices of the responses that go on.
+    """
+
+    def __init__(self, model: PreTrainedModel, contexts: Sequence[Sequence[int]], owner: Sequence[int]) -> None:
+        self.model, self.cache = model, new_cache(model)
+        # A sliding window would count the padding between the shared prefix and the rest.
+        sharing = packed.is_installed(model) and not any(self.cache.is_sliding)
+        shared = common_prefix([context[:-1] for context in contexts]) if sharing else 0
+        ids, mask = packed.pad_left([context[shared:] for context in contexts], model.device)  # all end in one column
+        mask = torch.cat([mask.new_ones(len(contexts), shared), mask], dim=1)
+        positions = packed.real_positions(mask)
+        if shared:
+            beginning = torch.tensor([list(contexts[0][:shared])], device=model.device)
+            self._run(beginning, mask[:1, :shared], positions[:1, :shared])
+            if len(contexts) > 1:
+                self.cache.reorder_cache(torch.zeros(len(contexts), dtype=torch.long, device=model.device))
+        if ids.shape[1] > 1:
+            self._run(ids[:, :-1], mask[:, :-1], positions[:, shared:-1])
+        rows = torch.tensor(owner, device=model.device)
+        if list(owner) != list(range(len(contexts))):
+            self.cache.reorder_cache(rows)
+        self.alive = torch.arange(len(rows), device=model.device)
+        self.mask, self.ids, self.positions = mask[rows, :-1], ids[rows, -1:], mask.sum(1)[rows].unsqueeze(1) - 1
+        self.padded = not mask.all()  # without padding no mask is needed
+
+    def step(self) -> Output:
+        """The model's output for the last token of each response that goes on, [R, *]."""
+        if self.padded:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.ids), 1)], dim=1)
+        return self._run(self.ids, self.mask if self.padded else None, self.positions)
+
+    def feed(self, tokens: Tensor, going: Tensor) -> None:
+        """The responses' next tokens [R], and which of them go on [R]; the others leave."""
+        self.ids, self.positions = tokens.unsqueeze(1), self.positions + 1
+        if not going.all():
+            rows = surviving_rows(going)
+            self.cache.reorder_cache(rows)
+            self.alive, self.ids, self.positions = self.alive[rows], self.ids[rows], self.positions[rows]
+            self.mask = self.mask[rows]
+
+    def _run(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Output:
+        return run(self.model, ids, None if mask is None else mask.long(), positions, self.cache)
+
+
+class Fixed:
+    """The same in tensors that stay where they are, on a GPU with the step recorded as a CUDA graph.
+
+    Args:
+        begun: responses after their contexts were read; gives the shapes.
+        length: most tokens of a response with its context.
+        rows: how many rows to have room for.
+    """
+
+    def __init__(self, begun: Growing, rows: int, length: int) -> None:
+        self.model, device = begun.model, begun.ids.device
+        self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros_like(self.ids)
+        self.column = torch.zeros(1, dtype=torch.long, device=device)  # of the cache, where the next token goes
+        self.mask = torch.zeros(rows, 1, 1, length, dtype=torch.bool, device=device)  # a 4-D mask is used as it is
+        self.cache = DynamicCache()
+        self.cache.layers = [_FixedLayer(layer, rows, length, self.column) for layer in begun.cache.layers]
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if device.type == "cuda":
+            self._record()
+
+    def begin(self, begun: Growing) -> Fixed:
+        """Takes over responses whose contexts were read."""
+        used, held = begun.mask.shape
+        for layer, other in zip(self.cache.layers, begun.cache.layers, strict=True):
+            for fixed, grown in ((layer.keys, other.keys), (layer.values, other.values)):
+                fixed.zero_()  # hidden keys count for nothing, but not if they are NaN
+                fixed[:used, :, :held] = grown
+        self.mask.zero_()
+        self.mask[:used, 0, 0, :held] = begun.mask
+        self.positions.zero_()  # of spare rows, too: a position beyond the context's end may not exist
+        self.column.fill_(held)
+        self.ids[:used], self.positions[:used] = begun.ids, begun.positions
+        self.alive = begun.alive
+        return self
+
+    def step(self) -> Output:
+        """As in `Growing`."""
+        if self.graph is None:
+            self.output = self._compute()
+        else:
+            self.graph.replay()
+        return Output(self.output.logits[self.alive], self.output.hidden[self.alive])
+
+    def feed(self, tokens: Tensor, going: Tensor) -> None:
+        """As in `Growing`, but the responses that have ended are only hidden."""
+        self.ids[self.alive, 0] = tokens
+        self.alive = self.alive[going]
+
+    def _compute(self) -> Output:
+        self.mask.index_fill_(3, self.column, True)
+        output = run(self.model, self.ids, self.mask, self.positions, self.cache)
+        self.column.add_(1)
+        self.positions.add_(1)
+        return output
+
+    def _record(self) -> None:
+        # Autocast must not keep its copies of the weights: they would be old when the graph is replayed.
+        kind, dtype = self.ids.device.type, torch.get_autocast_dtype("cuda")
+        with torch.autocast(kind, dtype, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                self._compute()  # libraries allocate at their first call
+                self._compute()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.output = self._compute()
+        self.graph = graph
+
+
+class _FixedLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer's keys and values with all the room that they will need."""
+
+    def __init__(self, like: DynamicLayer, rows: int, length: int, column: Tensor) -> None:
+        super().__init__()
+        self.column, self.is_initialized = column, True
+        self.keys, self.values = (x.new_zeros(rows, x.shape[1], length, x.shape[3]) for x in (like.keys, like.values))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        self.keys.index_copy_(2, self.column, key_states)
+        self.values.index_copy_(2, self.column, value_states)
+        return self.keys, self.values
+
+
+class Recordings:
+    """The recorded steps of a model, made when they are first needed; those not used for longest are dropped."""
+
+    def __init__(self) -> None:
+        self._made: OrderedDict[Hashable, Fixed] = OrderedDict()
+        self._possible = True
+
+    def take_over(self, begun: Growing, budget: int, kind: Hashable = None) -> Growing | Fixed:
+        """The responses in the form that is decoded faster.
+
+        Args:
+            begun: responses after their contexts were read.
+            budget: most tokens in a response.
+            kind: what else a recording depends on.
+        """
+        plain = packed.is_installed(begun.model) and not any(begun.cache.is_sliding)
+        if not (plain and self._possible and _launches_take_longest(begun, budget)):
+            return begun
+        rows = -(-len(begun.ids) // ROW_BLOCK) * ROW_BLOCK
+        length = -(-(begun.mask.shape[1] + budget) // BLOCK) * BLOCK
+        # A graph knows weights by their address; those of agent and anchor change places (`Anchor.in_place`).
+        key = (kind, rows, length, *(weight.data_ptr() for weight in begun.model.parameters()))
+        if key not in self._made:
+            try:
+                self._made[key] = Fixed(begun, rows, length)
+            except RuntimeError as error:
+                warnings.warn(f"no CUDA graph of this model's step can be recorded: {error}", stacklevel=2)
+                self._possible = False
+                return begun
+        self._made.move_to_end(key)
+        while len(self._made) > KEPT:
+            self._made.popitem(last=False)
+        return self._made[key].begin(begun)
+
+
+def _launches_take_longest(begun: Growing, budget: int) -> bool:
+    """Whether launching a step's kernels takes longer than running them, and recording pays."""
+    return begun.ids.is_cuda and len(begun.ids) <= MOST_ROWS and budget >= LEAST_TOKENS
+
+
+def run(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache) -> Output:
+    """Adds the ids [R, S] to the cache; the model's output for the last of each row, [R, *]."""
+    output = packed.call(
+        model,
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return Output(output.logits[:, 0], output.hidden[:, 0])
