@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Pretr
 from appo.lm import adapter
 from appo.lm.model import CausalLM
 from appo.policy import Policy
+from appo.rollout import Rollout
 from appo.trainer import APPOTrainer
 from experiments.config import LAB_DIR, RunConfig, build_config
 from experiments.run.models import find_device, peak_memory
@@ -115,11 +116,17 @@ class Bench:
         collected = trainer.collect(self.queries, self._reward, copies)
         scored = trainer.buffer.stacked()
         trainer.buffer.clear()
-        yield "sampling", self._timed(lambda: self.policy.sample(self.queries, trainer.generator, copies))
+        yield (
+            "sampling",
+            self._timed(lambda: self._written(self.policy.sample(self.queries, trainer.generator, copies))),
+        )
         yield "scoring", self._timed(lambda: self._reward(collected.prompts))
         yield "anchor's pass", self._timed(lambda: trainer.anchor.logprobs(collected.rollout))
         yield "update", self._timed(lambda: trainer.updater.update(scored, trainer.kl_controller.coef))
-        yield "iteration", self._timed(lambda: trainer.step(self.queries, self._reward, copies))
+        yield (
+            "iteration",
+            self._timed(lambda: self._written(trainer.step(self.queries, self._reward, copies).collected.rollout)),
+        )
 
     def _reward(self, prompts: list[str]) -> Any:
         return self.reward(prompts, self.batch)
@@ -142,7 +149,11 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def _count(self, _embedding: torch.nn.Module, ids: tuple[torch.Tensor], _output: torch.Tensor) -> None:
-        self.tokens += ids[0].numel()
+        if ids[0].shape[1] > 1:  # no step of decoding, which a GPU may replay without this hook
+            self.tokens += ids[0].numel()
+
+    def _written(self, rollout: Rollout) -> None:
+        self.tokens += int(rollout.mask.sum())
 
 
 @in_order
