@@ -116,10 +116,9 @@ class Bench:
         collected = trainer.collect(self.queries, self._reward, copies)
         scored = trainer.buffer.stacked()
         trainer.buffer.clear()
-        yield (
-            "sampling",
-            self._timed(lambda: self._written(self.policy.sample(self.queries, trainer.generator, copies))),
-        )
+        sample = partial(self.policy.sample, self.queries, trainer.generator, copies)
+        step = partial(trainer.step, self.queries, self._reward, copies)
+        yield "sampling", self._timed(lambda: self._written(sample()))
         yield "scoring", self._timed(lambda: self._reward(collected.prompts))
         yield "anchor's pass", self._timed(lambda: trainer.anchor.logprobs(collected.rollout))
         yield "update", self._timed(lambda: trainer.updater.update(scored, trainer.kl_controller.coef))
