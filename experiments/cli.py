@@ -21,6 +21,7 @@ GROUPS = {  # the modules of this package with a `main`, and what they do
     "tune": {
         "train": "tune a prompt for a task",
         "compare": "compare ways to tune a prompt, over seeds",
+        "study": "run or plan a table of runs: ablations, grids, the paper's tables",
     },
     "use a finished run": {
         "prompt": "print a run's instruction for an input, and the target's answer under it",

@@ -12,7 +12,6 @@ curves and intervals. With the --folder of an earlier call, finished runs are ta
 from __future__ import annotations
 
 import math
-import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from experiments.page.comparison import render_comparison, summaries
 from experiments.run.files import write_whole
 from experiments.run.folder import METRICS, PROMPTS, read_optional, read_result
 from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order
-from experiments.tuning.cells import Cell, make
+from experiments.tuning.cells import Cell, make, seeds_of
 from tasks.errors import printable
 
 ARMS = {
@@ -35,7 +34,6 @@ ARMS = {
     "tte-untrained": ["mode=tte", "arm=frozen", "steps=1"],
 }
 SEEDS, COMPARED = "0-4", "appo frozen"  # by default
-MOST_SEEDS = 1000  # in a range
 EDGE = 20  # iterations averaged at the beginning and at the end of a run
 HEADER = (
     *("arm", "seed", "prompts", "answers", "first 20", "last 20", "validation", "test", "manual, test"),
@@ -111,17 +109,8 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     for word in options.arms:
         if word not in ARMS:
             raise UsageError(f"--arms: unknown arm {word!r}; expected {', '.join(ARMS)}")
-    options.seeds = list(dict.fromkeys(seed for word in options.seeds for seed in _seeds(word)))
+    options.seeds = list(dict.fromkeys(seed for word in options.seeds for seed in seeds_of(word)))
     return options
-
-
-def _seeds(word: str) -> range:
-    """The seeds that a word names: one, or a range such as 0-9."""
-    ends = re.fullmatch(r"([0-9]{1,20})(?:-([0-9]{1,20}))?", word)
-    first, last = (int(end) for end in (ends[1], ends[2] or ends[1])) if ends else (0, -1)
-    if not 0 <= last - first < MOST_SEEDS:
-        raise UsageError(f"--seeds: {word!r} is no seed; expected whole numbers, or ranges such as 0-9")
-    return range(first, last + 1)
 
 
 def show(rows: Sequence[RunRow]) -> None:

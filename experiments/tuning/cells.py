@@ -6,6 +6,7 @@ Several cells run side by side in processes of their own, each on one thread.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,11 +18,12 @@ from pathlib import Path
 
 from experiments.config import RunConfig, flat, is_served, to_dict
 from experiments.run.folder import CONFIG, RESULT, RunFolderError, stored_config
-from experiments.terminal.command import UNSOUND, one_line
+from experiments.terminal.command import UNSOUND, UsageError, one_line
 from experiments.terminal.signals import ending_at_once
 
 MAY_DIFFER = {"run", "threads", "checkpoint_every", "tensorboard", "wandb", "trust_remote_code"}
 ROOT = Path(__file__).parents[2]  # of this copy of the code, which the processes run too
+MOST_SEEDS = 1000  # in a range
 PAUSE = 0.2  # seconds between two looks at the processes
 
 
@@ -142,3 +144,16 @@ def _error(cell: Cell) -> str:
     lines = _log(cell).read_text(encoding="utf-8", errors="replace").splitlines()
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return told[-1] if told else f"ended without a word; see {_log(cell)}"
+
+
+def seeds_of(word: str) -> range:
+    """The seeds that a word names: one, or a range such as 0-9.
+
+    Raises:
+        UsageError: it names none.
+    """
+    ends = re.fullmatch(r"([0-9]{1,20})(?:-([0-9]{1,20}))?", word)
+    first, last = (int(end) for end in (ends[1], ends[2] or ends[1])) if ends else (0, -1)
+    if not 0 <= last - first < MOST_SEEDS:
+        raise UsageError(f"--seeds: {word!r} is no seed; expected whole numbers, or ranges such as 0-9")
+    return range(first, last + 1)

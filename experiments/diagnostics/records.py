@@ -1,0 +1,98 @@
+"""Runs as data: a JSON object for each run of a study, with all that the tables about it are made of."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.config import flat, to_dict
+from experiments.diagnostics.results import arm_of
+from experiments.run.files import write_whole
+from experiments.run.folder import CONFIG, METRICS, PROMPTS, RESULT, finished, read_optional, stored_config
+from tasks.catalogue import load_spec
+
+ROOT = Path(__file__).parents[2]
+DIGITS = 3  # of the scores of a curve
+ELSEWHERE = {"run", "threads", "checkpoint_every", "seed", "tensorboard", "wandb"}  # settings that shape no score
+RESULTS = (
+    *("chosen", "prompt", "validation_rows", "validation_score"),
+    *("test_rows", "test_score", "test_interval", "manual_test_score", "p"),
+)
+Record = dict[str, Any]
+
+
+def record_of(folder: Path, study: str, labels: Mapping[str, str], commit: str | None) -> Record:
+    """What a run did and found; of one that is not finished, no scores on validation and test.
+
+    Args:
+        folder: of the run.
+        study: the name of the study.
+        labels: axis -> setting of this run.
+        commit: of the code that made the run.
+
+    Raises:
+        RunFolderError, ConfigError: the folder holds no run, or a file in it is not what a run writes.
+    """
+    config = stored_config(folder)
+    result = finished(folder)[1] if (folder / RESULT).is_file() else {}
+    spec, rows = load_spec(config.task), read_optional(folder / METRICS)
+    scores = [row[f"{spec.metric}_mean"] for row in rows]
+    decisions = [row["anchor"] for row in rows]
+    named = {name: Path(getattr(config, name)).name for name in ("agent", "target")}
+    chosen = flat(to_dict(config)).items()
+    return {
+        "study": study,
+        "labels": dict(labels),
+        "seed": config.seed,
+        "task": spec.name,
+        "arm": arm_of(config),
+        **named,
+        "iterations": len(rows),
+        "prompts": len(read_optional(folder / PROMPTS)),
+        "answers": round(sum(row["answers"] for row in rows)),
+        "seconds": round(sum(row["seconds"] for row in rows)),
+        "metric": spec.metric,
+        "curve": [None if score is None else round(score, DIGITS) for score in scores],
+        "kl": [None if row["kl"] is None else round(row["kl"], 1) for row in rows],
+        "promoted": decisions.count("promote"),
+        "rolled_back": decisions.count("rollback"),
+        **{name: result.get(name) for name in RESULTS},
+        "commit": commit,
+        "environment": yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")).get("environment", {}),
+        "config": {key: value for key, value in chosen if key not in {*ELSEWHERE, "agent", "target", "data"}},
+    }
+
+
+def current_commit() -> str | None:
+    """The commit of this copy of the code, with a "+" if something has been changed since; None outside of git."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--", "*.py"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip() + "+" * bool(changed.stdout)
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a file, one in each line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Writes them, one in each line."""
+    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def mean(values: Sequence[float | None]) -> float:
+    """The mean of those that are numbers; NaN if none is."""
+    real = [value for value in values if value is not None]
+    return sum(real) / len(real) if real else math.nan

@@ -1,0 +1,205 @@
+"""Tables of records: what the runs of a study show, in Markdown.
+
+summary of AXIS                 a row for each setting: where its seeds end, and what is chosen
+runs of AXIS                    a row for each run
+plane of AXIS by AXIS           a cell for each pair of settings: what the agent writes in the end
+curve of AXIS by AXIS at N N    the same at some iterations
+test of AXIS by AXIS            the same for the chosen prompts on test
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+
+from experiments.diagnostics.records import Record, mean
+from experiments.run.statistics import (
+    coefficient_of_variation,
+    improvement_interval,
+    interquartile_interval,
+    interquartile_mean,
+    probability_of_improvement,
+)
+
+LAST = 20  # iterations at the end of a run, whose prompts show where it has come to
+FIRST = 5
+GAIN = 0.05  # above the untrained agent; a run that ends with less has failed
+TRAIN = ("appo", "ppo", "rlhf", "none", "reinforce", "grpo")  # the arms that train the agent
+Table = list[list[str]]  # the first row is the header
+VIEW = re.compile(r"(?:(summary|runs) of (.+)|(plane|test) of (.+) by (.+)|curve of (.+) by (.+) at ([0-9 ]+))")
+
+
+def view(records: Sequence[Record], words: str) -> Table:
+    """The table that the words ask for, as above.
+
+    Raises:
+        ValueError: they ask for none, or for an axis that the records lack.
+    """
+    found = VIEW.fullmatch(words)
+    if not found:
+        raise ValueError(f"{words!r} is no table; expected such as 'summary of arm' or 'plane of task by arm'")
+    one, axis, two, rows, columns, curve_rows, curve_columns, at = found.groups()
+    for name in filter(None, (axis, rows, columns, curve_rows, curve_columns)):
+        if any(name not in record["labels"] for record in records):
+            raise ValueError(f"{words!r}: no axis {name!r}; expected one of {', '.join(records[0]['labels'])}")
+    if one:
+        return {"summary": summary, "runs": listed}[one](records, axis)
+    if two:
+        return {"plane": plane, "test": on_test}[two](records, rows, columns)
+    return over_time(records, curve_rows, curve_columns, [int(n) for n in at.split()])
+
+
+def summary(records: Sequence[Record], axis: str) -> Table:
+    """A row for each setting of an axis: where its seeds end, how far they differ, how many fail, what is chosen.
+
+    A run that trains has failed if its last prompts are not better, by GAIN, than those of the untrained agent: it has
+    learnt nothing, or lost it again. The probability to beat the first setting is that of a seed's test score; it and
+    the interquartile mean carry bootstrap intervals over seeds.
+    """
+    groups = by(records, axis)
+    first = next(iter(groups.values()))
+    header = [axis, "runs", f"last {LAST}, mean", "deviation", "worst seed", "failed", "largest KL, median"]
+    found = [[*header, "test, interquartile mean", "worst", "variation", f"beats {next(iter(groups))}"]]
+    for label, runs in groups.items():
+        ends = [last(run) for run in runs]
+        tests, base = ([run["test_score"] for run in some if run["test_score"] is not None] for some in (runs, first))
+        widest = statistics.median(max((kl for kl in run["kl"] if kl is not None), default=math.nan) for run in runs)
+        found.append(
+            [
+                *(label, str(len(runs)), _number(mean(ends)), _number(_deviation(ends)), _number(min(ends))),
+                *(_failures(runs, records), _number(widest, 1)),
+                *_over_seeds(tests, base if runs is not first else []),
+            ]
+        )
+    return found
+
+
+def plane(records: Sequence[Record], rows: str, columns: str) -> Table:
+    """A cell for each pair of settings: the mean of the last prompts, lowest to highest seed, and how many failed."""
+
+    def cell(runs: list[Record]) -> str:
+        ends = [last(run) for run in runs]
+        return f"{mean(ends):.2f} ({min(ends):.2f} to {max(ends):.2f}), failed: {_failures(runs, records)}"
+
+    return _crossed(records, rows, columns, cell)
+
+
+def over_time(records: Sequence[Record], rows: str, columns: str, at: Sequence[int]) -> Table:
+    """A cell for each pair of settings: mean scores of sampled prompts around some iterations, over seeds."""
+
+    def cell(runs: list[Record]) -> str:
+        return " / ".join(f"{mean([s for run in runs for s in run['curve'][max(0, n - LAST) : n]]):.2f}" for n in at)
+
+    return _crossed(records, rows, columns, cell)
+
+
+def on_test(records: Sequence[Record], rows: str, columns: str) -> Table:
+    """A cell for each pair of settings: the mean test score, lowest to highest seed, beside the manual prompt's."""
+
+    def cell(runs: list[Record]) -> str:
+        scores = [run["test_score"] for run in runs if run["test_score"] is not None]
+        if not scores:
+            return "(stopped)"
+        manual = mean([run["manual_test_score"] for run in runs])
+        return f"**{mean(scores):.3f}** ({min(scores):.3f} to {max(scores):.3f}; manual {manual:.3f})"
+
+    return _crossed(records, rows, columns, cell)
+
+
+def listed(records: Sequence[Record], axis: str) -> Table:
+    """A row for each run."""
+    header = [axis, "seed", f"first {FIRST}", f"last {LAST // 2}", "KL, mean (most)", "promoted", "rolled back"]
+    found = [[*header, "validation", "test (95 % interval)", "manual, test", "prompt"]]
+    for run in records:
+        kl = [value for value in run["kl"] if value is not None]
+        found.append(
+            [
+                *(run["labels"][axis], str(run["seed"])),
+                *(_number(mean(run["curve"][:FIRST])), _number(mean(run["curve"][-LAST // 2 :]))),
+                *(f"{mean(kl):.1f} ({max(kl):.1f})" if kl else "", str(run["promoted"]), str(run["rolled_back"])),
+                *_scores(run),
+            ]
+        )
+    return found
+
+
+def _over_seeds(tests: Sequence[float], base: Sequence[float]) -> list[str]:
+    """Cells of the test scores of some seeds: interquartile mean, lowest, variation, and how often they beat others."""
+    if not tests:
+        return [""] * 4
+    middle = f"{interquartile_mean(tests):.3f} {_range(*interquartile_interval([tests]))}, n = {len(tests)}"
+    beats = ""
+    if base:
+        beats = f"{probability_of_improvement(tests, base):.2f} {_range(*improvement_interval(tests, base))}"
+    return [middle, _number(min(tests)), _number(coefficient_of_variation(tests)), beats]
+
+
+def _scores(run: Record) -> list[str]:
+    """The cells of what a run has chosen; empty for a run that was stopped."""
+    if run["test_score"] is None:
+        return ["", f"(stopped after {run['iterations']})", "", ""]
+    low, high = run["test_interval"]
+    return [
+        f"{run['validation_score']:.3f} (n = {run['validation_rows']})",
+        f"**{run['test_score']:.3f}** ({low:.3f} to {high:.3f}, n = {run['test_rows']})",
+        *(f"{run['manual_test_score']:.3f}", _short(run["prompt"] or "")),
+    ]
+
+
+def markdown(table: Table) -> str:
+    """The table as Markdown, with a line break at the end."""
+    lines = [table[0], ["---"] * len(table[0]), *table[1:]]
+    return "".join("|" + "|".join(f" {cell} " if cell != "---" else cell for cell in line) + "|\n" for line in lines)
+
+
+def by(records: Iterable[Record], axis: str) -> dict[str, list[Record]]:
+    """The records of each setting of an axis, in their order."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record["labels"][axis], []).append(record)
+    return groups
+
+
+def last(run: Record) -> float:
+    """The mean score of what the run wrote at its end; of one without iterations, that of its prompt on test."""
+    return mean(run["curve"][-LAST:]) if run["curve"] else run["test_score"]
+
+
+def untrained(records: Iterable[Record], task: str) -> float:
+    """The mean score of what untrained agents write: of all runs' first iterations on the task."""
+    return mean([run["curve"][0] for run in records if run["curve"] and run["task"] == task])
+
+
+def _failures(runs: Sequence[Record], records: Sequence[Record]) -> str:
+    trained = [run for run in runs if run["arm"] in TRAIN]
+    failed = sum(last(run) < untrained(records, run["task"]) + GAIN for run in trained)
+    return f"{failed} of {len(trained)}" if trained else ""
+
+
+def _crossed(records: Sequence[Record], rows: str, columns: str, cell: Callable[[list[Record]], str]) -> Table:
+    across = list(by(records, columns))
+    found = [[f"{rows} \\ {columns}", *across]]
+    for label, runs in by(records, rows).items():
+        parts = by(runs, columns)
+        found.append([label, *(cell(parts[name]) if name in parts else "" for name in across)])
+    return found
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _range(low: float, high: float) -> str:
+    return f"({low:.3f} to {high:.3f})"
+
+
+def _short(text: str, most: int = 60) -> str:
+    """The beginning of a prompt, in italics; nothing in it ends the cell."""
+    text = " ".join(text.replace("|", "/").replace("*", "").replace("_", " ").replace("`", "'").split())
+    return f"*{text if len(text) <= most else text[: most - 3].rstrip() + '...'}*" if text else "(empty)"

@@ -1,0 +1,125 @@
+"""Runs a study, a table of runs described by a file, and shows what came out.
+
+    appo study                                   list the studies
+    appo study ablate --jobs 2                   one by one or side by side; stopped, it goes on where it was
+    appo study paper-few-shot --dry              the runs, with the memory and hours that they would take
+    appo study stability --record docs/results/stability.jsonl
+
+Runs of the same --folder that are finished are taken as they are. --record writes what came out as data, a line for
+each run; the tables of the documentation are made of such files.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from experiments.config import RunConfig
+from experiments.config.strict import ConfigError
+from experiments.diagnostics.records import current_commit, record_of, write_records
+from experiments.diagnostics.tables import VIEW, markdown, view
+from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order
+from experiments.tuning.cells import Cell, make, seeds_of
+from experiments.tuning.study import STUDIES, Study
+
+SHAPES = STUDIES / "shapes"  # configurations of models of the paper, for plans without a hub
+
+
+@in_order
+def main(argv: Sequence[str]) -> int:
+    """Lists the studies, or runs or plans one; returns the exit code."""
+    parser = Parser("appo study", __doc__)
+    parser.add_argument("study", nargs="?", help="its name, or the path of its .yaml file")
+    parser.add_argument("--folder", type=Path, help="folder of the runs (default: runs/STUDY)")
+    parser.add_argument("--seeds", nargs="+", metavar="N", help="such as 0 1 5-9 (default: the study's)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each (default: 1)")
+    parser.add_argument("--dry", action="store_true", help="only say what the runs would take")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write the results as data, in JSON lines")
+    parser.add_argument("assignments", nargs="*", metavar="key=value", help="sets a configuration field of every run")
+    options = parser.parse_intermixed_args(argv)
+    if options.study and "=" in options.study:
+        raise UsageError(f"{options.study!r} is no study; expected its name before any key=value")
+    if not options.study:
+        for name in sorted(path.stem for path in STUDIES.glob("*.yaml")):
+            print(f"{name:<16} {Study.load(name).question}")
+        return 0
+    if options.jobs < 1:
+        raise UsageError(f"--jobs is {options.jobs}; expected at least 1")
+    study = Study.load(options.study)
+    for table in study.tables:
+        if not VIEW.fullmatch(table):
+            raise ConfigError(f"{study.name}: tables: {table!r} is none; see `experiments/diagnostics/tables.py`")
+    seeds = [seed for word in options.seeds for seed in seeds_of(word)] if options.seeds else study.seeds
+    alone = ["threads=1"] if options.jobs > 1 else []
+    cells = list(study.cells(options.folder or Path("runs") / study.name, seeds, [*alone, *options.assignments]))
+    print(f"{study.question}\n", flush=True)
+    if options.dry:
+        for line in planned(cells):
+            print(line, flush=True)
+        return 0
+    return run(study, cells, options.jobs, options.record)
+
+
+def run(study: Study, cells: Sequence[tuple[Mapping[str, str], Cell]], jobs: int, record: Path | None) -> int:
+    """Makes the runs that are not finished, a line for each when it is done, then shows the tables; the exit code."""
+    commit, codes = current_commit(), dict[str, int]()
+    for cell, code, error in make([cell for _, cell in cells], jobs):
+        codes[cell.name] = code
+        told = error if code else "done"
+        print(f"{len(codes)}/{len(cells)}  {cell.name}: {told}", file=sys.stderr, flush=True)
+    done = [(labels, cell) for labels, cell in cells if not codes[cell.name]]
+    records = [record_of(cell.folder, study.name, labels, commit) for labels, cell in done]
+    if record:
+        write_records(record, records)
+    for words in study.tables if records else []:
+        print(f"{words}\n\n{markdown(view(records, words))}")
+    if diverged := [cell.name for _, cell in cells if codes[cell.name] == UNSOUND]:
+        print(f"diverged, and in no table: {'; '.join(diverged)}")
+    return max(codes.values())
+
+
+def planned(cells: Sequence[tuple[Mapping[str, str], Cell]]) -> Iterator[str]:
+    """A line for each combination of settings: models, memory, work, and hours on the GPUs that the plan knows."""
+    from experiments.plan import lengths_of
+    from experiments.planning.estimate import GIB, GPUS, Estimate, Options
+    from experiments.run.models import ModelError
+
+    seeds = len({cell.config.seed for _, cell in cells})
+    names = [gpu.name for gpu in GPUS]
+    yield f"| runs | agent | target | seeds | GiB | PFLOP a run | {' | '.join(names)} |"
+    yield "|---" * (6 + len(GPUS)) + "|"
+    total, plans = dict.fromkeys(names, 0.0), dict[str, Estimate]()
+    for labels, cell in cells:
+        if cell.config.seed != cells[0][1].config.seed:
+            continue
+        models = [Path(getattr(cell.config, role)).name for role in ("agent", "target")]
+        begun = f"| {', '.join(labels.values())} | {' | '.join(models)} | {seeds} |"
+        config = _with_shapes(cell.config)
+        alike = repr(replace(config, task="", run=None))  # a plan takes seconds, and knows no task
+        try:
+            if alike not in plans:
+                plans[alike] = Estimate(config, lengths_of(config), Options.of(config))
+            plan = plans[alike]
+        except ModelError as error:
+            yield f"{begun} no plan: {error} |"
+            continue
+        steps = plan.lengths.steps
+        work = sum(line.value for line in plan.work()) * steps / 1e15
+        hours = {gpu.name: plan.seconds(gpu) * steps / 3600 for gpu in GPUS}
+        total = {name: total[name] + seeds * spent for name, spent in hours.items()}
+        taken = " | ".join(f"{spent:.2g} h" for spent in hours.values())
+        yield f"{begun} {plan.total() / GIB:.1f} | {work:.3g} | {taken} |"
+    yield f"\n{len(cells)} runs, in all: " + ", ".join(f"{spent:.2g} h on {name}" for name, spent in total.items())
+
+
+def _with_shapes(config: RunConfig) -> RunConfig:
+    """The configuration with the shipped sizes of models in place of names that only a hub knows."""
+    agent, target = (SHAPES / f"{Path(name).name}.json" for name in (config.agent, config.target))
+    config = replace(config, agent=str(agent)) if agent.is_file() else config
+    return replace(config, target=str(target)) if target.is_file() else config
+
+
+if __name__ == "__main__":
+    sys.exit(main())

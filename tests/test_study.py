@@ -1,0 +1,206 @@
+"""Studies: which runs a file describes, what is planned and recorded of them, and the tables made of the records."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from experiments.diagnostics.records import Record, read_records, write_records
+from experiments.diagnostics.tables import VIEW, by, markdown, on_test, over_time, plane, summary, untrained, view
+from experiments.study import main
+from experiments.tuning.study import STUDIES, Study
+
+SMALL = "prompts=2 threads=1 sampling.max_new_tokens=8 examples.test_limit=10 pool=2 steps=2 headroom=0"
+FILE = f"""
+question: Does the reference matter?
+seeds: 0 2-3
+keys: task=sst2 {SMALL}
+axes:
+  lr:
+    small: appo.learning_rate=1e-5
+    large: appo.learning_rate=1e-3
+  reference:
+    anchor: ""
+    none: arm=none
+tables:
+  - summary of reference
+  - plane of lr by reference
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "references.yaml"
+    path.write_text(FILE, encoding="utf-8")
+    return path
+
+
+def test_there_is_a_run_for_each_combination_and_seed(file: Path, tmp_path: Path) -> None:
+    study = Study.load(str(file))
+    assert (study.name, study.seeds) == ("references", [0, 2, 3])
+    cells = list(study.cells(tmp_path, study.seeds, ["steps=7"]))
+    assert len(cells) == 2 * 2 * 3
+    labels, cell = cells[1]
+    assert labels == {"lr": "small", "reference": "none"}
+    assert (cell.name, cell.folder.name) == ("small, none, seed 0", "small-none-0")
+    assert (cell.config.arm, cell.config.seed, cell.config.steps) == ("none", 0, 7)
+    assert cell.config.appo.learning_rate == 1e-5
+    assert len({cell.folder for _, cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_that_is_shipped_can_be_run(path: Path, tmp_path: Path) -> None:
+    study = Study.load(path.stem)
+    cells = list(study.cells(tmp_path, study.seeds))
+    assert len({cell.folder for _, cell in cells}) == len(cells)
+    assert all(VIEW.fullmatch(table) for table in study.tables)
+    on_the_lab = ["agent=lab", "target=lab", "data=lab", "preset=lab", "lora.rank=null"]
+    if path.stem.startswith("paper-"):  # what `make reproduce LAB=1` adds
+        assert {cell.config.target for _, cell in study.cells(tmp_path, [0], on_the_lab)} == {"lab"}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["nonsense"], "no study 'nonsense'; expected one of ablate, "),
+        (["ablate", "--jobs", "0"], "--jobs is 0; expected at least 1"),
+        (["ablate", "--seeds", "x"], "'x' is no seed"),
+        (["ablate", "apo.lam=1"], "apo"),
+        (["steps=3"], "'steps=3' is no study"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("tables:", "pictures:", "expected question, seeds, keys, axes, tables"),
+        ("    small: appo.learning_rate=1e-5\n    large: appo.learning_rate=1e-3", "    3", "axes.lr: expected names"),
+        ("summary of", "sum of", "tables: 'sum of reference' is none"),
+    ],
+)
+def test_a_file_that_is_no_study_is_refused(
+    old: str, new: str, told: str, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text(FILE.replace(old, new), encoding="utf-8")
+    assert main([str(file), "--dry"]) == 2
+    error = capsys.readouterr().err
+    assert told in error and "references" in error and error.count("\n") == 1
+
+
+def test_runs_are_made_recorded_and_not_made_again(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "references.jsonl"
+    words = [str(file), "--seeds", "0", "--folder", str(tmp_path / "runs"), "--record", str(record)]
+    assert main(words) == 0
+    first = capsys.readouterr()
+    assert "4/4  large, none, seed 0: done" in first.err
+    assert "| anchor | 2 |" in first.out and "| small |" in first.out
+    written = read_records(record)
+    assert [run["labels"] for run in written] == list(Study.load(str(file)).combinations())
+    assert {len(run["curve"]) for run in written} == {2}
+    assert {run["config"]["appo.learning_rate"] for run in written} == {1e-5, 1e-3}
+    assert all(run["environment"]["torch"] for run in written)
+    before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.jsonl"))
+    assert main(words) == 0
+    assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.jsonl")) == before
+    assert read_records(record) == written
+    assert capsys.readouterr().out == first.out
+
+
+def test_a_plan_says_what_all_runs_would_take(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(file), "--dry"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(("| small", "| large")) for line in lines) == 4
+    assert lines[-1].startswith("12 runs, in all: ")
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def record(arm: str, seed: int, curve: list[float], test: float | None = 0.5, task: str = "t") -> Record:
+    given = {"study": "s", "labels": {"arm": arm, "task": task}, "seed": seed, "task": task, "arm": arm}
+    scores = {"test_score": test, "test_interval": [0.4, 0.6], "test_rows": 100, "manual_test_score": 0.45}
+    chosen = {"validation_score": 0.5, "validation_rows": 32, "prompt": "a | b"}
+    moves = {"kl": [0.0] * len(curve), "promoted": 1, "rolled_back": 0, "iterations": len(curve)}
+    return {**given, **scores, **chosen, **moves, "curve": curve}
+
+
+RUNS = [
+    record("appo", 0, [0.3] * 20 + [0.9] * 20, 0.9),
+    record("appo", 1, [0.3] * 20 + [0.7] * 20, 0.8),
+    record("none", 0, [0.3] * 20 + [0.8] * 20, 0.7),
+    record("none", 1, [0.3] * 20 + [0.32] * 20, 0.4),
+]
+
+
+def test_a_summary_has_what_the_seeds_end_with() -> None:
+    header, appo, none = summary(RUNS, "arm")
+    assert dict(zip(header, appo, strict=True)) == {
+        "arm": "appo",
+        "runs": "2",
+        "last 20, mean": "0.800",
+        "deviation": "0.141",
+        "worst seed": "0.700",
+        "failed": "0 of 2",
+        "largest KL, median": "0.0",
+        "worst": "0.800",
+        "variation": "0.083",
+        "beats appo": "",
+        "test, interquartile mean": "0.850 (0.800 to 0.900), n = 2",
+    }
+    assert (none[2], none[5], none[-1]) == (
+        "0.560",
+        "1 of 2",
+        "0.00 (0.00 to 0.00)".replace("0.00 to 0.00", "0.000 to 0.000"),
+    )
+
+
+def test_what_does_not_train_cannot_fail() -> None:
+    frozen = [record("frozen", seed, [0.3] * 40) for seed in range(2)]
+    assert summary([*RUNS, *frozen], "arm")[3][5] == ""
+
+
+def test_planes_and_curves_cross_two_axes() -> None:
+    other = [record("appo", 0, [0.2] * 40, task="u")]
+    assert plane([*RUNS, *other], "arm", "task") == [
+        ["arm \\ task", "t", "u"],
+        ["appo", "0.80 (0.70 to 0.90), failed: 0 of 2", "0.20 (0.20 to 0.20), failed: 1 of 1"],
+        ["none", "0.56 (0.32 to 0.80), failed: 1 of 2", ""],
+    ]
+    assert over_time(RUNS, "arm", "task", [20, 40])[1] == ["appo", "0.30 / 0.80"]
+    assert on_test(RUNS, "arm", "task")[1] == ["appo", "**0.850** (0.800 to 0.900; manual 0.450)"]
+
+
+def test_the_untrained_agent_is_judged_by_first_iterations_of_its_task() -> None:
+    assert untrained([*RUNS, record("appo", 0, [0.9], task="u")], "t") == pytest.approx(0.3)
+    assert math.isnan(untrained(RUNS, "u"))
+
+
+def test_a_run_that_was_stopped_has_no_scores_in_its_row() -> None:
+    stopped = view([record("appo", 0, [0.3] * 9, None)], "runs of arm")[1]
+    assert stopped[-3] == "(stopped after 9)"
+    assert summary([record("appo", 0, [0.3] * 9, None)], "arm")[1][-4:] == ["", "", "", ""]
+
+
+def test_nothing_in_a_prompt_ends_a_cell() -> None:
+    assert "| *a / b* |" in markdown(view(RUNS[:1], "runs of arm"))
+
+
+@pytest.mark.parametrize("words", ["sums of arm", "plane of arm", "curve of arm by task", "summary of lr"])
+def test_tables_that_there_are_not(words: str) -> None:
+    with pytest.raises(ValueError, match=words.split(maxsplit=1)[0]):
+        view(RUNS, words)
+
+
+def test_records_come_back_as_written(tmp_path: Path) -> None:
+    write_records(tmp_path / "r.jsonl", RUNS)
+    assert read_records(tmp_path / "r.jsonl") == RUNS
+    assert list(by(RUNS, "arm")) == ["appo", "none"]
