@@ -20,7 +20,8 @@ from experiments.run.statistics import (
     probability_of_improvement,
 )
 
-STYLES = ("one", "two", "three", "four")
+COLOURS = ("one", "two", "three", "four")  # each with dashes of its own
+STYLES = (*COLOURS, *(f"{colour} again" for colour in COLOURS), *(f"{colour} thrice" for colour in COLOURS))
 
 
 def render_comparison(rows: Sequence[RunRow]) -> str:

@@ -49,7 +49,8 @@ svg .grid { stroke: var(--rule); stroke-width: .7; } svg .line { fill: none; str
 svg .one { stroke: var(--one); } svg .two { stroke: var(--two); } svg .faint { stroke-width: 1; opacity: .45; }
 svg .three { stroke: var(--three); } svg .four { stroke: var(--four); }
 svg .line.two { stroke-dasharray: 6 3; } svg .line.three { stroke-dasharray: 2 2; }
-svg .line.four { stroke-dasharray: 8 2 2 2; } svg .band { stroke: none; opacity: .18; }
+svg .line.four { stroke-dasharray: 8 2 2 2; } svg .line.again { stroke-dasharray: 14 4; }
+svg .line.thrice { stroke-dasharray: 1 5; } svg .band { stroke: none; opacity: .18; }
 svg .band.one { fill: var(--one); } svg .band.two { fill: var(--two); } svg .band.three { fill: var(--three); }
 svg .band.four { fill: var(--four); } svg .rule { stroke: var(--soft); stroke-dasharray: 4 3; }
 svg .dot.one { fill: var(--one); } svg .dot.two { fill: var(--two); }
