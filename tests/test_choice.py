@@ -97,6 +97,14 @@ def test_candidates_and_predictions_add_up_to_the_scores(run: Run, better: str) 
             )
 
 
+def test_the_winner_is_not_taken_at_the_value_that_it_won_with(run: Run, better: str) -> None:
+    clear, luck = finish(run, *JUNK, better), finish(run, *JUNK)
+    assert clear["expected_on_new_rows"] == pytest.approx(clear["validation_score"], abs=0.02)  # it wins on any rows
+    assert luck["expected_on_new_rows"] < luck["validation_score"]
+    raced = replace(run, config=replace(run.config, race=True))
+    assert finish(raced, *JUNK)["expected_on_new_rows"] is None  # some candidates have not seen all rows
+
+
 def test_answers_are_counted_over_the_labels(run: Run) -> None:
     spread = finish(run, *JUNK)["answers_on_test"]
     assert set(spread) == {"best", "manual", "right"}

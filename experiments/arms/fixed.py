@@ -16,7 +16,7 @@ from experiments.arms.arm import Arm, Question, Step
 from experiments.arms.race import race
 from experiments.arms.result import Outcome, answers, chance, described, predictions, scores, shares, split_scores
 from experiments.run.run import Run, stream
-from experiments.run.statistics import interval
+from experiments.run.statistics import corrected, interval
 from tasks.meta_prompt import as_lines, meta_prompt
 from tasks.spec import Example
 
@@ -124,6 +124,7 @@ class FixedPrompt(Arm):
                 {"validation": validation[best], "test": of_best.values},
                 {"validation": validation[0], "test": of_manual.values},
             ),
+            "expected_on_new_rows": None if run.config.race else corrected(validation.nan_to_num(0).tolist()),
             "answers_on_test": self._shares(of_best.records, of_manual.records) if run.data.words else {},
             "paper_protocol": {
                 "name": f"best of the top {len(published)} by training reward, chosen on test",

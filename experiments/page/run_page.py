@@ -111,6 +111,9 @@ def _answer(result: Mapping[str, Any]) -> list[str]:
     ]
     if protocol := result.get("paper_protocol"):
         rows.append((f"the paper's protocol: {protocol['name']}", "", score(protocol, "test")))
+    if result.get("expected_on_new_rows") is not None:
+        expected = number(result["expected_on_new_rows"])
+        rows.append(("what to expect of a prompt chosen on half of the validation rows, on the others", expected, ""))
     if result.get("chance") is not None:
         rows.append(("always the most frequent answer", "", number(result["chance"])))
     splits = [f"{split} ({result[f'{split}_rows']} rows)" for split in ("validation", "test")]

@@ -111,6 +111,8 @@ def summary(result: Mapping[str, Any], folder: Path) -> str:
         f"{name:<20}{_score(result, f'{which}validation'):<26}{_score(result, f'{which}test')}" for name, which in rows
     ]
     lines += ["", result["verdict"], *_answers(result)]
+    if (expected := result.get("expected_on_new_rows")) is not None:
+        lines.append(f"validation flatters what is chosen on it; on new rows expect about {_number(expected)}")
     if protocol := result.get("paper_protocol"):
         lines.append(f"paper's protocol ({protocol['name']}): {_number(protocol['test_score'])}")
     if result["prompt"] is None:
