@@ -46,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
     lengths = lengths_of(config, query, example)
     with ending_at_once():
         from experiments.planning.estimate import Estimate, choices
-    plans = [Estimate(config, lengths, chosen) for chosen in choices(config, config.lora.rank or RANK)]
+        from experiments.run.models import rank_of
+    plans = [Estimate(config, lengths, chosen) for chosen in choices(config, rank_of(config) or RANK)]
     for line in page(config, lengths, plans):
         print(printable(line))
     return 0
@@ -91,6 +92,8 @@ def page(config: RunConfig, lengths: Lengths, plans: Sequence[Estimate]) -> Iter
         yield f"  {line.value / GIB:8.3f} GiB  {line.name}: {line.how}"
     yield ""
     yield "work of an iteration"
+    if not chosen.work():
+        yield "  none: one prompt is scored, without iterations"
     for line in chosen.work():
         yield f"  {line.value / 1e12:8.3f} TFLOP  {line.name}: {line.how}"
     yield ""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
 
-from experiments.config import RunConfig
+from appo.anchor import Reference
+from experiments.config import GIVEN, TRAINED, RunConfig
 from experiments.planning.shadow import Shadow
-from experiments.run.models import source_of
+from experiments.run.models import base_of, rank_of, same_source, shares_base, source_of
 
 GIB = 2**30
 AT_ONCE = 32_768  # tokens of a pass of the target on a GPU: rewards/local.py
@@ -81,6 +82,7 @@ class Options:
         checkpointing: gradient checkpointing.
         bfloat16: the agent computes in bfloat16; the target does so in any case.
         quantised: "int8", "int4" or None: the target's linear layers.
+        trained: the arm trains the agent.
     """
 
     rank: int | None = None
@@ -88,16 +90,18 @@ class Options:
     checkpointing: bool = False
     bfloat16: bool = True
     quantised: str | None = None
+    trained: bool = True
 
     @classmethod
     def of(cls, config: RunConfig, bfloat16: bool = True) -> Options:
         """Those that a configuration asks for, of an agent that computes in bfloat16, as on a GPU, or does not."""
-        rank, quantised = config.lora.rank, config.target_quantization
-        shared = rank is not None and quantised is None and source_of(config, "agent") == source_of(config, "target")
-        return cls(rank, shared, config.gradient_checkpointing, bfloat16, quantised)
+        shared = shares_base(config, torch.bfloat16 if bfloat16 else torch.float32)
+        quantised, trained = config.target_quantization, config.arm in TRAINED
+        return cls(rank_of(config), shared, config.gradient_checkpointing, bfloat16, quantised, trained)
 
     def __str__(self) -> str:
-        parts = [f"LoRA rank {self.rank}" if self.rank else "all weights trained"]
+        parts = [f"LoRA rank {self.rank}" if self.rank else "all weights trained" if self.trained else "no adapter"]
+        parts += [] if self.trained else ["agent not trained"]
         parts += ["one base for both"] if self.shared else []
         parts += ["gradient checkpointing"] if self.checkpointing else []
         parts += [] if self.bfloat16 else ["agent in float32"]
@@ -122,12 +126,13 @@ class Estimate:
         low = torch.bfloat16 if options.bfloat16 else torch.float32
         stored = low if options.rank else torch.float32
         trust = config.trust_remote_code
-        self.agent = _agent(source_of(config, "agent"), stored, low, options.rank, options.checkpointing, trust)
+        self.agent = _agent(base_of(config), stored, low, options.rank, options.checkpointing, trust)
         self.target = _target(source_of(config, "target"), trust)
         several = config.mode == "tte"  # a query for each input, and each prompt answers one
         self.queries = config.examples.batch_size if several else 1
         self.responses = config.prompts * self.queries
         self.examples = 1 if several else config.examples.batch_size
+        self.reference = Reference.of(config.appo.reference, config.appo.kl_in_loss)
 
     def memory(self) -> list[Line]:
         """What is held all the time, in bytes."""
@@ -142,16 +147,21 @@ class Estimate:
         else:
             held, how = _held(target, options.quantised)
             lines.append(Line("target's weights", held, how))
+        if not options.trained:
+            return lines
         trained = f"{agent.trained / 1e6:,.2f} M trained numbers"
-        return [
-            *lines,
-            Line("optimizer", agent.trained * ADAM, f"{trained} x two float32 moments"),
-            Line("anchor", agent.trained * (COPY + ADAM), f"{trained} x 4, and its own two moments for a rollback"),
-        ]
+        anchor = Line("anchor", agent.trained * COPY, f"{trained} x 4")
+        if self.reference.reviewed and self.config.anchor.promote:
+            how = f"{anchor.how}, and from a promotion on its own two moments for a rollback"
+            anchor = Line("anchor", agent.trained * (COPY + ADAM), how)
+        return [*lines, Line("optimizer", agent.trained * ADAM, f"{trained} x two float32 moments"), anchor]
 
     @cached_property
     def transients(self) -> list[Line]:
         """What each phase of an iteration takes on top, in bytes; they follow one another, so the largest counts."""
+        return [*(self._training() if self.options.trained else []), *self._answering()]
+
+    def _training(self) -> list[Line]:
         size, t = self.config.appo, self.lengths
         micro = min(size.micro_batch_size or self.responses, size.minibatch_size or self.responses, self.responses)
         per_query = min(micro, self.config.prompts)
@@ -163,18 +173,24 @@ class Estimate:
         update = _update(self.agent, (t.query,) * queries, (t.prompt,) * micro, owners, scaled)
         rows = [q for q in range(self.queries) for _ in range(self.config.prompts)]
         anchor = self.agent.forward([t.query] * self.queries, [t.prompt] * len(rows), rows, t.prompt)
+        logits = f"logits {micro * t.prompt} x {self.agent.vocabulary}"
+        return [
+            Line("update", update, f"activations, {logits}, gradients; {shape}; counted on meta tensors"),
+            Line("anchor's pass", anchor, f"without gradients, logits of {len(rows) * t.prompt} tokens; counted"),
+        ]
+
+    def _answering(self) -> list[Line]:
+        t = self.lengths
         branches = self.responses * self.examples
         fit = max(1, min(branches, AT_ONCE // (t.example + t.prompt // self.examples)))
         scoring = _scoring(self.target, t, max(1, fit // self.examples), fit, self.examples)
         sampling = self.cache() + 5 * 4 * self.responses * self.agent.vocabulary
-        logits = f"logits {micro * t.prompt} x {self.agent.vocabulary}"
         cached = f"{self.responses} rows x {t.query + t.prompt + 128} tokens"
-        return [
-            Line("update", update, f"activations, {logits}, gradients; {shape}; counted on meta tensors"),
-            Line("anchor's pass", anchor, f"without gradients, logits of {len(rows) * t.prompt} tokens; counted"),
-            Line("scoring", scoring, f"{fit} examples of {t.example} tokens a pass, label rows only; counted"),
-            Line("sampling", sampling, f"keys and values of {cached}, and 5 numbers a row and word of the vocabulary"),
-        ]
+        scored = Line("scoring", scoring, f"{fit} examples of {t.example} tokens a pass, label rows only; counted")
+        if self.config.arm in GIVEN:
+            return [scored]
+        how = f"keys and values of {cached}, and 5 numbers a row and word of the vocabulary"
+        return [scored, Line("sampling", sampling, how)]
 
     def cache(self) -> int:
         """Bytes of the keys and values while prompts are sampled; float32 where autocast computes, as keys are."""
@@ -190,35 +206,40 @@ class Estimate:
         return sum(line.value for line in self.memory()) + max(line.value for line in self.transients)
 
     def work(self) -> list[Line]:
-        """FLOPs of an iteration, by phase."""
+        """FLOPs of an iteration, by phase; none for an arm without iterations."""
         t, agent, target, config = self.lengths, self.agent, self.target, self.config
+        if config.arm in GIVEN:
+            return []
         made, read = self.responses * t.prompt, self.queries * t.query
         forward = 2.0 * agent.in_layers * (made + read) + 2.0 * agent.head * made
-        answers = self.responses * self.examples
-        epochs = config.appo.ppo_epochs
-        factor = (2 if self.options.rank else 3) + (1 if self.options.checkpointing else 0)
-        per_step = f"{agent.in_layers / 1e9:.3f} G weights in layers"
-        # A review samples on both sides and scores on the validation rows, as many as there are training rows.
-        rows = 2 * config.examples.shots
-        period = config.anchor.period * max(1, rows // config.examples.batch_size)
-        prompts = 2 * config.anchor.prompts
-        review = (
-            prompts * 2.0 * (agent.in_layers * (t.query + t.prompt) + target.in_layers * (t.prompt + rows * t.example))
-        )
-        told = made + answers * t.example
+        told = made + self.responses * self.examples * t.example
         scored = 2.0 * target.in_layers * told
-        return [
+        per_step = f"{agent.in_layers / 1e9:.3f} G weights in layers"
+        lines = [
             Line("sampling", forward, f"2 x {per_step} x {made + read:,} tokens, head for {made:,}", t.prompt),
             Line("scoring", scored, f"2 x {target.in_layers / 1e9:.3f} G x {told:,} tokens", -(-told // AT_ONCE)),
-            Line("old and anchor's log-probabilities", 2 * forward, "two passes as in sampling", 2),
-            Line("updates", epochs * factor * forward, f"{epochs} epochs x {factor} passes", 3 * epochs),
-            Line(
-                "reviews",
-                review / period,
-                f"{prompts} prompts on {rows} rows, once in {period} iterations",
-                2 * (t.prompt + 1) / period,
-            ),
         ]
+        if not self.options.trained:
+            return lines
+        epochs = config.appo.ppo_epochs
+        factor = (2 if self.options.rank else 3) + (1 if self.options.checkpointing else 0)
+        passes = 2 if self.options.bfloat16 else 1  # in float32 sampling gives the old ones: APPOTrainer.collect
+        which = "old and anchor's" if passes == 2 else "anchor's"
+        lines += [
+            Line(f"{which} log-probabilities", passes * forward, f"{passes} x a pass as in sampling", passes),
+            Line("updates", epochs * factor * forward, f"{epochs} epochs x {factor} passes", 3 * epochs),
+        ]
+        return [*lines, *([self._reviews()] if self.reference.reviewed else [])]
+
+    def _reviews(self) -> Line:
+        """A review samples on both sides and scores on the validation rows, as many as there are training rows."""
+        t, config = self.lengths, self.config
+        rows, prompts = 2 * config.examples.shots, 2 * config.anchor.prompts
+        period = config.anchor.period * max(1, rows // config.examples.batch_size)
+        read = 2.0 * self.agent.in_layers * (t.query + t.prompt)
+        scored = 2.0 * self.target.in_layers * (t.prompt + rows * t.example)
+        how = f"{prompts} prompts on {rows} rows, once in {period} iterations"
+        return Line("reviews", prompts * (read + scored) / period, how, 2 * (t.prompt + 1) / period)
 
     def seconds(self, machine: Machine) -> float:
         """Of an iteration: a phase takes as long as its products, at a share of the peak rate, or as launching layers.
@@ -231,7 +252,7 @@ class Estimate:
         read = self.agent.parameters * width + self.cache()
         sampling = self.lengths.prompt * read / (BANDWIDTH_SHARE * machine.bandwidth)
         phases = [max(line.value / rate, line.passes * layers * launch) for line in self.work()]
-        return max(phases[0], sampling) + sum(phases[1:])
+        return max(phases[0], sampling) + sum(phases[1:]) if phases else 0.0
 
     def verdict(self, machine: Machine) -> str:
         """Whether it fits on a machine, and how long it takes there."""
@@ -239,8 +260,8 @@ class Estimate:
         if needed > machine.memory:
             return f"does not fit: {needed:.1f} of {machine.memory:.1f} GiB"
         seconds = self.seconds(machine)
-        hours = seconds * self.lengths.steps / 3600
-        return f"fits: {needed:.1f} of {machine.memory:.1f} GiB, {seconds:.2g} s an iteration, {hours:.2g} h in all"
+        time = f", {seconds:.2g} s an iteration, {seconds * self.lengths.steps / 3600:.2g} h in all" if seconds else ""
+        return f"fits: {needed:.1f} of {machine.memory:.1f} GiB{time}"
 
 
 @cache
@@ -279,8 +300,12 @@ def _held(target: Shadow, quantised: str | None) -> tuple[float, str]:
 
 def choices(config: RunConfig, rank: int = 16) -> list[Options]:
     """The options that a plan compares: what the configuration asks for, then others."""
-    same = source_of(config, "agent") == source_of(config, "target")
-    return list(dict.fromkeys([Options.of(config, config.dtype != "float32"), *_others(same, rank)]))
+    asked = Options.of(config, config.dtype != "float32")
+    same = same_source(base_of(config), source_of(config, "target"))
+    others = _others(same, rank)
+    if not asked.trained:
+        others = (replace(asked, quantised=bits, shared=False) for bits in QUANTISED)
+    return list(dict.fromkeys([asked, *others]))
 
 
 def _others(same: bool, rank: int) -> Iterator[Options]:

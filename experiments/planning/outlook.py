@@ -30,7 +30,8 @@ def outlook(run: Run) -> Iterator[tuple[str, str]]:
     held = plan.memory()
     parts = ", ".join(f"{line.name} {line.value / GIB:.2g}" for line in held if line.value)
     yield "memory", f"{sum(line.value for line in held) / GIB:.2g} GiB held ({parts}), and what a phase takes on top"
-    work = plan.work()
+    if not (work := plan.work()):
+        return  # no iterations
     total = sum(line.value for line in work)
     most = ", ".join(f"{line.name} {line.value / total:.0%}" for line in sorted(work, key=lambda line: -line.value)[:3])
     yield "work", f"{total / 1e12:.2g} TFLOP an iteration: {most}"
