@@ -16,6 +16,7 @@ from appo.lm import adapter
 from appo.lm.model import CausalLM
 from appo.policy import Policy
 from appo.rollout import Batch, Query, Rollout, Scored
+from appo.trainer import APPOTrainer
 from appo.update import Updater, advantages
 from experiments import plan
 from experiments.config import TRAINED, build_config
@@ -152,6 +153,42 @@ def test_what_is_said_to_be_held_and_done_is_what_the_arm_holds_and_does(arm: st
     }.get(arm, ["sampling", "scoring"])
     assert [line.name for line in plan.transients][-2:] == (["scoring"] if arm == "manual" else ["scoring", "sampling"])
     assert list(dict(outlook(run))) == (["memory"] if arm == "manual" else ["memory", "work", "expected"])
+
+
+def test_recorded_steps_hold_what_the_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caches of recordings, made here as on a GPU but for the graph: of headroom, iterations and reviews."""
+    monkeypatch.setattr("appo.lm.decoding._launches_take_longest", lambda begun, budget: True)
+    given = ["threads=1", "prompts=4", "anchor.prompts=10", "sampling.max_new_tokens=8"]
+    run = prepare(build_config({"task": "sst2", "run": str(tmp_path / "run")}, assignments=given))
+    trainer = APPOTrainer(run.policy)
+    query = run.policy.query(*meta_prompt(run.data.train[:5]))
+    for count in (run.config.headroom, run.config.prompts, run.config.anchor.prompts):
+        run.policy.sample([query], copies=count)
+    with trainer.anchor.in_place():
+        run.policy.sample([query], copies=run.config.anchor.prompts)
+    made = run.policy.lm._recordings._made.values()
+    assert [len(recorded.ids) for recorded in made] == [8, 16, 16]  # headroom's serves the agent's side of a review
+    estimate = Estimate(run.config, lengths_of(run), Options(bfloat16=False))
+    (line,) = (line for line in estimate.memory() if line.name == "recorded steps")
+    caches = sum(t.nbytes for recorded in made for layer in recorded.cache.layers for t in (layer.keys, layer.values))
+    logits = sum(recorded.output.logits.nbytes for recorded in made)
+    assert line.value == caches + logits
+
+
+def test_a_divided_agent_is_planned_by_its_part(capsys: pytest.CaptureFixture[str]) -> None:
+    config = build_config({}, assignments=["shard=true"])
+    whole, part = (Estimate(config, Lengths(100, 50, 40, 10), Options.of(config, gpus=gpus)) for gpus in (1, 4))
+    names = ("agent's weights", "optimizer", "anchor")
+    sizes = [{line.name: line.value for line in estimate.memory()} for estimate in (whole, part)]
+    assert [sizes[1][name] for name in names] == [sizes[0][name] / 4 for name in names]
+    assert sizes[1]["target's weights"] == sizes[0]["target's weights"]
+    gathered = part.transients[-1].value - whole.transients[-1].value
+    agent = part.agent
+    assert gathered == agent.in_layers * 2 + (agent.parameters - agent.in_layers) * 4
+    assert plan.main(["shard=true", "--gpus", "4"]) == 0
+    assert "agent divided among 4 GPUs" in capsys.readouterr().out
+    assert plan.main(["shard=true"]) == 2
+    assert "say how many with --gpus" in capsys.readouterr().err
 
 
 def test_the_command_plans_an_arm_without_training(capsys: pytest.CaptureFixture[str]) -> None:

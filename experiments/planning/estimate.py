@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import NamedTuple
@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 
 from appo.anchor import Reference
+from appo.lm.cache import RoomyLayer, new_cache
+from appo.lm.decoding import BLOCK, KEPT, LEAST_TOKENS, MOST_ROWS, ROW_BLOCK
 from experiments.config import GIVEN, TRAINED, RunConfig
 from experiments.planning.shadow import Shadow
 from experiments.run.models import base_of, rank_of, same_source, shares_base, source_of
@@ -83,6 +85,8 @@ class Options:
         bfloat16: the agent computes in bfloat16; the target does so in any case.
         quantised: "int8", "int4" or None: the target's linear layers.
         trained: the arm trains the agent.
+        recorded: steps of decoding are recorded, as on a GPU.
+        shards: GPUs that divide the agent (`shard=true`); 1: each holds all of it.
     """
 
     rank: int | None = None
@@ -91,13 +95,22 @@ class Options:
     bfloat16: bool = True
     quantised: str | None = None
     trained: bool = True
+    recorded: bool = True
+    shards: int = 1
 
     @classmethod
-    def of(cls, config: RunConfig, bfloat16: bool = True) -> Options:
-        """Those that a configuration asks for, of an agent that computes in bfloat16, as on a GPU, or does not."""
+    def of(cls, config: RunConfig, bfloat16: bool = True, recorded: bool = True, gpus: int = 1) -> Options:
+        """Those that a configuration asks for.
+
+        Args:
+            config: of the run.
+            bfloat16, recorded: whether the agent computes in bfloat16, and its steps are recorded, both as on a GPU.
+            gpus: as many as the run has; they divide the agent if `shard` is true.
+        """
         shared = shares_base(config, torch.bfloat16 if bfloat16 else torch.float32)
-        quantised, trained = config.target_quantization, config.arm in TRAINED
-        return cls(rank_of(config), shared, config.gradient_checkpointing, bfloat16, quantised, trained)
+        checkpointing, quantised = config.gradient_checkpointing, config.target_quantization
+        shards = gpus if config.shard else 1
+        return cls(rank_of(config), shared, checkpointing, bfloat16, quantised, config.arm in TRAINED, recorded, shards)
 
     def __str__(self) -> str:
         parts = [f"LoRA rank {self.rank}" if self.rank else "all weights trained" if self.trained else "no adapter"]
@@ -106,6 +119,7 @@ class Options:
         parts += ["gradient checkpointing"] if self.checkpointing else []
         parts += [] if self.bfloat16 else ["agent in float32"]
         parts += [f"target in {self.quantised}"] if self.quantised else []
+        parts += [f"agent divided among {self.shards} GPUs"] if self.shards > 1 else []
         return ", ".join(parts)
 
 
@@ -135,10 +149,12 @@ class Estimate:
         self.reference = Reference.of(config.appo.reference, config.appo.kl_in_loss)
 
     def memory(self) -> list[Line]:
-        """What is held all the time, in bytes."""
+        """What is held all the time, in bytes; of several GPUs, on each."""
         agent, target, options = self.agent, self.target, self.options
         each = "bfloat16, frozen" if options.rank and options.bfloat16 else "float32"
-        lines = [Line("agent's weights", agent.bytes, f"{agent.parameters / 1e9:.3f} G numbers in {each}")]
+        part = f" / {options.shards}" if options.shards > 1 else ""
+        numbers = f"{agent.parameters / 1e9:.3f} G numbers in {each}{part}"
+        lines = [Line("agent's weights", agent.bytes / options.shards, numbers)]
         if options.rank:
             how = f"{agent.trained / 1e6:.2f} M numbers x 4, of rank {options.rank} on {len(agent.linear)} layers"
             lines.append(Line("adapter", agent.trained * COPY, how))
@@ -147,14 +163,34 @@ class Estimate:
         else:
             held, how = _held(target, options.quantised)
             lines.append(Line("target's weights", held, how))
-        if not options.trained:
-            return lines
-        trained = f"{agent.trained / 1e6:,.2f} M trained numbers"
-        anchor = Line("anchor", agent.trained * COPY, f"{trained} x 4")
-        if self.reference.reviewed and self.config.anchor.promote:
-            how = f"{anchor.how}, and from a promotion on its own two moments for a rollback"
-            anchor = Line("anchor", agent.trained * (COPY + ADAM), how)
-        return [*lines, Line("optimizer", agent.trained * ADAM, f"{trained} x two float32 moments"), anchor]
+        if options.trained:
+            mine = agent.trained / options.shards
+            trained = f"{agent.trained / 1e6:,.2f} M trained numbers{part}"
+            lines.append(Line("optimizer", mine * ADAM, f"{trained} x two float32 moments"))
+            if self.reference.reviewed and self.config.anchor.promote:
+                how = f"{trained} x 4, and from a promotion on its own two moments for a rollback"
+                lines.append(Line("anchor", mine * (COPY + ADAM), how))
+            else:
+                lines.append(Line("anchor", mine * COPY, f"{trained} x 4"))
+        return [*lines, *self._recordings()]
+
+    def _recordings(self) -> list[Line]:
+        """Steps of decoding that are recorded on a GPU, each with a cache of its own, and stay: appo/lm/decoding.py."""
+        length = -(-(self.lengths.query + self.lengths.prompt) // BLOCK) * BLOCK
+        made = [("agent", self.responses)]
+        if self.config.headroom:
+            made.append(("agent", self.config.headroom))
+        if self.options.trained and self.reference.reviewed:
+            reviewed = self.config.anchor.prompts if self.config.mode == "fixed" else 2 * self.config.examples.shots
+            made += [("agent", reviewed), ("anchor", reviewed)]  # whose weights have other addresses
+        distinct = {(who, -(-count // ROW_BLOCK) * ROW_BLOCK) for who, count in made if count <= MOST_ROWS}
+        rows = sorted((count for _, count in distinct), reverse=True)[:KEPT]
+        possible = self.options.recorded and self.options.shards == 1 and self.lengths.prompt >= LEAST_TOKENS
+        if not (possible and rows and self.config.arm not in GIVEN) or any(new_cache(self.agent.model).is_sliding):
+            return []
+        held = sum(count * (self._per_token() * length + 4 * self.agent.vocabulary) for count in rows)
+        how = f"keys and values of {' + '.join(map(str, rows))} rows x {length} tokens, and a row of logits for each"
+        return [Line("recorded steps", held, how)]
 
     @cached_property
     def transients(self) -> list[Line]:
@@ -190,16 +226,24 @@ class Estimate:
         if self.config.arm in GIVEN:
             return [scored]
         how = f"keys and values of {cached}, and 5 numbers a row and word of the vocabulary"
+        if self.options.shards > 1:
+            agent = self.agent
+            sampling += agent.in_layers * (2 if self.options.bfloat16 else 4) + (agent.bytes - agent.in_layers * 4)
+            how += ", and the whole agent, gathered"
         return [scored, Line("sampling", sampling, how)]
 
     def cache(self) -> int:
-        """Bytes of the keys and values while prompts are sampled; float32 where autocast computes, as keys are."""
+        """Bytes of the keys and values while prompts are sampled."""
+        tokens = self.lengths.query + self.lengths.prompt + RoomyLayer.ROOM
+        return self._per_token() * tokens * self.responses
+
+    def _per_token(self) -> int:
+        """Bytes of the keys and values of a token; float32 where autocast computes, as keys are."""
         config = self.agent.model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         size = 2 if self.options.rank and self.options.bfloat16 else 4
-        tokens = self.lengths.query + self.lengths.prompt + 128  # spare room: appo/lm/cache.py
-        return int(2 * config.num_hidden_layers * heads * width * size * tokens * self.responses)
+        return int(2 * config.num_hidden_layers * heads * width * size)
 
     def total(self) -> float:
         """Bytes at the peak, without the context of the driver."""
@@ -298,11 +342,13 @@ def _held(target: Shadow, quantised: str | None) -> tuple[float, str]:
     return held, f"{linear / 1e9:.3f} G numbers of {bits} bits and a scale for each {SCALE}, the rest in bfloat16"
 
 
-def choices(config: RunConfig, rank: int = 16) -> list[Options]:
+def choices(config: RunConfig, rank: int = 16, gpus: int = 1) -> list[Options]:
     """The options that a plan compares: what the configuration asks for, then others."""
-    asked = Options.of(config, config.dtype != "float32")
+    asked = Options.of(config, config.dtype != "float32", gpus=gpus)
     same = same_source(base_of(config), source_of(config, "target"))
-    others = _others(same, rank)
+    others: Iterable[Options] = [
+        option if option.rank else replace(option, shards=asked.shards) for option in _others(same, rank)
+    ]
     if not asked.trained:
         others = (replace(asked, quantised=bits, shared=False) for bits in QUANTISED)
     return list(dict.fromkeys([asked, *others]))

@@ -22,9 +22,10 @@ def outlook(run: Run) -> Iterator[tuple[str, str]]:
     """Names and texts; nothing for models that cannot be planned (see `appo plan`), or a target behind a server."""
     if run.served:
         return
-    bfloat16 = run.policy.lm.compute_dtype == torch.bfloat16
+    bfloat16, recorded = run.policy.lm.compute_dtype == torch.bfloat16, run.policy.device.type == "cuda"
+    options = Options.of(run.config, bfloat16, recorded, run.policy.ranks.size)
     try:
-        plan = Estimate(run.config, lengths_of(run), Options.of(run.config, bfloat16))
+        plan = Estimate(run.config, lengths_of(run), options)
     except ModelError:
         return
     held = plan.memory()
