@@ -1,4 +1,4 @@
-"""A check of the first rollout of every run: do the log-probabilities in the loss match those at sampling?
+"""A check of the first rollout of every run that trains: do the log-probabilities in the loss match those at sampling?
 
 The mistakes it finds would otherwise be silent: training would go on with wrong ratios.
 """

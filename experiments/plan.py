@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from experiments.config import GIVEN, RunConfig, build_config
+from experiments.config.strict import ConfigError
 from experiments.terminal.command import Parser, in_order
 from experiments.terminal.signals import ending_at_once
 from tasks.catalogue import load_spec
@@ -39,14 +40,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, help="iterations")
     parser.add_argument("--query", type=int, help="tokens of the meta-prompt (default: guessed)")
     parser.add_argument("--example", type=int, default=EXAMPLE, help=f"tokens of an example (default: {EXAMPLE})")
+    parser.add_argument("--gpus", type=int, default=1, help="that divide the agent, with shard=true (default: 1)")
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="sets any field of the configuration")
     options = vars(parser.parse_intermixed_args(argv))
-    query, example = (options.pop(name) for name in ("query", "example"))
+    query, example, gpus = (options.pop(name) for name in ("query", "example", "gpus"))
     config = build_config(options, assignments=options.pop("assignments"))
+    if config.shard and gpus < 2:
+        raise ConfigError("shard is true, which divides the agent among GPUs; say how many with --gpus, 2 or more")
     lengths = lengths_of(config, query, example)
     with ending_at_once():
         from experiments.planning.estimate import Estimate, choices
-    plans = [Estimate(config, lengths, chosen) for chosen in choices(config, config.lora.rank or RANK)]
+        from experiments.run.models import rank_of
+    plans = [Estimate(config, lengths, chosen) for chosen in choices(config, rank_of(config) or RANK, gpus)]
     for line in page(config, lengths, plans):
         print(printable(line))
     return 0
@@ -86,11 +91,15 @@ def page(config: RunConfig, lengths: Lengths, plans: Sequence[Estimate]) -> Iter
     yield f"arithmetic of: {chosen.options}"
     for line in chosen.memory():
         yield f"  {line.value / GIB:8.3f} GiB  {line.name}: {line.how}"
+    if chosen.options.shards > 1:
+        yield "  on each GPU; what an update takes on top is that of an agent in one piece, so that it takes less"
     yield "  on top, in turn:"
     for line in chosen.transients:
         yield f"  {line.value / GIB:8.3f} GiB  {line.name}: {line.how}"
     yield ""
     yield "work of an iteration"
+    if not chosen.work():
+        yield "  none: one prompt is scored, without iterations"
     for line in chosen.work():
         yield f"  {line.value / 1e12:8.3f} TFLOP  {line.name}: {line.how}"
     yield ""

@@ -20,7 +20,7 @@ from appo.lm.packed import common_prefix
 from rewards.connection import AnswerError, Connection
 from rewards.local import Verbalizer
 from rewards.servers import SERVERS, Ids, Server, TextOnly, sound
-from rewards.target import Asked, cut, fill
+from rewards.target import Asked, cut, fill, flat
 
 TRIAL = "Input : a Output : b"
 NAMED_WITHIN = 8  # tokens in which a server without log-probabilities has to name a label word
@@ -140,7 +140,7 @@ class ServedTarget:
         inputs: some of the task's inputs. If the template ends in {input}, the words follow an input's last character.
 
     Attributes:
-        kept: if set, called with a prompt, an input and its class logits [C] as soon as they are known, in any thread.
+        kept: if set, called with each answer as soon as it is known, in any thread: a row for `Remembered.learn`.
 
     Raises:
         ServerError: the server's tokenizer cannot tell two label words apart, or their tokens depend on the input.
@@ -154,7 +154,7 @@ class ServedTarget:
         inputs: Sequence[str] = ("input",),
     ) -> None:
         self.server, self.template, self.words = server, template, tuple(words)
-        self.kept: Callable[[str, str, Tensor], None] | None = None
+        self.kept: Callable[[dict[str, Any]], None] | None = None
         self.verbalizer = Verbalizer((), (), 0)
         if words and server.scores:
             # Behind fixed text the words' tokens are the same, whatever the input.
@@ -231,16 +231,18 @@ class ServedTarget:
             AnswerError: a request got no usable answer.
             ContextTooLongError: a filled template is longer than the context that the server names.
         """
-        pairs = [(prompt, text) for prompt, inputs in asked for text in inputs]
-        return torch.stack(self._each(self._logits, pairs))
+        return torch.stack(self._each(self._logits, flat(asked)))
 
     def _logits(self, pair: tuple[str, str]) -> Tensor:
         context = self.context(*pair)
         values = self._scored(context) if self.server.scores else self._named(context)
         logits = torch.tensor(values, dtype=torch.float32, device="cpu")
-        if self.kept:
-            self.kept(*pair, logits)
+        self._keep(pair, logits=logits.tolist())
         return logits
+
+    def _keep(self, pair: tuple[str, str], **found: Any) -> None:
+        if self.kept:
+            self.kept({"prompt": pair[0], "input": pair[1], **found})
 
     def _scored(self, context: str) -> list[float]:
         ids = self.server.tokens(context)
@@ -272,8 +274,13 @@ class ServedTarget:
             AnswerError: a request got no usable answer.
             ContextTooLongError: a filled template and the longest answer do not fit into the server's context.
         """
-        contexts = [self.context(prompt, text) for prompt, inputs in asked for text in inputs]
-        return self._each(lambda context: self._written(context, budget, stop), contexts)
+
+        def write(pair: tuple[str, str]) -> str:
+            text = self._written(self.context(*pair), budget, stop)
+            self._keep(pair, budget=budget, stop=list(stop), text=text)
+            return text
+
+        return self._each(write, flat(asked))
 
     def _written(self, context: str, budget: int, stop: Sequence[str]) -> str:
         prompt = self.server.prompt(context)
@@ -294,15 +301,17 @@ class ServedTarget:
             AnswerError: a request got no usable answer.
             ContextTooLongError: a filled template and its answer do not fit into the server's context.
         """
-        contexts = [self.context(prompt, text) for prompt, inputs in asked for text in inputs]
-        means = self._each(self._mean_logprob, list(zip(contexts, answers, strict=True)))
+        means = self._each(self._mean_logprob, list(zip(flat(asked), answers, strict=True)))
         return torch.tensor(means, dtype=torch.float32, device="cpu")
 
-    def _mean_logprob(self, pair: tuple[str, str]) -> float:
-        context, answer = pair
+    def _mean_logprob(self, asked: tuple[tuple[str, str], str]) -> float:
+        pair, answer = asked
+        context = self.context(*pair)
         before: Ids = self.server.tokens(context)
         after: Ids = self.server.tokens(context, answer)
         self._check_width(len(after) - 1)
         start = common_prefix([before, after])
         found = [self.server.logprobs(after[:i], [after[i]])[0] for i in range(start, len(after))]
-        return sum(found) / len(found)
+        mean = sum(found) / len(found)
+        self._keep(pair, answer=answer, logprob=mean)
+        return mean

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from appo.lm.ranks import Ranks
 
-REMEMBERED = 100_000  # pairs of prompt and input; some 20 MB
+REMEMBERED = 100_000  # answers; some 20 MB of class logits, or 50 of texts
 NO_NUMBERS = "the target's logits are not numbers; its weights are damaged, or overflow"
 
 
@@ -31,6 +31,11 @@ def grid(prompts: Sequence[str], inputs: Sequence[str]) -> list[Asked]:
 def pairs(prompts: Sequence[str], inputs: Sequence[str]) -> list[Asked]:
     """Each input under its own prompt."""
     return [Asked(prompt, (text,)) for prompt, text in zip(prompts, inputs, strict=True)]
+
+
+def flat(asked: Sequence[Asked]) -> list[tuple[str, str]]:
+    """The B pairs of prompt and input, in order."""
+    return [(prompt, text) for prompt, inputs in asked for text in inputs]
 
 
 def fill(template: str, prompt: str, text: str) -> str:
@@ -97,7 +102,7 @@ class Shared:
 
     def _divided(self, asked: Sequence[Asked], answer: Callable[[list[Asked], slice], Any]) -> Any:
         """The answers to all inputs; a prompt whose inputs go to two ranks is read by both."""
-        every = [(prompt, text) for prompt, inputs in asked for text in inputs]
+        every = flat(asked)
 
         def mine(rows: slice) -> list[Any]:
             grouped = groupby(every[rows], key=lambda pair: pair[0])
@@ -108,44 +113,89 @@ class Shared:
 
 
 class Remembered:
-    """A target that computes the class logits of a prompt and an input once, and remembers them.
+    """A target that answers an input under a prompt once, and remembers its class logits, texts and log-probabilities.
 
-    In another batch the same logits differ in their last bits, so what is remembered is part of a run's state.
+    In another batch the same numbers differ in their last bits, so what is remembered is part of a run's state.
     """
 
     def __init__(self, target: Target) -> None:
         self.target, self.words = target, target.words
-        self.generate, self.answer_logprobs = target.generate, target.answer_logprobs
         self.check_fits, self.described = target.check_fits, target.described
-        self._known: dict[tuple[str, str], Tensor] = {}
+        # By prompt, input and what else an answer depends on; the values are class logits [C], a text or a number.
+        self._known: dict[tuple[Any, ...], Any] = {}
 
     def class_logits(self, asked: Sequence[Asked]) -> Tensor:
-        """The target's class logits; it computes only pairs of prompt and input that are not known yet."""
-        wanted = [(prompt, text) for prompt, inputs in asked for text in inputs]
-        missing: dict[str, dict[str, None]] = {}
-        for prompt, text in wanted:
-            if (prompt, text) not in self._known:
-                missing.setdefault(prompt, {})[text] = None
+        """The target's class logits."""
+        return torch.stack(self._answers([(*pair,) for pair in flat(asked)], self.target.class_logits))
+
+    def generate(self, asked: Sequence[Asked], budget: int, stop: Sequence[str]) -> list[str]:
+        """The target's texts."""
+        keys = [(*pair, budget, tuple(stop)) for pair in flat(asked)]
+        return self._answers(keys, lambda new: self.target.generate(new, budget, stop))
+
+    def answer_logprobs(self, asked: Sequence[Asked], answers: Sequence[str]) -> Tensor:
+        """The target's log-probabilities of the answers."""
+        keys = [(*pair, answer) for pair, answer in zip(flat(asked), answers, strict=True)]
+        found = self._answers(keys, lambda new, said: self.target.answer_logprobs(new, said).tolist(), with_rest=True)
+        return torch.tensor(found, dtype=torch.float32, device="cpu")
+
+    def _answers(
+        self, keys: Sequence[tuple[Any, ...]], answer: Callable[..., Iterable[Any]], with_rest: bool = False
+    ) -> list[Any]:
+        """The value of each key; `answer` computes only those that are not known yet.
+
+        Args:
+            keys: (prompt, input, *rest).
+            answer: from what is asked to values, in order; it also gets the rest's only item of each, if `with_rest`.
+        """
+        missing: dict[str, dict[tuple[Any, ...], None]] = {}
+        for key in keys:
+            if key not in self._known:
+                missing.setdefault(key[0], {})[key] = None
         if missing:
             # In a fixed order: in another batch logits differ in their last bits.
-            new = [Asked(prompt, tuple(missing[prompt])) for prompt in sorted(missing)]
-            named = [(prompt, text) for prompt, inputs in new for text in inputs]
-            self._known |= zip(named, self.target.class_logits(new), strict=True)
-        found = torch.stack([self._known[pair] for pair in wanted])
-        for pair in list(self._known)[: len(self._known) - REMEMBERED]:
-            del self._known[pair]
+            new = [Asked(prompt, tuple(key[1] for key in missing[prompt])) for prompt in sorted(missing)]
+            named = [key for prompt in sorted(missing) for key in missing[prompt]]
+            rest = [[key[2] for key in named]] if with_rest else []
+            self._known |= zip(named, answer(new, *rest), strict=True)
+        found = [self._known[key] for key in keys]
+        for key in list(self._known)[: len(self._known) - REMEMBERED]:
+            del self._known[key]
         return found
 
-    def learn(self, scored: Iterable[tuple[str, str, Sequence[float | None]]]) -> None:
-        """Adds class logits from elsewhere: prompt, input and [C] numbers, None for -inf. What is known stays."""
-        for prompt, text, logits in scored:
-            values = [-torch.inf if value is None else value for value in logits]
-            self._known.setdefault((prompt, text), torch.tensor(values, dtype=torch.float32, device="cpu"))
+    def learn(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Adds answers from elsewhere; what is known stays.
+
+        Args:
+            rows: "prompt" and "input" with "logits" (C numbers), with "text", "budget" and "stop", or with "answer" and
+                "logprob"; None stands for -inf.
+        """
+        for row in rows:
+            key: tuple[Any, ...] = (row["prompt"], row["input"])
+            value = row.get("text")
+            if "logits" in row:
+                value = torch.tensor([_number(x) for x in row["logits"]], dtype=torch.float32, device="cpu")
+            elif "text" in row:
+                key = (*key, row["budget"], tuple(row["stop"]))
+            else:
+                key, value = (*key, row["answer"]), _number(row["logprob"])
+            self._known.setdefault(key, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered, to be saved."""
-        return {"pairs": list(self._known), "logits": torch.stack(list(self._known.values())) if self._known else None}
+        """What is remembered, to be saved; class logits as one tensor, as thousands of small ones are slow to write."""
+        logits = {key: value for key, value in self._known.items() if isinstance(value, Tensor)}
+        others = {key: value for key, value in self._known.items() if key not in logits}
+        return {
+            "pairs": list(logits),
+            "logits": torch.stack(list(logits.values())) if logits else None,
+            "others": others,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what was remembered."""
         self._known = dict(zip(state["pairs"], state["logits"], strict=True)) if state["pairs"] else {}
+        self._known |= state.get("others", {})
+
+
+def _number(value: float | None) -> float:
+    return -torch.inf if value is None else value

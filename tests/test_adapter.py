@@ -20,11 +20,14 @@ from appo.trainer import APPOTrainer
 from experiments.bench.plain import as_plain
 from experiments.config import LAB_DIR, RunConfig, build_config
 from experiments.config.strict import ConfigError
+from experiments.planning.estimate import Estimate, Options
+from experiments.planning.outlook import lengths_of
 from experiments.push import main as push
 from experiments.run.folder import read_jsonl
 from experiments.run.models import ModelError, load_model, load_models, save_agent, save_merged
-from experiments.run.run import open_run
+from experiments.run.run import open_run, prepare
 from experiments.train import main as train
+from experiments.tuning.header import loaded
 from rewards.local import LocalTarget
 from rewards.target import grid
 
@@ -259,6 +262,20 @@ def test_a_run_with_an_adapter_from_end_to_end(tmp_path: Path, capsys: pytest.Ca
     assert "model.safetensors" in (listed := capsys.readouterr().out)
     assert "adapter" not in listed
     assert load_model(build_config({"agent": str(run / "merged")}), "agent").frozen is False
+
+
+def test_the_header_and_the_plan_know_an_adapter_by_its_folder(tmp_path: Path) -> None:
+    save_agent(Policy(load_model(shared(), "agent")), tmp_path / "agent")
+    (tmp_path / "link").symlink_to(LAB_DIR / "agent")
+    config = shared(agent=tmp_path / "agent", target=tmp_path / "link", **{"lora.rank": "null"})
+    run = prepare(config)
+    said = " ".join(loaded(run))
+    trained = sum(weight.numel() for weight in run.policy.trained().values())
+    assert f"trains an adapter of {trained / 1e6:.2f} M parameters; agent and target share the rest" in said
+    planned = Options.of(config, bfloat16=False)
+    assert (planned.rank, planned.shared) == (4, True)
+    assert Estimate(config, lengths_of(run), planned).agent.trained == trained
+    assert "adapter 0." in said and "target's weights" not in said  # as in the plan of the same configuration
 
 
 def test_an_update_that_changes_nothing_ends_the_run(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from appo.anchor import Anchor
@@ -15,13 +16,15 @@ from appo.lm import adapter
 from appo.lm.model import CausalLM
 from appo.policy import Policy
 from appo.rollout import Batch, Query, Rollout, Scored
+from appo.trainer import APPOTrainer
 from appo.update import Updater, advantages
 from experiments import plan
-from experiments.config import build_config
+from experiments.config import TRAINED, build_config
 from experiments.planning.estimate import Estimate, Lengths, Machine, Options
 from experiments.planning.outlook import lengths_of, outlook
 from experiments.planning.shadow import LiveBytes, Shadow
 from experiments.run.run import prepare
+from experiments.tuning.loop import arm_of
 from tasks.meta_prompt import meta_prompt
 from tests.conftest import SPECIAL_IDS, byte_tokenizer, plain_sampling
 
@@ -124,6 +127,77 @@ def test_a_run_begins_with_its_memory_work_and_time(tmp_path: Path) -> None:
     assert f"agent's weights {agent:.2g}" in said["memory"]
     assert lengths_of(run).query == len(run.policy.query(*meta_prompt(run.data.train[:5])).tokens)
     assert "s an iteration" in said["expected"] or "min an iteration" in said["expected"]
+
+
+@pytest.mark.parametrize("arm", ["appo", "ppo", "frozen", "edits", "manual"])
+def test_what_is_said_to_be_held_and_done_is_what_the_arm_holds_and_does(arm: str, tmp_path: Path) -> None:
+    run = prepare(build_config({"task": "sst2", "run": str(tmp_path / "run")}, assignments=["threads=1", f"arm={arm}"]))
+    plan = Estimate(run.config, lengths_of(run), Options.of(run.config, bfloat16=False))
+    lines = {line.name: line.value for line in plan.memory()}
+    way = arm_of(run)
+    if arm != "manual":
+        way.step(1)
+    if arm == "appo":
+        way.trainer.anchor.promote()
+    # A checkpoint holds what is trained, its moments and the anchor; besides, some numbers of a run's own.
+    tensors = [t for t in tree_leaves(way.state_dict()["trainer"]) if isinstance(t, torch.Tensor) and t.dim() > 0]
+    held = sum(t.nbytes for t in tensors if t.is_floating_point())
+    trained = plan.agent.trained * 4 if arm in TRAINED else 0
+    assert held == trained + lines.get("optimizer", 0) + lines.get("anchor", 0)
+    assert hasattr(way, "trainer") == (arm in TRAINED)
+    work = [line.name for line in plan.work()]
+    assert work == {
+        "appo": ["sampling", "scoring", "anchor's log-probabilities", "updates", "reviews"],
+        "ppo": ["sampling", "scoring", "anchor's log-probabilities", "updates"],
+        "manual": [],
+    }.get(arm, ["sampling", "scoring"])
+    assert [line.name for line in plan.transients][-2:] == (["scoring"] if arm == "manual" else ["scoring", "sampling"])
+    assert list(dict(outlook(run))) == (["memory"] if arm == "manual" else ["memory", "work", "expected"])
+
+
+def test_recorded_steps_hold_what_the_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caches of recordings, made here as on a GPU but for the graph: of headroom, iterations and reviews."""
+    monkeypatch.setattr("appo.lm.decoding._launches_take_longest", lambda begun, budget: True)
+    given = ["threads=1", "prompts=4", "anchor.prompts=10", "sampling.max_new_tokens=8"]
+    run = prepare(build_config({"task": "sst2", "run": str(tmp_path / "run")}, assignments=given))
+    trainer = APPOTrainer(run.policy)
+    query = run.policy.query(*meta_prompt(run.data.train[:5]))
+    for count in (run.config.headroom, run.config.prompts, run.config.anchor.prompts):
+        run.policy.sample([query], copies=count)
+    with trainer.anchor.in_place():
+        run.policy.sample([query], copies=run.config.anchor.prompts)
+    made = run.policy.lm._recordings._made.values()
+    assert [len(recorded.ids) for recorded in made] == [8, 16, 16]  # headroom's serves the agent's side of a review
+    estimate = Estimate(run.config, lengths_of(run), Options(bfloat16=False))
+    (line,) = (line for line in estimate.memory() if line.name == "recorded steps")
+    caches = sum(t.nbytes for recorded in made for layer in recorded.cache.layers for t in (layer.keys, layer.values))
+    logits = sum(recorded.output.logits.nbytes for recorded in made)
+    assert line.value == caches + logits
+
+
+def test_a_divided_agent_is_planned_by_its_part(capsys: pytest.CaptureFixture[str]) -> None:
+    config = build_config({}, assignments=["shard=true"])
+    whole, part = (Estimate(config, Lengths(100, 50, 40, 10), Options.of(config, gpus=gpus)) for gpus in (1, 4))
+    names = ("agent's weights", "optimizer", "anchor")
+    sizes = [{line.name: line.value for line in estimate.memory()} for estimate in (whole, part)]
+    assert [sizes[1][name] for name in names] == [sizes[0][name] / 4 for name in names]
+    assert sizes[1]["target's weights"] == sizes[0]["target's weights"]
+    gathered = part.transients[-1].value - whole.transients[-1].value
+    agent = part.agent
+    assert gathered == agent.in_layers * 2 + (agent.parameters - agent.in_layers) * 4
+    assert plan.main(["shard=true", "--gpus", "4"]) == 0
+    assert "agent divided among 4 GPUs" in capsys.readouterr().out
+    assert plan.main(["shard=true"]) == 2
+    assert "say how many with --gpus" in capsys.readouterr().err
+
+
+def test_the_command_plans_an_arm_without_training(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["arm=frozen"]) == 0
+    said = capsys.readouterr().out
+    assert "arithmetic of: no adapter, agent not trained" in said
+    assert not [word for word in ("optimizer", "anchor", "reviews", "LoRA") if word in said]
+    assert plan.main(["arm=empty"]) == 0
+    assert "none: one prompt is scored, without iterations" in capsys.readouterr().out
 
 
 def test_the_command_plans_what_the_configuration_asks_for_first(

@@ -26,7 +26,7 @@ from rewards.functional import accuracy, softmax_margin
 from rewards.local import LocalTarget
 from rewards.reward import ClassificationReward
 from rewards.served import ServedTarget, ServerError, address_of, find_server
-from rewards.target import grid, pairs
+from rewards.target import fill, grid, pairs
 from tasks.spec import Example
 from tests.conftest import byte_tokenizer, llama, sharpen
 from tests.serving import NONE, Fault, Serving
@@ -189,7 +189,7 @@ def test_a_server_that_stays_away_is_one_error_and_what_it_answered_is_kept(lab:
     kept: list[tuple[str, str]] = []
     with Serving(lab, "vllm") as serving:
         target = served(serving, attempts=3, in_flight=1)
-        target.kept = lambda prompt, text, logits: kept.append((prompt, text))
+        target.kept = lambda row: kept.append((row["prompt"], row["input"]))
         first = len(serving.seen)
         serving.fault = lambda number, path: Fault(503) if number >= first + 4 else NONE
         with pytest.raises(AnswerError, match=r"/tokenize gave no answer in 3 attempts, at last: status 503: injected"):
@@ -398,6 +398,44 @@ def test_a_run_that_lost_its_server_goes_on_without_paying_again(
         serving.fault = lambda *_: NONE
         assert main(["--run", str(folder), "--resume"]) == 0
         assert scored_once(serving, folder, starts=2)
+    assert len(read_jsonl(folder / "metrics.jsonl")) == 3
+
+
+def test_a_run_whose_answers_are_texts_goes_on_without_paying_again(
+    lab: CausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both what the target writes and how likely it finds the right answers."""
+    monkeypatch.setattr("experiments.run.models.Connection", partial(quick, attempts=2))
+    folder, budget = tmp_path / "run", 3
+    common = [*SMALL, "examples.batch_size=2", "checkpoint_every=5", "headroom=0", "steps=3"]
+    common += ["reward.likelihood_weight=1", f"reward.answer_tokens={budget}"]
+
+    def asked(first: int) -> tuple[list[Any], list[Any]]:
+        """The prompts that the server continued, and those behind which it scored a token."""
+        bodies = [body for path, body in serving.seen[first:] if path == "/v1/completions"]
+        written = [body["prompt"] for body in bodies if body["max_tokens"] == budget and body["stop"]]
+        return written, [body["prompt"] for body in bodies if body.get("logprobs")][1:]  # without the trial
+
+    def ids(rows: list[dict[str, Any]], name: str) -> list[list[int]]:
+        asked_for = [fill(TEMPLATE, row["prompt"], row["input"]) for row in rows if name in row]
+        return lab.tokens(asked_for) if asked_for else []
+
+    with Serving(lab, "vllm") as serving:
+        serving.fault = lambda number, path: Fault(500) if len(serving.scored) > 10 else NONE
+        command = ["--task", "antonyms", "--target", f"{serving.url}#lab", "--run", str(folder), *common]
+        assert main(command) == 3
+        before, begun = read_jsonl(folder / SCORED), len(serving.seen)
+        serving.fault = lambda *_: NONE
+        assert main(["--run", str(folder), "--resume"]) == 0
+        written, scored = asked(begun)
+    rows = read_jsonl(folder / SCORED)
+    new = rows[len(before) :]
+    assert rows[: len(before)] == before and ids(before, "text") and ids(before, "logprob")
+    assert sorted(written) == sorted(ids(new, "text"))
+    assert scored and not [context for context in ids(before, "logprob") if context in scored]
+    for name in ("text", "logprob"):
+        told = [(row["prompt"], row["input"], row.get("answer")) for row in rows if name in row]
+        assert len(told) == len(set(told))
     assert len(read_jsonl(folder / "metrics.jsonl")) == 3
 
 

@@ -487,8 +487,15 @@ class Counting:
 
     def __init__(self, target: LocalTarget) -> None:
         self.target, self.words, self.asked = target, target.words, list[list[Asked]]()
-        self.generate, self.answer_logprobs = target.generate, target.answer_logprobs
         self.check_fits, self.described = target.check_fits, target.described
+
+    def generate(self, asked: Sequence[Asked], budget: int, stop: Sequence[str]) -> list[str]:
+        self.asked.append(list(asked))
+        return self.target.generate(asked, budget, stop)
+
+    def answer_logprobs(self, asked: Sequence[Asked], answers: Sequence[str]) -> Tensor:
+        self.asked.append(list(asked))
+        return self.target.answer_logprobs(asked, answers)
 
     def class_logits(self, asked: Sequence[Asked]) -> Tensor:
         self.asked.append(list(asked))
@@ -543,6 +550,35 @@ def test_only_so_many_pairs_are_remembered(counting: Counting, monkeypatch: pyte
     assert_close(target.class_logits([Asked("p", ("a", "b", "c"))]), whole, rtol=0, atol=1e-5)
 
 
+def test_texts_and_log_probabilities_of_answers_are_remembered_too(counting: Counting) -> None:
+    target, again, local = Remembered(counting), Remembered(counting), counting.target
+    asked, said = [Asked("q", ("a", "b")), Asked("p", ("a",))], ["x", "y", "z"]
+    texts, chances = target.generate(asked, 3, ("e",)), target.answer_logprobs(asked, said)
+    assert texts == local.generate(asked, 3, ("e",))
+    assert_close(chances, local.answer_logprobs(asked, said), rtol=0, atol=1e-5)
+    again.load_state_dict(target.state_dict())
+    for known in (target, again):
+        assert known.generate(asked[::-1], 3, ("e",)) == [texts[2], *texts[:2]]
+        assert torch.equal(known.answer_logprobs(asked[1:], said[2:]), chances[2:])
+    assert len(counting.asked) == 2
+    # Another budget, other stop strings or another answer are other questions, each for the pairs that lack it.
+    assert target.generate(asked, 2, ("e",)) == local.generate(asked, 2, ("e",))
+    assert target.generate(asked[1:], 3, ()) == local.generate(asked[1:], 3, ())
+    target.answer_logprobs(asked, ["x", "y", "other"])
+    assert counting.asked[2:] == [asked[::-1], asked[1:], asked[1:]]
+
+
+def test_what_a_server_answered_is_learnt(counting: Counting) -> None:
+    target = Remembered(counting)
+    pair = {"prompt": "p", "input": "x"}
+    told = [{"logits": [None, 1.5]}, {"text": "so", "budget": 3, "stop": ["e"]}, {"answer": "so", "logprob": -0.25}]
+    target.learn(pair | row for row in told)
+    assert target.class_logits(pairs(["p"], ["x"])).tolist() == [[-torch.inf, 1.5]]
+    assert target.generate(pairs(["p"], ["x"]), 3, ("e",)) == ["so"]
+    assert target.answer_logprobs(pairs(["p"], ["x"]), ["so"]).tolist() == [-0.25]
+    assert not counting.asked
+
+
 def test_what_it_does_not_remember_it_passes_on(counting: Counting) -> None:
     target = Remembered(counting)
     assert target.words == WORDS and target.described() == {
@@ -551,7 +587,6 @@ def test_what_it_does_not_remember_it_passes_on(counting: Counting) -> None:
         "packed": True,
         "shared": False,
     }
-    assert target.generate(pairs(["p"], ["x"]), 3, ()) == counting.target.generate(pairs(["p"], ["x"]), 3, ())
     with pytest.raises(ContextTooLongError):
         target.check_fits(512, "x")
 

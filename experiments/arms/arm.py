@@ -77,7 +77,11 @@ class Arm(ABC):
         pool: the prompts found so far, each for all inputs; empty in an arm that writes one for each input.
         cost: of the last iteration and its review: seconds of scoring, seconds of the whole review, and how many
             answers of the target were asked for.
+        generator: of the sampling.
+        trainer: of the agent; an arm that never trains it has none, and holds no anchor.
     """
+
+    trainer: APPOTrainer
 
     def __init__(self, run: Run) -> None:
         config = run.config
@@ -86,8 +90,12 @@ class Arm(ABC):
         # A stream for each purpose: arms that use one of them differently still draw the same from the others.
         self.streams = {name: stream(config.seed, name) for name in ("batches", "pairs", "review")}
         self.batches = Batches(run.data.train, config.examples.batch_size, self.streams["batches"])
-        generator = torch.Generator(run.policy.device).manual_seed(config.seed)
-        self.trainer = APPOTrainer(run.policy, config.appo, config.anchor, generator)
+        self.generator = torch.Generator(run.policy.device).manual_seed(config.seed)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Makes the agent ready to be trained."""
+        self.trainer = APPOTrainer(self.run.policy, self.run.config.appo, self.run.config.anchor, self.generator)
 
     @abstractmethod
     def ask(self, batch: Sequence[Example], rng: random.Random) -> Question:
@@ -110,16 +118,7 @@ class Arm(ABC):
         """
         self.number, self.cost = number, dict.fromkeys(COSTS, 0.0)
         question = self._counted(self.ask(self.batches.next(), self.streams["pairs"]))
-        if number == 1:
-            generator = torch.Generator(self.run.policy.device).manual_seed(0)
-            rollout = self.run.policy.sample(question.queries, generator, question.copies)
-            self_check(self.run.policy, self.trainer.anchor, rollout)
-        step = self.learn(question)
-        if number == 1 and step.stats.get("grad_norm"):
-            self._check_moved()
-        if self.trainer.far or number % (self.run.config.anchor.period * self.run.steps_per_epoch) == 0:
-            return self.reviewed(step)
-        return step
+        return self.reviewed(self.learn(question))
 
     def _check_moved(self) -> None:
         """Raises SelfCheckError if training has not changed a single weight: it would go on like that in silence."""
@@ -128,12 +127,20 @@ class Arm(ABC):
             raise SelfCheckError("the first update had a gradient and changed no weight; what is trained is not used")
 
     def learn(self, question: Question) -> Step:
-        """Collects rollouts and updates the agent."""
-        return Step.of(self.trainer.step(question.queries, question.reward_fn, question.copies))
+        """Collects rollouts and updates the agent; the first time with checks of both."""
+        if self.number == 1:
+            generator = torch.Generator(self.run.policy.device).manual_seed(0)
+            rollout = self.run.policy.sample(question.queries, generator, question.copies)
+            self_check(self.run.policy, self.trainer.anchor, rollout)
+        step = Step.of(self.trainer.step(question.queries, question.reward_fn, question.copies))
+        if self.number == 1 and step.stats.get("grad_norm"):
+            self._check_moved()
+        return step
 
     def reviewed(self, step: Step) -> Step:
-        """The step with the review that follows it; unchanged if the reference is no anchor that may move."""
-        if not self.trainer.updater.reference.reviewed:
+        """The step with its review; without one if none is due, or the reference is no anchor that may move."""
+        due = self.trainer.far or self.number % (self.run.config.anchor.period * self.run.steps_per_epoch) == 0
+        if not (due and self.trainer.updater.reference.reviewed):
             return step
         started = time.perf_counter()
         question = self._counted(self.ask_for_review(self.streams["review"]))
@@ -164,10 +171,18 @@ class Arm(ABC):
         """What best_so_far.json of a stopped run holds; None where there is no single prompt. Reads no test row."""
         return None
 
+    def learnt(self) -> dict[str, Any]:
+        """The state of the training, to be saved."""
+        return self.trainer.state_dict()
+
+    def go_on(self, learnt: Mapping[str, Any]) -> None:
+        """Restores a saved state of the training."""
+        self.trainer.load_state_dict(learnt)
+
     def state_dict(self) -> dict[str, Any]:
         """All that the next iteration depends on, to be saved."""
         return {
-            "trainer": self.trainer.state_dict(),
+            "trainer": self.learnt(),
             "pool": self.pool.state_dict(),
             "streams": {name: rng.getstate() for name, rng in self.streams.items()},
             "order": self.batches.order,
@@ -175,7 +190,7 @@ class Arm(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a saved state."""
-        self.trainer.load_state_dict(state["trainer"])
+        self.go_on(state["trainer"])
         self.pool.load_state_dict(state["pool"])
         for name, rng in self.streams.items():
             rng.setstate(state["streams"][name])

@@ -90,7 +90,7 @@ class PhraseEdits(BestOfN):
         if not asked:
             return []
         policy = self.run.policy
-        rollout = policy.sample([policy.query(*paraphrase_prompt(phrase)) for phrase in asked], self.trainer.generator)
+        rollout = policy.sample([policy.query(*paraphrase_prompt(phrase)) for phrase in asked], self.generator)
         self.written += int(rollout.mask.sum())
         return [new or old for new, old in zip(policy.decode(rollout), asked, strict=True)]
 

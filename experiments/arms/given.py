@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.arms.fixed import Candidate, FixedPrompt
+from experiments.arms.fixed import Candidate
+from experiments.arms.untrained import BestOfN
 
 STEPWISE = "Let's think step by step."  # Kojima et al. 2022
 
 
-class Given(FixedPrompt):
+class Given(BestOfN):
     """The prompt that the arm names is the result, whatever its score."""
 
     def candidates(self) -> list[Candidate]:

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
-from appo.trainer import Iteration
+from collections.abc import Mapping
+from typing import Any
+
+from appo.trainer import Collected, Iteration
 from experiments.arms.arm import Arm, Question, Step
 from experiments.arms.editing import TestTimeEditing
 from experiments.arms.fixed import FixedPrompt
 
 
 class Untrained(Arm):
-    """Samples and scores as its arm does, but never updates the agent."""
+    """Samples and scores as its arm does, but never updates the agent; holds neither optimizer nor anchor."""
+
+    def prepare(self) -> None:
+        """All processes sample from the same weights."""
+        self.run.policy.ranks.begin(self.run.policy.model, self.run.policy.value_head)
 
     def learn(self, question: Question) -> Step:
-        """Collects rollouts and discards them."""
-        collected = self.trainer.collect(question.queries, question.reward_fn, question.copies)
-        self.trainer.buffer.clear()
+        """Scores what the agent writes."""
+        policy = self.run.policy
+        rollout = policy.sample(question.queries, self.generator, question.copies)
+        prompts = policy.decode(rollout)
+        rewarded = question.reward_fn(prompts)
+        policy.ranks.check_same("rewards", rewarded.scores.tolist())
+        cut_off = 1 - policy.ended(rollout).float().mean().item()
+        collected = Collected(rollout, prompts, rewarded, cut_off, kl=0.0)  # to the agent itself
         return Step.of(Iteration(collected, collected.stats()))
 
     def reviewed(self, step: Step) -> Step:
         """No review: the agent has not changed."""
         return step
+
+    def learnt(self) -> dict[str, Any]:
+        """The state of the sampling; the agent's weights are those that it was loaded with."""
+        return {"generator": self.generator.get_state()}
+
+    def go_on(self, learnt: Mapping[str, Any]) -> None:
+        """Restores a saved state of the sampling."""
+        self.generator.set_state(learnt["generator"])
 
 
 class BestOfN(FixedPrompt, Untrained):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
 
-from experiments.config import RunConfig
+from appo.anchor import Reference
+from appo.lm.cache import RoomyLayer, new_cache
+from appo.lm.decoding import BLOCK, KEPT, LEAST_TOKENS, MOST_ROWS, ROW_BLOCK
+from experiments.config import GIVEN, TRAINED, RunConfig
 from experiments.planning.shadow import Shadow
-from experiments.run.models import source_of
+from experiments.run.models import base_of, rank_of, same_source, shares_base, source_of
 
 GIB = 2**30
 AT_ONCE = 32_768  # tokens of a pass of the target on a GPU: rewards/local.py
@@ -81,6 +84,9 @@ class Options:
         checkpointing: gradient checkpointing.
         bfloat16: the agent computes in bfloat16; the target does so in any case.
         quantised: "int8", "int4" or None: the target's linear layers.
+        trained: the arm trains the agent.
+        recorded: steps of decoding are recorded, as on a GPU.
+        shards: GPUs that divide the agent (`shard=true`); 1: each holds all of it.
     """
 
     rank: int | None = None
@@ -88,20 +94,32 @@ class Options:
     checkpointing: bool = False
     bfloat16: bool = True
     quantised: str | None = None
+    trained: bool = True
+    recorded: bool = True
+    shards: int = 1
 
     @classmethod
-    def of(cls, config: RunConfig, bfloat16: bool = True) -> Options:
-        """Those that a configuration asks for, of an agent that computes in bfloat16, as on a GPU, or does not."""
-        rank, quantised = config.lora.rank, config.target_quantization
-        shared = rank is not None and quantised is None and source_of(config, "agent") == source_of(config, "target")
-        return cls(rank, shared, config.gradient_checkpointing, bfloat16, quantised)
+    def of(cls, config: RunConfig, bfloat16: bool = True, recorded: bool = True, gpus: int = 1) -> Options:
+        """Those that a configuration asks for.
+
+        Args:
+            config: of the run.
+            bfloat16, recorded: whether the agent computes in bfloat16, and its steps are recorded, both as on a GPU.
+            gpus: as many as the run has; they divide the agent if `shard` is true.
+        """
+        shared = shares_base(config, torch.bfloat16 if bfloat16 else torch.float32)
+        checkpointing, quantised = config.gradient_checkpointing, config.target_quantization
+        shards = gpus if config.shard else 1
+        return cls(rank_of(config), shared, checkpointing, bfloat16, quantised, config.arm in TRAINED, recorded, shards)
 
     def __str__(self) -> str:
-        parts = [f"LoRA rank {self.rank}" if self.rank else "all weights trained"]
+        parts = [f"LoRA rank {self.rank}" if self.rank else "all weights trained" if self.trained else "no adapter"]
+        parts += [] if self.trained else ["agent not trained"]
         parts += ["one base for both"] if self.shared else []
         parts += ["gradient checkpointing"] if self.checkpointing else []
         parts += [] if self.bfloat16 else ["agent in float32"]
         parts += [f"target in {self.quantised}"] if self.quantised else []
+        parts += [f"agent divided among {self.shards} GPUs"] if self.shards > 1 else []
         return ", ".join(parts)
 
 
@@ -122,18 +140,21 @@ class Estimate:
         low = torch.bfloat16 if options.bfloat16 else torch.float32
         stored = low if options.rank else torch.float32
         trust = config.trust_remote_code
-        self.agent = _agent(source_of(config, "agent"), stored, low, options.rank, options.checkpointing, trust)
+        self.agent = _agent(base_of(config), stored, low, options.rank, options.checkpointing, trust)
         self.target = _target(source_of(config, "target"), trust)
         several = config.mode == "tte"  # a query for each input, and each prompt answers one
         self.queries = config.examples.batch_size if several else 1
         self.responses = config.prompts * self.queries
         self.examples = 1 if several else config.examples.batch_size
+        self.reference = Reference.of(config.appo.reference, config.appo.kl_in_loss)
 
     def memory(self) -> list[Line]:
-        """What is held all the time, in bytes."""
+        """What is held all the time, in bytes; of several GPUs, on each."""
         agent, target, options = self.agent, self.target, self.options
         each = "bfloat16, frozen" if options.rank and options.bfloat16 else "float32"
-        lines = [Line("agent's weights", agent.bytes, f"{agent.parameters / 1e9:.3f} G numbers in {each}")]
+        part = f" / {options.shards}" if options.shards > 1 else ""
+        numbers = f"{agent.parameters / 1e9:.3f} G numbers in {each}{part}"
+        lines = [Line("agent's weights", agent.bytes / options.shards, numbers)]
         if options.rank:
             how = f"{agent.trained / 1e6:.2f} M numbers x 4, of rank {options.rank} on {len(agent.linear)} layers"
             lines.append(Line("adapter", agent.trained * COPY, how))
@@ -142,16 +163,41 @@ class Estimate:
         else:
             held, how = _held(target, options.quantised)
             lines.append(Line("target's weights", held, how))
-        trained = f"{agent.trained / 1e6:,.2f} M trained numbers"
-        return [
-            *lines,
-            Line("optimizer", agent.trained * ADAM, f"{trained} x two float32 moments"),
-            Line("anchor", agent.trained * (COPY + ADAM), f"{trained} x 4, and its own two moments for a rollback"),
-        ]
+        if options.trained:
+            mine = agent.trained / options.shards
+            trained = f"{agent.trained / 1e6:,.2f} M trained numbers{part}"
+            lines.append(Line("optimizer", mine * ADAM, f"{trained} x two float32 moments"))
+            if self.reference.reviewed and self.config.anchor.promote:
+                how = f"{trained} x 4, and from a promotion on its own two moments for a rollback"
+                lines.append(Line("anchor", mine * (COPY + ADAM), how))
+            else:
+                lines.append(Line("anchor", mine * COPY, f"{trained} x 4"))
+        return [*lines, *self._recordings()]
+
+    def _recordings(self) -> list[Line]:
+        """Steps of decoding that are recorded on a GPU, each with a cache of its own, and stay: appo/lm/decoding.py."""
+        length = -(-(self.lengths.query + self.lengths.prompt) // BLOCK) * BLOCK
+        made = [("agent", self.responses)]
+        if self.config.headroom:
+            made.append(("agent", self.config.headroom))
+        if self.options.trained and self.reference.reviewed:
+            reviewed = self.config.anchor.prompts if self.config.mode == "fixed" else 2 * self.config.examples.shots
+            made += [("agent", reviewed), ("anchor", reviewed)]  # whose weights have other addresses
+        distinct = {(who, -(-count // ROW_BLOCK) * ROW_BLOCK) for who, count in made if count <= MOST_ROWS}
+        rows = sorted((count for _, count in distinct), reverse=True)[:KEPT]
+        possible = self.options.recorded and self.options.shards == 1 and self.lengths.prompt >= LEAST_TOKENS
+        if not (possible and rows and self.config.arm not in GIVEN) or any(new_cache(self.agent.model).is_sliding):
+            return []
+        held = sum(count * (self._per_token() * length + 4 * self.agent.vocabulary) for count in rows)
+        how = f"keys and values of {' + '.join(map(str, rows))} rows x {length} tokens, and a row of logits for each"
+        return [Line("recorded steps", held, how)]
 
     @cached_property
     def transients(self) -> list[Line]:
         """What each phase of an iteration takes on top, in bytes; they follow one another, so the largest counts."""
+        return [*(self._training() if self.options.trained else []), *self._answering()]
+
+    def _training(self) -> list[Line]:
         size, t = self.config.appo, self.lengths
         micro = min(size.micro_batch_size or self.responses, size.minibatch_size or self.responses, self.responses)
         per_query = min(micro, self.config.prompts)
@@ -163,62 +209,81 @@ class Estimate:
         update = _update(self.agent, (t.query,) * queries, (t.prompt,) * micro, owners, scaled)
         rows = [q for q in range(self.queries) for _ in range(self.config.prompts)]
         anchor = self.agent.forward([t.query] * self.queries, [t.prompt] * len(rows), rows, t.prompt)
+        logits = f"logits {micro * t.prompt} x {self.agent.vocabulary}"
+        return [
+            Line("update", update, f"activations, {logits}, gradients; {shape}; counted on meta tensors"),
+            Line("anchor's pass", anchor, f"without gradients, logits of {len(rows) * t.prompt} tokens; counted"),
+        ]
+
+    def _answering(self) -> list[Line]:
+        t = self.lengths
         branches = self.responses * self.examples
         fit = max(1, min(branches, AT_ONCE // (t.example + t.prompt // self.examples)))
         scoring = _scoring(self.target, t, max(1, fit // self.examples), fit, self.examples)
         sampling = self.cache() + 5 * 4 * self.responses * self.agent.vocabulary
-        logits = f"logits {micro * t.prompt} x {self.agent.vocabulary}"
         cached = f"{self.responses} rows x {t.query + t.prompt + 128} tokens"
-        return [
-            Line("update", update, f"activations, {logits}, gradients; {shape}; counted on meta tensors"),
-            Line("anchor's pass", anchor, f"without gradients, logits of {len(rows) * t.prompt} tokens; counted"),
-            Line("scoring", scoring, f"{fit} examples of {t.example} tokens a pass, label rows only; counted"),
-            Line("sampling", sampling, f"keys and values of {cached}, and 5 numbers a row and word of the vocabulary"),
-        ]
+        scored = Line("scoring", scoring, f"{fit} examples of {t.example} tokens a pass, label rows only; counted")
+        if self.config.arm in GIVEN:
+            return [scored]
+        how = f"keys and values of {cached}, and 5 numbers a row and word of the vocabulary"
+        if self.options.shards > 1:
+            agent = self.agent
+            sampling += agent.in_layers * (2 if self.options.bfloat16 else 4) + (agent.bytes - agent.in_layers * 4)
+            how += ", and the whole agent, gathered"
+        return [scored, Line("sampling", sampling, how)]
 
     def cache(self) -> int:
-        """Bytes of the keys and values while prompts are sampled; float32 where autocast computes, as keys are."""
+        """Bytes of the keys and values while prompts are sampled."""
+        tokens = self.lengths.query + self.lengths.prompt + RoomyLayer.ROOM
+        return self._per_token() * tokens * self.responses
+
+    def _per_token(self) -> int:
+        """Bytes of the keys and values of a token; float32 where autocast computes, as keys are."""
         config = self.agent.model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         size = 2 if self.options.rank and self.options.bfloat16 else 4
-        tokens = self.lengths.query + self.lengths.prompt + 128  # spare room: appo/lm/cache.py
-        return int(2 * config.num_hidden_layers * heads * width * size * tokens * self.responses)
+        return int(2 * config.num_hidden_layers * heads * width * size)
 
     def total(self) -> float:
         """Bytes at the peak, without the context of the driver."""
         return sum(line.value for line in self.memory()) + max(line.value for line in self.transients)
 
     def work(self) -> list[Line]:
-        """FLOPs of an iteration, by phase."""
+        """FLOPs of an iteration, by phase; none for an arm without iterations."""
         t, agent, target, config = self.lengths, self.agent, self.target, self.config
+        if config.arm in GIVEN:
+            return []
         made, read = self.responses * t.prompt, self.queries * t.query
         forward = 2.0 * agent.in_layers * (made + read) + 2.0 * agent.head * made
-        answers = self.responses * self.examples
-        epochs = config.appo.ppo_epochs
-        factor = (2 if self.options.rank else 3) + (1 if self.options.checkpointing else 0)
-        per_step = f"{agent.in_layers / 1e9:.3f} G weights in layers"
-        # A review samples on both sides and scores on the validation rows, as many as there are training rows.
-        rows = 2 * config.examples.shots
-        period = config.anchor.period * max(1, rows // config.examples.batch_size)
-        prompts = 2 * config.anchor.prompts
-        review = (
-            prompts * 2.0 * (agent.in_layers * (t.query + t.prompt) + target.in_layers * (t.prompt + rows * t.example))
-        )
-        told = made + answers * t.example
+        told = made + self.responses * self.examples * t.example
         scored = 2.0 * target.in_layers * told
-        return [
+        per_step = f"{agent.in_layers / 1e9:.3f} G weights in layers"
+        lines = [
             Line("sampling", forward, f"2 x {per_step} x {made + read:,} tokens, head for {made:,}", t.prompt),
             Line("scoring", scored, f"2 x {target.in_layers / 1e9:.3f} G x {told:,} tokens", -(-told // AT_ONCE)),
-            Line("old and anchor's log-probabilities", 2 * forward, "two passes as in sampling", 2),
-            Line("updates", epochs * factor * forward, f"{epochs} epochs x {factor} passes", 3 * epochs),
-            Line(
-                "reviews",
-                review / period,
-                f"{prompts} prompts on {rows} rows, once in {period} iterations",
-                2 * (t.prompt + 1) / period,
-            ),
         ]
+        if not self.options.trained:
+            return lines
+        epochs = config.appo.ppo_epochs
+        factor = (2 if self.options.rank else 3) + (1 if self.options.checkpointing else 0)
+        passes = 2 if self.options.bfloat16 else 1  # in float32 sampling gives the old ones: APPOTrainer.collect
+        which = "old and anchor's" if passes == 2 else "anchor's"
+        lines += [
+            Line(f"{which} log-probabilities", passes * forward, f"{passes} x a pass as in sampling", passes),
+            Line("updates", epochs * factor * forward, f"{epochs} epochs x {factor} passes", 3 * epochs),
+        ]
+        return [*lines, *([self._reviews()] if self.reference.reviewed else [])]
+
+    def _reviews(self) -> Line:
+        """A review samples on both sides and scores on the validation rows, as many as there are training rows."""
+        t, config = self.lengths, self.config
+        rows, prompts = 2 * config.examples.shots, 2 * config.anchor.prompts
+        period = config.anchor.period * max(1, rows // config.examples.batch_size)
+        read = 2.0 * self.agent.in_layers * (t.query + t.prompt)
+        scored = 2.0 * self.target.in_layers * (t.prompt + rows * t.example)
+        how = f"{prompts} prompts on {rows} rows, once in {period} iterations"
+        return Line("reviews", prompts * (read + scored) / period, how, 2 * (t.prompt + 1) / period)
 
     def seconds(self, machine: Machine) -> float:
         """Of an iteration: a phase takes as long as its products, at a share of the peak rate, or as launching layers.
@@ -231,7 +296,7 @@ class Estimate:
         read = self.agent.parameters * width + self.cache()
         sampling = self.lengths.prompt * read / (BANDWIDTH_SHARE * machine.bandwidth)
         phases = [max(line.value / rate, line.passes * layers * launch) for line in self.work()]
-        return max(phases[0], sampling) + sum(phases[1:])
+        return max(phases[0], sampling) + sum(phases[1:]) if phases else 0.0
 
     def verdict(self, machine: Machine) -> str:
         """Whether it fits on a machine, and how long it takes there."""
@@ -239,8 +304,8 @@ class Estimate:
         if needed > machine.memory:
             return f"does not fit: {needed:.1f} of {machine.memory:.1f} GiB"
         seconds = self.seconds(machine)
-        hours = seconds * self.lengths.steps / 3600
-        return f"fits: {needed:.1f} of {machine.memory:.1f} GiB, {seconds:.2g} s an iteration, {hours:.2g} h in all"
+        time = f", {seconds:.2g} s an iteration, {seconds * self.lengths.steps / 3600:.2g} h in all" if seconds else ""
+        return f"fits: {needed:.1f} of {machine.memory:.1f} GiB{time}"
 
 
 @cache
@@ -277,10 +342,16 @@ def _held(target: Shadow, quantised: str | None) -> tuple[float, str]:
     return held, f"{linear / 1e9:.3f} G numbers of {bits} bits and a scale for each {SCALE}, the rest in bfloat16"
 
 
-def choices(config: RunConfig, rank: int = 16) -> list[Options]:
+def choices(config: RunConfig, rank: int = 16, gpus: int = 1) -> list[Options]:
     """The options that a plan compares: what the configuration asks for, then others."""
-    same = source_of(config, "agent") == source_of(config, "target")
-    return list(dict.fromkeys([Options.of(config, config.dtype != "float32"), *_others(same, rank)]))
+    asked = Options.of(config, config.dtype != "float32", gpus=gpus)
+    same = same_source(base_of(config), source_of(config, "target"))
+    others: Iterable[Options] = [
+        option if option.rank else replace(option, shards=asked.shards) for option in _others(same, rank)
+    ]
+    if not asked.trained:
+        others = (replace(asked, quantised=bits, shared=False) for bits in QUANTISED)
+    return list(dict.fromkeys([asked, *others]))
 
 
 def _others(same: bool, rank: int) -> Iterator[Options]:

@@ -22,15 +22,17 @@ def outlook(run: Run) -> Iterator[tuple[str, str]]:
     """Names and texts; nothing for models that cannot be planned (see `appo plan`), or a target behind a server."""
     if run.served:
         return
-    bfloat16 = run.policy.lm.compute_dtype == torch.bfloat16
+    bfloat16, recorded = run.policy.lm.compute_dtype == torch.bfloat16, run.policy.device.type == "cuda"
+    options = Options.of(run.config, bfloat16, recorded, run.policy.ranks.size)
     try:
-        plan = Estimate(run.config, lengths_of(run), Options.of(run.config, bfloat16))
+        plan = Estimate(run.config, lengths_of(run), options)
     except ModelError:
         return
     held = plan.memory()
     parts = ", ".join(f"{line.name} {line.value / GIB:.2g}" for line in held if line.value)
     yield "memory", f"{sum(line.value for line in held) / GIB:.2g} GiB held ({parts}), and what a phase takes on top"
-    work = plan.work()
+    if not (work := plan.work()):
+        return  # no iterations
     total = sum(line.value for line in work)
     most = ", ".join(f"{line.name} {line.value / total:.0%}" for line in sorted(work, key=lambda line: -line.value)[:3])
     yield "work", f"{total / 1e12:.2g} TFLOP an iteration: {most}"

@@ -24,7 +24,7 @@ LOCK = ".lock"  # names the process that is using a run's folder
 CONFIG, RESULT, HEADROOM = "config.yaml", "best_prompt.json", "headroom.json"
 METRICS, PROMPTS = "metrics.jsonl", "prompts.jsonl"  # grow row by row
 CANDIDATES, PREDICTIONS = "candidates.jsonl", "predictions.jsonl"  # written whole, at the end of a run
-SCORED = "scored.jsonl"  # of a run whose target is behind a server: the class logits it gave, which cost something
+SCORED = "scored.jsonl"  # of a run whose target is behind a server: its answers, which cost something
 SO_FAR = "best_so_far.json"  # of a run that was stopped
 ADAPTER = "adapter_config.json"  # in the folder of an agent that is an adapter, not a whole model
 SCORES = tuple(f"{which}{split}" for which in ("", "manual_") for split in ("validation", "test"))
@@ -159,7 +159,7 @@ class RunFolder:
         (self.path / name).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Removes the .jsonl files, for a run that begins anew, but for what a server has scored."""
+        """Removes the .jsonl files, for a run that begins anew, but for what a server has answered."""
         for path in self.path.glob("*.jsonl"):
             if path.name != SCORED:
                 path.unlink()

@@ -57,23 +57,28 @@ def load_models(config: RunConfig) -> tuple[CausalLM, CausalLM]:
         ModelError: as for `load_model`.
     """
     agent = load_model(config, "agent")
-    if not _shares_base(config, agent):
+    if not shares_base(config, agent.model.dtype):
         return agent, load_model(config, "target")
     _check_tokenizer("target", config.target, agent.tokenizer, config.target_chat)
     return agent, agent.without_adapter(config.target_chat)
 
 
-def _shares_base(config: RunConfig, agent: CausalLM) -> bool:
-    """Whether the target is what the agent's adapter was added to, in the same dtype."""
-    if not adapter.is_in(agent.model) or config.target_quantization:
+def shares_base(config: RunConfig, held_in: torch.dtype) -> bool:
+    """Whether the target is what the agent's adapter is added to, in the same dtype; then one copy does for both.
+
+    Args:
+        config: of the run.
+        held_in: dtype of the agent's frozen weights.
+    """
+    if rank_of(config) is None or config.target_quantization:
         return False
-    base = _base(source_of(config, "agent")) or source_of(config, "agent")
-    asked = agent.model.dtype if config.target_dtype == "auto" else getattr(torch, config.target_dtype)
-    return _same(base, source_of(config, "target")) and asked == agent.model.dtype
+    asked = held_in if config.target_dtype == "auto" else getattr(torch, config.target_dtype)
+    return asked == held_in and same_source(base_of(config), source_of(config, "target"))
 
 
-def _same(one: str, other: str) -> bool:
-    return one == other or (Path(one).is_dir() and Path(other).is_dir() and Path(one).samefile(other))
+def same_source(one: str, other: str) -> bool:
+    """Whether two names, of folders or at a hub, are the same checkpoint."""
+    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
 def load_model(config: RunConfig, role: Role) -> CausalLM:
@@ -89,7 +94,7 @@ def load_model(config: RunConfig, role: Role) -> CausalLM:
     device = find_device(config.device)
     computes_in = compute_dtype(config.dtype if role == "agent" else config.target_dtype, device, role)
     name, source = getattr(config, role), source_of(config, role)
-    adapted = role == "agent" and (config.lora.rank is not None or _base(source) is not None)
+    adapted = role == "agent" and rank_of(config) is not None
     stored_in = torch.float32 if role == "agent" and not adapted else computes_in
     if Path(source).is_dir():
         _check_folder(role, Path(source))
@@ -130,13 +135,30 @@ def source_of(config: RunConfig, role: Role) -> str:
     return str(LAB_DIR / role) if name == LAB else name
 
 
+def base_of(config: RunConfig) -> str:
+    """Where the agent's weights come from; for the folder of an adapter, what that was added to."""
+    source = source_of(config, "agent")
+    return _base(source) or source
+
+
+def rank_of(config: RunConfig) -> int | None:
+    """The rank of the agent's adapter, a new one or that in its folder; None: the agent has none."""
+    rank: int | None = _adapter(source_of(config, "agent")).get("r", config.lora.rank)
+    return rank
+
+
 def _base(source: str) -> str | None:
     """What the adapter in a folder was added to; None if the folder holds no adapter."""
+    return _adapter(source).get("base_model_name_or_path")
+
+
+def _adapter(source: str) -> dict[str, Any]:
+    """What peft wrote about the adapter in a folder; nothing if the folder holds no adapter."""
     try:
-        found: str = json.loads((Path(source) / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        found = json.loads((Path(source) / ADAPTER).read_text(encoding="utf-8"))
+        return found if isinstance(found["base_model_name_or_path"], str) else {}
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return found
+        return {}
 
 
 def _quantized(config: RunConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from threading import Lock
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from appo.lm.model import out_of_memory
 from experiments.config import to_dict
 from experiments.run import checkpoint
@@ -52,26 +50,32 @@ def begin(run: Run, arm: Stateful, resume: bool) -> tuple[int, list[str]]:
                 raise
             raise CheckpointError(f"{folder}: the newest one holds no state of this run ({error!r})") from error
     run.policy.ranks.check_same("the iterations that are done", done)
-    _keep_scores(run)
+    _keep_answers(run)
     run.folder.write_config(to_dict(run.config) | {"environment": run.environment()})
     return done, notes
 
 
-def _keep_scores(run: Run) -> None:
-    """Reads what the target's server has scored, and from now on writes down each score as it comes.
+def _keep_answers(run: Run) -> None:
+    """Reads what the target's server has answered, and from now on writes down each answer as it comes.
 
-    So nothing is paid for twice, however the run ended. Called before the first score and after a restored state.
+    So nothing is paid for twice, however the run ended. Called before the first answer and after a restored state.
+
+    Raises:
+        RunFolderError: the file holds anything else.
     """
     if run.served is None:
         return
-    rows = read_optional(run.folder.path / SCORED)
-    run.target.learn((row["prompt"], row["input"], row["logits"]) for row in rows)
+    path, lock = run.folder.path / SCORED, Lock()
+    rows = read_optional(path)
+    try:
+        run.target.learn(rows)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunFolderError(f"{path}: a row is not what a run writes ({error!r})") from error
     run.folder.write_rows(SCORED, rows)  # without half a last line
-    lock = Lock()
 
-    def keep(prompt: str, text: str, logits: Tensor) -> None:
+    def keep(row: dict[str, Any]) -> None:
         with lock:  # called from many threads
-            run.folder.append(SCORED, [{"prompt": prompt, "input": text, "logits": logits.tolist()}])
+            run.folder.append(SCORED, [row])
 
     run.served.kept = keep
 

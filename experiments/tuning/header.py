@@ -52,7 +52,9 @@ def loaded(run: Run) -> Iterator[str]:
     threads = f", threads {environment['threads']}" if run.policy.device.type == "cpu" else ""
     processes = f", in each of {run.policy.ranks.size} processes" if run.policy.ranks.size > 1 else ""
     yield _line("loaded", f"{sizes}, on {environment['device']}{threads}{processes}")
-    if run.config.lora.rank is not None:
+    from experiments.run.models import rank_of  # takes long to load, like all that a loaded run needs
+
+    if rank_of(run.config) is not None and run.config.arm in TRAINED:
         trained = sum(weight.numel() for weight in run.policy.trained().values())
         shared = "; agent and target share the rest" if environment.get("target_shared") else ""
         yield _line("", f"trains an adapter of {trained / 1e6:,.2f} M parameters{shared}")
@@ -60,7 +62,7 @@ def loaded(run: Run) -> Iterator[str]:
         yield _line("", f"target {run.served.server.model!r} on {run.served.server.name}{_context(run.served)}")
     rows = f"{len(run.data.train)} train, {len(run.data.validation)} validation and {len(run.data.test)} test rows"
     yield _line("", f"{rows}, {run.steps} iterations")
-    from experiments.planning.outlook import outlook  # takes long to load, like all that a loaded run needs
+    from experiments.planning.outlook import outlook
 
     yield from (_line(name, text) for name, text in outlook(run))
 
