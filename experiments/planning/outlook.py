@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from experiments.planning.estimate import GIB, Estimate, Lengths, Machine, Options
+from experiments.planning.estimate import GIB, LAUNCH, STEP, Estimate, Lengths, Machine, Options
 from experiments.run.models import ModelError
 from experiments.run.run import Run
 from experiments.terminal.console import duration
@@ -58,8 +58,8 @@ def measured(device: torch.device, dtype: torch.dtype) -> Machine:
     seconds = _quickest(lambda: a @ a, device)
     flops = 2.0 * size**3 / seconds
     bandwidth = 2.0 * a.nbytes / _quickest(a.clone, device)
-    launch = 1e-3 if device.type == "cuda" else LAUNCH_ON_CPU
-    return Machine("this machine", 0.0, flops, bandwidth, launch, MEASURED_SHARE)
+    launch, step = (LAUNCH, STEP) if device.type == "cuda" else (LAUNCH_ON_CPU, LAUNCH_ON_CPU)
+    return Machine("this machine", 0.0, flops, bandwidth, launch, step, MEASURED_SHARE)
 
 
 def _quickest(work: Callable[[], object], device: torch.device) -> float:
