@@ -178,7 +178,7 @@ class Policy(nn.Module):
         ]
         prefixes = [query.tokens[:-1] for query in rollout.queries]
         logits, values = self._read(self.lm.run(Branches(prefixes, branches, owner)))
-        logprobs, entropy = logprobs_and_entropy(logits, rollout.tokens[rollout.mask])
+        logprobs, entropy = logprobs_and_entropy(logits, rollout.tokens[rollout.mask], used_up=True)
         logprobs, entropy = self.ends.renormalise(logprobs, entropy, logits, rollout.tokens, rollout.mask)
         return Evaluation(*(unpack(column, rollout.mask) for column in (logprobs, values, entropy)))
 

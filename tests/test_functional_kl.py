@@ -164,6 +164,17 @@ def test_entropies_that_are_only_looked_at_have_no_part_in_the_gradient(rows_at_
     assert_close(one.grad, other.grad)
 
 
+def test_a_gradient_that_takes_the_place_of_the_logits_is_the_same(rows_at_once: int) -> None:
+    one, other = (random_logits().requires_grad_() for _ in range(2))
+    logits = other * 1  # not a leaf, which its owner may still want to read
+    for found in (logprobs_and_entropy(one, TOKENS), logprobs_and_entropy(logits, TOKENS, used_up=True)):
+        loss = (found[0] * torch.linspace(-1, 2, 8, dtype=F64)).sum() + found[1].square().sum()
+        loss.backward(retain_graph=True)
+    assert_close(other.grad, one.grad, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_entropy_of_the_certain_has_no_row_that_is_no_number(rows_at_once: int) -> None:
     logits = torch.full((8, 5), -math.inf, dtype=F64).scatter(1, TOKENS.unsqueeze(1), 0.0)
     logprobs, entropy = logprobs_and_entropy(logits, TOKENS)

@@ -17,17 +17,19 @@ from appo.functional import at_least_float32, entropy_from_logprobs
 AT_ONCE = 2**17  # numbers in a chunk, which then fits into the caches of a CPU
 
 
-def logprobs_and_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def logprobs_and_entropy(logits: Tensor, tokens: Tensor, used_up: bool = False) -> tuple[Tensor, Tensor]:
     """Log-probabilities of tokens and entropies, as in `appo.functional`, in one pass.
 
     Args:
         logits: [n, V].
         tokens: [n].
+        used_up: nobody reads the logits after a backward pass has begun; their gradient then takes their place in
+            memory. (If a second backward pass needs them, torch raises RuntimeError.)
 
     Returns:
         ([n], [n]) in float32 (float64 for float64 logits).
     """
-    found: tuple[Tensor, Tensor] = _TokenLogprobs.apply(logits, tokens)
+    found: tuple[Tensor, Tensor] = _TokenLogprobs.apply(logits, tokens, used_up)
     return found
 
 
@@ -46,8 +48,8 @@ class _TokenLogprobs(torch.autograd.Function):
     """With p = softmax(logits) and entropy H: d log p[token] = onehot(token) - p; d H = -p (log p + H)."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = tokens.unsqueeze(-1)
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, used_up: bool) -> tuple[Tensor, Tensor]:
+        tokens, ctx.used_up = tokens.unsqueeze(-1), used_up
         ctx.set_materialize_grads(False)  # the entropies' gradient is None if the loss does not use them
         chosen, entropies = [], []
         for rows, token in _chunks(logits, tokens):
@@ -59,10 +61,10 @@ class _TokenLogprobs(torch.autograd.Function):
         return torch.cat(chosen), found
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
         logits, tokens, entropies = ctx.saved_tensors
         of_token, of_entropy = (torch.zeros_like(entropies) if g is None else g.unsqueeze(-1) for g in grads)
-        gradient = torch.empty_like(logits)
+        gradient = logits if ctx.used_up else torch.empty_like(logits)  # each row is read before it is written
         for rows, token, entropy, g, h, out in _chunks(logits, tokens, entropies, of_token, of_entropy, gradient):
             part = at_least_float32(rows).softmax(-1).mul_(-g)
             if grads[1] is not None:
@@ -70,7 +72,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 least = torch.finfo(logprobs.dtype).min  # 0 * -inf is NaN
                 part -= h * logprobs.exp() * (logprobs.clamp(min=least) + entropy)
             out.copy_(part.scatter_add_(-1, token, g))
-        return gradient, None
+        return gradient, None, None
 
 
 def _chunks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -174,7 +174,7 @@ class Shadow:
             logits = output.logits.float() / 0.5 if scaled else output.logits
             tokens = torch.zeros(len(logits), dtype=torch.long, device=META)
             values = output.hidden.float() @ torch.zeros(self.width, 1, device=META, requires_grad=True)
-            logprobs, entropy = logprobs_and_entropy(logits, tokens)
+            logprobs, entropy = logprobs_and_entropy(logits, tokens, used_up=True)
             loss = logprobs.mean() + values.mean() - 0.01 * entropy.mean()
             del output, logits, values, logprobs, entropy
             loss.backward()
