@@ -38,8 +38,8 @@ def always(monkeypatch: pytest.MonkeyPatch) -> list[Fixed]:
     made: list[Fixed] = []
     init = Fixed.__init__
 
-    def noted(self: Fixed, begun: Growing, rows: int, length: int) -> None:
-        init(self, begun, rows, length)
+    def noted(self: Fixed, begun: Growing, rows: int, length: int, beside: Fixed | None = None) -> None:
+        init(self, begun, rows, length, beside)
         made.append(self)
 
     monkeypatch.setattr(decoding, "_launches_take_longest", lambda begun, budget: True)
@@ -90,7 +90,9 @@ def test_a_recording_is_of_certain_weights(monkeypatch: pytest.MonkeyPatch) -> N
     assert taken(20, kind="without its adapter") is not first
     weight = next(model.parameters())
     held, weight.data = weight.data, weight.data.clone()
-    assert taken(20) is not first
+    other = taken(20)
+    assert isinstance(first, Fixed) and isinstance(other, Fixed)
+    assert other is not first and other.cache is first.cache
     weight.data = held
     assert taken(20) is first
     for budget in (600, 900, 1200, 1500):

@@ -156,21 +156,23 @@ def test_what_is_said_to_be_held_and_done_is_what_the_arm_holds_and_does(arm: st
 
 
 def test_recorded_steps_hold_what_the_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The caches of recordings, made here as on a GPU but for the graph: of headroom, iterations and reviews."""
+    """The caches of recordings, made here as on a GPU but for the graph: of iterations and reviews."""
     monkeypatch.setattr("appo.lm.decoding._launches_take_longest", lambda begun, budget: True)
-    given = ["threads=1", "prompts=4", "anchor.prompts=10", "sampling.max_new_tokens=8"]
+    given = ["threads=1", "headroom=0", "prompts=4", "anchor.prompts=10", "sampling.max_new_tokens=8"]
     run = prepare(build_config({"task": "sst2", "run": str(tmp_path / "run")}, assignments=given))
     trainer = APPOTrainer(run.policy)
     query = run.policy.query(*meta_prompt(run.data.train[:5]))
-    for count in (run.config.headroom, run.config.prompts, run.config.anchor.prompts):
+    for count in (run.config.prompts, run.config.anchor.prompts):
         run.policy.sample([query], copies=count)
     with trainer.anchor.in_place():
         run.policy.sample([query], copies=run.config.anchor.prompts)
     made = run.policy.lm._recordings._made.values()
-    assert [len(recorded.ids) for recorded in made] == [8, 16, 16]  # headroom's serves the agent's side of a review
+    assert [len(recorded.ids) for recorded in made] == [4, 12, 12]  # iterations, and two sides of a review
     estimate = Estimate(run.config, lengths_of(run), Options(bfloat16=False))
     (line,) = (line for line in estimate.memory() if line.name == "recorded steps")
-    caches = sum(t.nbytes for recorded in made for layer in recorded.cache.layers for t in (layer.keys, layer.values))
+    layers = [layer for recorded in made for layer in recorded.cache.layers]
+    held = {t.data_ptr(): t.nbytes for layer in layers for t in (layer.keys, layer.values)}  # two share theirs
+    caches = sum(held.values())
     logits = sum(recorded.output.logits.nbytes for recorded in made)
     assert line.value == caches + logits
 

@@ -22,10 +22,10 @@ from appo.lm.cache import new_cache, surviving_rows
 from appo.lm.packed import Output, common_prefix
 
 BLOCK = 256  # tokens: a recorded cache's length is a multiple, so that one recording serves queries of many lengths
-ROW_BLOCK = 8  # and its number of rows is a multiple of this
+ROW_BLOCK = 4  # and its number of rows is a multiple of this
 MOST_ROWS = 128  # with more rows the kernels themselves take the time
 LEAST_TOKENS = 8  # recording costs about four steps
-KEPT = 4  # recordings: two lengths, each for the agent and its anchor
+KEPT = 3  # recordings: of iterations, and of both sides of a review; those of one size share a cache
 
 
 class Growing:
@@ -86,18 +86,23 @@ class Fixed:
 
     Args:
         begun: responses after their contexts were read; gives the shapes.
-        length: most tokens of a response with its context.
         rows: how many rows to have room for.
+        length: most tokens of a response with its context.
+        beside: another of that size, for other weights, whose tensors it shares: only one is decoding at a time.
     """
 
-    def __init__(self, begun: Growing, rows: int, length: int) -> None:
+    def __init__(self, begun: Growing, rows: int, length: int, beside: Fixed | None = None) -> None:
         self.model, device = begun.model, begun.ids.device
-        self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.positions = torch.zeros_like(self.ids)
-        self.column = torch.zeros(1, dtype=torch.long, device=device)  # of the cache, where the next token goes
-        self.mask = torch.zeros(rows, 1, 1, length, dtype=torch.bool, device=device)  # a 4-D mask is used as it is
-        self.cache = DynamicCache()
-        self.cache.layers = [_FixedLayer(layer, rows, length, self.column) for layer in begun.cache.layers]
+        if beside is None:
+            self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
+            self.positions = torch.zeros_like(self.ids)
+            self.column = torch.zeros(1, dtype=torch.long, device=device)  # of the cache, where the next token goes
+            self.mask = torch.zeros(rows, 1, 1, length, dtype=torch.bool, device=device)  # a 4-D mask is used as it is
+            self.cache = DynamicCache()
+            self.cache.layers = [_FixedLayer(layer, rows, length, self.column) for layer in begun.cache.layers]
+        else:
+            self.ids, self.positions, self.column = beside.ids, beside.positions, beside.column
+            self.mask, self.cache = beside.mask, beside.cache
         self.graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
             self._record()
@@ -140,6 +145,8 @@ class Fixed:
     def _record(self) -> None:
         # Autocast must not keep its copies of the weights: they would be old when the graph is replayed.
         kind, dtype = self.ids.device.type, torch.get_autocast_dtype("cuda")
+        self.column.zero_()
+        self.positions.zero_()
         with torch.autocast(kind, dtype, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
@@ -173,7 +180,7 @@ class Recordings:
     """The recorded steps of a model, made when they are first needed; those not used for longest are dropped."""
 
     def __init__(self) -> None:
-        self._made: OrderedDict[Hashable, Fixed] = OrderedDict()
+        self._made: OrderedDict[tuple[Hashable, ...], Fixed] = OrderedDict()
         self._possible = True
 
     def take_over(self, begun: Growing, budget: int, kind: Hashable = None) -> Growing | Fixed:
@@ -190,10 +197,12 @@ class Recordings:
         rows = -(-len(begun.ids) // ROW_BLOCK) * ROW_BLOCK
         length = -(-(begun.mask.shape[1] + budget) // BLOCK) * BLOCK
         # A graph knows weights by their address; those of agent and anchor change places (`Anchor.in_place`).
-        key = (kind, rows, length, *(weight.data_ptr() for weight in begun.model.parameters()))
+        size = (kind, rows, length)
+        key = (size, *(weight.data_ptr() for weight in begun.model.parameters()))
         if key not in self._made:
+            beside = next((made for (other, *_), made in self._made.items() if other == size), None)
             try:
-                self._made[key] = Fixed(begun, rows, length)
+                self._made[key] = Fixed(begun, rows, length, beside)
             except RuntimeError as error:
                 warnings.warn(f"no CUDA graph of this model's step can be recorded: {error}", stacklevel=2)
                 self._possible = False

@@ -178,7 +178,7 @@ class Estimate:
         return [*lines, *self._recordings()]
 
     def _recordings(self) -> list[Line]:
-        """Steps of decoding that are recorded on a GPU, each with a cache of its own, and stay: appo/lm/decoding.py."""
+        """Steps of decoding that are recorded on a GPU and stay, with a cache for each size: appo/lm/decoding.py."""
         length = -(-(self.lengths.query + self.lengths.prompt) // BLOCK) * BLOCK
         made = [("agent", self.responses)]
         if self.config.headroom:
@@ -191,8 +191,9 @@ class Estimate:
         possible = self.options.recorded and self.options.shards == 1 and self.lengths.prompt >= LEAST_TOKENS
         if not (possible and rows and self.config.arm not in GIVEN) or any(new_cache(self.agent.model).is_sliding):
             return []
-        held = sum(count * (self._per_token() * length + 4 * self.agent.vocabulary) for count in rows)
-        how = f"keys and values of {' + '.join(map(str, rows))} rows x {length} tokens, and a row of logits for each"
+        sizes = sorted(set(rows), reverse=True)
+        held = sum(sizes) * self._per_token() * length + sum(rows) * 4 * self.agent.vocabulary
+        how = f"keys and values of {' + '.join(map(str, sizes))} rows x {length} tokens, logits of {sum(rows)} rows"
         return [Line("recorded steps", held, how)]
 
     @cached_property
