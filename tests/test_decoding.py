@@ -77,6 +77,7 @@ def test_sampling_draws_the_same_prompts(tokenizer: PreTrainedTokenizerBase, mon
 def test_a_recording_is_of_certain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph reads the memory that it was recorded with, so other weights need another one."""
     made = always(monkeypatch)
+    monkeypatch.setattr(decoding, "KEPT", 4)
     model = build("llama")
     packed.install(model)
     recordings, begun = Recordings(), Growing(model, CONTEXTS, OWNER)
