@@ -1,9 +1,14 @@
-"""Linear layers by oneDNN, on CPUs where it multiplies matrices faster than torch's default.
+"""Linear layers on CPUs where torch's default multiplies matrices slowly.
 
-torch leaves float32 products to MKL, which uses AVX-512 on Intel's CPUs only: on others it reaches half of their
-rate. torch also ships oneDNN, which uses AVX-512 on all CPUs, but calls it for other dtypes only. So this file gives
-`nn.Linear` layers another class, which calls torch's private oneDNN operator. Nothing outside of
-`CausalLM(onednn=...)` knows of it; results equal those of `nn.Linear` but for rounding.
+torch leaves float32 products to MKL, which is at its best on Intel's CPUs only.
+
+Many rows: there alone MKL uses AVX-512; on others it reaches half of their rate. torch also ships oneDNN, which uses
+AVX-512 on all CPUs, but calls it for other dtypes only. `install` gives `nn.Linear` layers another class, which calls
+torch's private oneDNN operator. Nothing outside of `CausalLM(onednn=...)` knows of it.
+
+Few rows, as in decoding: `product_of` multiplies by a copy of the weights in another order.
+
+Results equal those of `nn.Linear` but for rounding.
 """
 
 from __future__ import annotations
