@@ -1,7 +1,7 @@
 """Decoding on a CPU without transformers: one step of Llama-like models, written out.
 
-A step of some rows is little work in many pieces. In transformers' code a layer takes some sixty operators and a dozen
-calls of modules; here it takes twenty-five. The weights are laid out for few rows (`linear.Panels`). The keys of a
+A step of some rows is little work in many pieces. In transformers' code a layer takes some forty-five operators and a
+dozen calls of modules; here it takes thirty. The weights are laid out for few rows (`linear.Panels`). The keys of a
 query are kept once for all its responses, those of the responses beside them. Llama, Qwen, SmolLM and their like are
 one model but for biases, and norms of queries and keys; others are decoded by `decoding.Growing`.
 """
