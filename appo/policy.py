@@ -148,11 +148,11 @@ class Policy(nn.Module):
         def choose(output: Output, alive: Tensor) -> tuple[Tensor, Tensor]:
             logits, values = self._read(output)
             logprobs = self.ends.forbid(logits.float(), written[alive]).log_softmax(-1)
-            if logprobs.isnan().any():
-                raise FloatingPointError("the agent's logits are not numbers; its weights are damaged, or overflow")
             tokens = logprobs.argmax(-1) if greedy else draw(logprobs, chances[alive, len(steps)])  # [alive]
-            real = torch.ones_like(tokens, dtype=torch.bool)
-            steps.append((alive, tokens, real, logprobs.gather(-1, tokens.unsqueeze(-1))[:, 0], values))
+            chosen = logprobs.gather(-1, tokens.unsqueeze(-1))[:, 0]
+            if chosen.isnan().any():  # where one is NaN, so are all of its row
+                raise FloatingPointError("the agent's logits are not numbers; its weights are damaged, or overflow")
+            steps.append((alive, tokens, torch.ones_like(alive, dtype=torch.bool), chosen, values))
             going, written[alive] = self.ends.step(tokens, written[alive])
             return tokens, going
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.bench import bench, shapes
+from experiments.bench import bench, real, shapes
 from experiments.bench.bench import Bench, Shape
+from tests.conftest import byte_tokenizer, llama
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +31,23 @@ def test_every_part_gives_rows_with_ratios(
     assert {row["work"].split()[0] for row in found["rows"]} == {"scoring", "sampling", "update", "LoRA", "iteration"}
     assert all(row["ratio"] > 0 for row in found["rows"] if row["unit"] == "s")
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(found["rows"])
+
+
+def test_the_real_model_is_decoded_if_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("MODEL", tmp_path / "model"), ("GGUF", tmp_path / "x.gguf"), ("QUERY", 9), ("RESPONSE", 4)):
+        monkeypatch.setattr(real, name, value)
+    monkeypatch.setattr("sys.argv", ["bench", "--only", "real", "--seconds", "0", "--out", str(tmp_path / "b.json")])
+    assert bench.main() == 2
+    assert "make weights MODEL=smollm2" in capsys.readouterr().err
+    tokenizer = byte_tokenizer()
+    for part in (llama(len(tokenizer)), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    assert bench.main() == 0
+    said = capsys.readouterr()
+    assert "reading its weights" in said.out
+    assert "not against llama.cpp: it needs the package xllamacpp and" in said.err
 
 
 def test_ratios_are_medians_of_those_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:

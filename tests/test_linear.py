@@ -134,3 +134,16 @@ def test_where_it_pays(cpu: dict[str, object], expected: bool, monkeypatch: pyte
     found = linear.is_faster()
     linear.is_faster.cache_clear()
     assert found == (expected and torch.backends.mkl.is_available())
+
+
+@pytest.mark.parametrize("biased", [(), (0,), (0, 1)])
+def test_panels_give_the_layers_outputs_side_by_side(biased: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "panels_pay", lambda: True)
+    torch.manual_seed(0)
+    some = [nn.Linear(24, width, bias=i in biased) for i, width in enumerate((40, 13))]  # neither fills its panels
+    for rows in (linear.FEWEST, 6, linear.MOST):
+        x = torch.randn(rows, 24)
+        product = linear.product_of(some, rows)
+        assert isinstance(product, linear.Panels)
+        same(product(x), torch.cat([layer(x) for layer in some], dim=-1))
+    assert linear.product_of(some[:1], linear.MOST + 1) is some[0]

