@@ -123,10 +123,7 @@ class Bench:
         yield "scoring", self._timed(lambda: self._reward(collected.prompts))
         yield "anchor's pass", self._timed(lambda: trainer.anchor.logprobs(collected.rollout))
         yield "update", self._timed(lambda: trainer.updater.update(scored, trainer.kl_controller.coef))
-        yield (
-            "iteration",
-            self._timed(lambda: self._written(trainer.step(self.queries, self._reward, copies).collected.rollout)),
-        )
+        yield "iteration", self._timed(lambda: self._written(step().collected.rollout))
 
     def _reward(self, prompts: list[str]) -> Any:
         return self.reward(prompts, self.batch)
