@@ -34,8 +34,8 @@ F, A, R = "appo/functional.py", "appo/anchor.py", "appo/rollout.py"
 TR, U, E = "appo/trainer.py", "appo/update.py", "appo/lm/ends.py"
 PO = "appo/policy.py"
 ADVANTAGES = "test_advantages.py"
-P, T, C, L, LOGITS, LM = (
-    f"appo/lm/{name}.py" for name in ("packed", "attention", "cache", "linear", "logits", "model")
+P, T, C, L, LOGITS, LM, D = (
+    f"appo/lm/{name}.py" for name in ("packed", "attention", "cache", "linear", "logits", "model", "decoding")
 )
 MUTANTS = (
     Mutant("mean: mask dropped", F, "x = x.masked_fill(~mask, 0.0)\n    if dim", "if dim", MASKS),
@@ -82,9 +82,15 @@ MUTANTS = (
     Mutant("collapse: empty prompts pass", A, "policy.empty_rate > 0.5 >= anchor.empty_rate", "False", "test_review.py"),
     Mutant("collapse: the same prompt again and again passes", A, "policy.distinct < anchor.distinct / 3", "False", "test_review.py"),
     Mutant("collapse: repetition passes", A, "policy.distinct_2 < anchor.distinct_2 / 3", "False", "test_review.py"),
-    Mutant("review: collapse is not looked for", TR, "if sign and not wins:", "if False:", "test_review.py"),
+    Mutant("review: collapse is not looked for", TR, "if config.collapse and not wins and", "if False and not wins and", "test_review.py"),
     Mutant("review: any lead excuses a collapse", TR, "policy_mean > max(anchor_scores)", "True", "test_review.py"),
-    Mutant("review: no lead excuses a collapse", TR, "if sign and not wins:", "if sign:", "test_review.py"),
+    Mutant("review: no lead excuses a collapse", TR, "if config.collapse and not wins and", "if config.collapse and", "test_review.py"),
+    Mutant("review: far away as near by", TR, "(0.0, 0.0) if self.far else", "(0.0, 0.0) if False else", "test_trainer.py"),
+    Mutant("review: never early", TR, "due = self.far or number", "due = number", "test_trainer.py"),
+    Mutant("review: near by as far away", TR, "self.far = kl > (", "self.far = kl < (", "test_trainer.py"),
+    Mutant("decoding: a key of the last call is seen", D, "self.mask.zero_()\n", "", "test_decoding.py"),
+    Mutant("decoding: other weights, the same recording", D, "key = (size, *(weight.data_ptr() for weight in begun.model.parameters()))", "key = (size,)", "test_decoding.py"),
+    Mutant("decoding: positions stand still", D, "self.positions.add_(1)", "self.positions.add_(0)", "test_decoding.py"),
     Mutant("review: the initial agent is promoted", TR, "config.promote and self.updater.reference.moves", "config.promote", "test_review.py"),
     Mutant("review: draws from the rollouts' stream", TR, "self.policy.sample(queries, self.review_generator, copies)", "self.policy.sample(queries, self.generator, copies)", "test_review.py"),
     Mutant("ends: allowed though nothing is written", E, "masked_fill(~written.unsqueeze(1), -torch.inf)", "masked_fill(~written.unsqueeze(1), -1.0)", "test_ends.py"),
@@ -130,7 +136,7 @@ MUTANTS = (
     Mutant("sampling: copies not side by side", PO, ".repeat_interleave(copies)", ".repeat(copies)", "test_policy.py"),
     Mutant("sampling: what other rows have written", PO, "written[alive]).log_softmax", "written[: len(alive)]).log_softmax", "test_ends.py"),
     Mutant("lm: oneDNN though switched off", LM, "        if onednn:\n", "        if True:\n", "test_linear.py"),
-    Mutant("lm: copies of the first context", LM, "rows = torch.tensor(owner, device=self.device)", "rows = torch.zeros(len(owner), dtype=torch.long)", "test_policy.py"),
+    Mutant("lm: copies of the first context", D, "self.owner = torch.tensor(owner, device=model.device)", "self.owner = torch.zeros(len(owner), dtype=torch.long)", "test_policy.py"),
     Mutant("lm: special tokens in a text are parsed", LM, "split_special_tokens=not self.chat", "split_special_tokens=False", "test_policy.py"),
     Mutant("reference: the initial agent moves", A, "name != \"initial\", name ==", "True, name ==", "test_trainer.py"),
     Mutant("reference: plain PPO against the anchor", TR, "anchor_logprobs if self.updater.reference.fixed else rollout.logprobs", "anchor_logprobs", "test_trainer.py"),
@@ -147,7 +153,7 @@ MUTANTS = (
     Mutant("reward: the worst of several right labels", "rewards/reward.py", "logits.clamp(min=lowest), -torch.inf)", "-logits, -torch.inf)", "test_generation.py"),
     Mutant("rewards: any number is accepted", TR, "if scores.shape != (count,):", "if False:", "test_trainer.py"),
     Mutant("packed: the head reads a slice", P, "states[0].contiguous()", "states[0]", "test_packed.py"),
-    Mutant("lm: reading a context makes all logits", LM, "with _only_rows(self.model, [0]):\n", "if True:\n", "test_packed.py"),
+    Mutant("lm: reading a context makes all logits", LM, "with _only_rows(self.model, [0]):  # nobody", "if True:  # nobody", "test_packed.py"),
     Mutant("cells: as many different names are enough", "tasks/cells.py", "len(own) == len(set(own)) == count", "len(set(own)) == count", "test_formats.py"),
     Mutant("lm: the head rounds to bfloat16", LM, "if compute_dtype != torch.float32:\n            _exempt", "if False:\n            _exempt", "test_precision.py"),
     Mutant("collect: bfloat16 ratios do not start at 1", TR, "self.policy.lm.compute_dtype.itemsize < 4", "False", "test_precision.py"),
