@@ -20,8 +20,8 @@ from appo.lm.ends import Ends, clean, whole_sentences
 from appo.lm.logits import draw, logprobs_and_entropy
 from appo.lm.model import CausalLM
 from appo.lm.packed import Output
+from appo.lm.parallel.ranks import Ranks
 from appo.lm.ragged import stacked, unpack
-from appo.lm.ranks import Ranks
 from appo.rollout import Query, Rollout
 
 

@@ -207,7 +207,7 @@ def api() -> str:
             module = Module(f"{node.module.replace('.', '/')}.py")
             parts += [entry(module, alias.name) for alias in node.names]
             shown |= {alias.name for alias in node.names}
-    paths = ["appo/functional.py", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "appo/lm").glob("*.py"))]
+    paths = ["appo/functional.py", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "appo/lm").rglob("*.py"))]
     paths += [f"rewards/{name}.py" for name in ("reward", "target", "local", "functional")]
     paths += sorted({str(p.relative_to(ROOT)) for p in (ROOT / "rewards").glob("*.py")} - set(paths))
     for module in map(Module, paths):

@@ -139,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
         RunFolder(path, new=not asked.resume)  # refused here, before anything slow
     print(*header.asked(config, asked.preset, None if asked.only else path), sep="\n", flush=True)
     with ending_at_once():
-        from appo.lm.ranks import RanksError
+        from appo.lm.parallel.ranks import RanksError
         from experiments.run.run import prepare
         from experiments.tuning import loop, trial
         from rewards.connection import AnswerError

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from appo.lm.ranks import Ranks
+from appo.lm.parallel.ranks import Ranks
 
 REMEMBERED = 100_000  # answers; some 20 MB of class logits, or 50 of texts
 NO_NUMBERS = "the target's logits are not numbers; its weights are damaged, or overflow"

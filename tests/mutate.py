@@ -34,9 +34,8 @@ F, A, R = "appo/functional.py", "appo/anchor.py", "appo/rollout.py"
 TR, U, E = "appo/trainer.py", "appo/update.py", "appo/lm/ends.py"
 PO = "appo/policy.py"
 ADVANTAGES = "test_advantages.py"
-P, T, C, L, LOGITS, LM, D = (
-    f"appo/lm/{name}.py" for name in ("packed", "attention", "cache", "linear", "logits", "model", "decoding")
-)
+P, T, L, LOGITS, LM = (f"appo/lm/{name}.py" for name in ("packed", "attention", "linear", "logits", "model"))
+C, D, G = (f"appo/lm/decoding/{name}.py" for name in ("cache", "recorded", "growing"))
 MUTANTS = (
     Mutant("mean: mask dropped", F, "x = x.masked_fill(~mask, 0.0)\n    if dim", "if dim", MASKS),
     Mutant("mean: divided by all", F, "x.sum() / mask.sum().clamp(min=1)", "x.sum() / mask.numel()", MASKS),
@@ -136,7 +135,7 @@ MUTANTS = (
     Mutant("sampling: copies not side by side", PO, ".repeat_interleave(copies)", ".repeat(copies)", "test_policy.py"),
     Mutant("sampling: what other rows have written", PO, "written[alive]).log_softmax", "written[: len(alive)]).log_softmax", "test_ends.py"),
     Mutant("lm: oneDNN though switched off", LM, "        if onednn:\n", "        if True:\n", "test_linear.py"),
-    Mutant("lm: copies of the first context", D, "self.owner = torch.tensor(owner, device=model.device)", "self.owner = torch.zeros(len(owner), dtype=torch.long)", "test_policy.py"),
+    Mutant("lm: copies of the first context", G, "self.owner = torch.tensor(owner, device=model.device)", "self.owner = torch.zeros(len(owner), dtype=torch.long)", "test_policy.py"),
     Mutant("lm: special tokens in a text are parsed", LM, "split_special_tokens=not self.chat", "split_special_tokens=False", "test_policy.py"),
     Mutant("reference: the initial agent moves", A, "name != \"initial\", name ==", "True, name ==", "test_trainer.py"),
     Mutant("reference: plain PPO against the anchor", TR, "anchor_logprobs if self.updater.reference.fixed else rollout.logprobs", "anchor_logprobs", "test_trainer.py"),

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from appo.config import APPOConfig
 from appo.lm import adapter
 from appo.lm.model import CausalLM
-from appo.lm.ranks import Ranks, RanksError
-from appo.lm.sharded import Sharded
+from appo.lm.parallel.ranks import Ranks, RanksError
+from appo.lm.parallel.sharded import Sharded
 from appo.policy import Policy
 from appo.rollout import Query
 from appo.trainer import APPOTrainer

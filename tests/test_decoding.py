@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerBase
 
-from appo.lm import decoding, packed
-from appo.lm.decoding import Fixed, Growing, Recordings
+from appo.lm import packed
+from appo.lm.decoding import recorded
+from appo.lm.decoding.growing import Growing
+from appo.lm.decoding.recorded import Fixed, Recordings
 from appo.lm.model import CausalLM
 from appo.lm.packed import Output
 from appo.rollout import Query
@@ -42,8 +44,8 @@ def always(monkeypatch: pytest.MonkeyPatch) -> list[Fixed]:
         init(self, begun, rows, length, beside)
         made.append(self)
 
-    monkeypatch.setattr(decoding, "looks_familiar", lambda begun: False)
-    monkeypatch.setattr(decoding, "_launches_take_longest", lambda begun, budget: True)
+    monkeypatch.setattr(recorded, "looks_familiar", lambda begun: False)
+    monkeypatch.setattr(recorded, "_launches_take_longest", lambda begun, budget: True)
     monkeypatch.setattr(Fixed, "__init__", noted)
     return made
 
@@ -52,7 +54,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> list[Fixed]:
 def test_fixed_equals_growing(name: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = policy_of(build(name), tokenizer, plain_sampling(12)).lm
     expected = decoded(lm)
-    monkeypatch.setattr(decoding, "BLOCK", 8)
+    monkeypatch.setattr(recorded, "BLOCK", 8)
     made = always(monkeypatch)
     for _ in range(2):  # the second time it begins with what the first has left
         found = decoded(lm)
@@ -78,7 +80,7 @@ def test_sampling_draws_the_same_prompts(tokenizer: PreTrainedTokenizerBase, mon
 def test_a_recording_is_of_certain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph reads the memory that it was recorded with, so other weights need another one."""
     made = always(monkeypatch)
-    monkeypatch.setattr(decoding, "KEPT", 4)
+    monkeypatch.setattr(recorded, "KEPT", 4)
     model = build("llama")
     packed.install(model)
     recordings, begun = Recordings(), Growing(model, CONTEXTS, OWNER)

@@ -7,9 +7,11 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from appo.lm import adapter, decoding, linear
-from appo.lm.decoding import Growing, Recordings, computes_the_same
-from appo.lm.direct import Direct, looks_familiar
+from appo.lm import adapter, linear
+from appo.lm.decoding import recorded
+from appo.lm.decoding.direct import Direct, looks_familiar
+from appo.lm.decoding.growing import Growing
+from appo.lm.decoding.recorded import Recordings, computes_the_same
 from appo.lm.model import CausalLM
 from appo.rollout import Query
 from tests.conftest import plain_sampling, policy_of, sharpen
@@ -71,7 +73,7 @@ def test_sampling_is_what_the_pass_says(tokenizer: PreTrainedTokenizerBase, monk
         assert_close(again.logprobs.exp(), rollout.logprobs.exp(), rtol=1e-4, atol=0)
         assert_close(again.values, rollout.values)
         with monkeypatch.context() as patch:
-            patch.setattr(decoding, "looks_familiar", lambda begun: False)
+            patch.setattr(recorded, "looks_familiar", lambda begun: False)
             plain = policy.sample(asked, torch.Generator().manual_seed(0), copies=4)
         assert torch.equal(plain.tokens, rollout.tokens)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from appo.lm import decoding
+from appo.lm.decoding import recorded
 from appo.policy import Policy
 from appo.trainer import APPOTrainer
 from experiments import evaluate, prompt
@@ -131,15 +131,15 @@ def test_a_recorded_step_samples_what_a_launched_one_does(
 
     with torch.no_grad():  # the agent is no longer its anchor, and its weights change between two recordings
         policy.model.get_input_embeddings().weight.mul_(1.5)
-    recorded = sampled()
+    replayed = sampled()
     assert len(policy.lm._recordings._made) == 2
-    monkeypatch.setattr(decoding, "_launches_take_longest", lambda begun, budget: False)
+    monkeypatch.setattr(recorded, "_launches_take_longest", lambda begun, budget: False)
     launched = sampled()
     assert not torch.equal(launched[0], launched[2])
     tolerance = 1e-4 if dtype == "float32" else 0.3
-    for ours, theirs in zip(recorded, launched, strict=True):
+    for ours, theirs in zip(replayed, launched, strict=True):
         assert (ours[:, 0] - theirs[:, 0]).abs().max() < tolerance  # later tokens may differ where rounding decides
-    assert torch.equal(recorded[0], recorded[1])
+    assert torch.equal(replayed[0], replayed[1])
 
 
 def test_an_adapter_on_shared_weights_learns_in_bfloat16(tmp_path: Path) -> None:

@@ -80,8 +80,8 @@ def package(path: str) -> str:
 
 
 def room(path: str) -> str:
-    """The folder of a file."""
-    return path.rpartition("/")[0]
+    """The folder of a file within its package; rooms within a room count as that room."""
+    return "/".join(path.split("/")[:-1][:2])
 
 
 def imports(source: str) -> Iterator[tuple[str, str]]:

@@ -20,9 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from appo.lm import attention, decoding, packed
+from appo.lm import attention, packed
 from appo.lm.attention import NAME, Branches
-from appo.lm.cache import RoomyLayer, new_cache, surviving_rows
+from appo.lm.decoding import recorded
+from appo.lm.decoding.cache import RoomyLayer, new_cache, surviving_rows
 from appo.lm.packed import Output
 from appo.rollout import Batch, Query, Scored
 from appo.trainer import APPOTrainer
@@ -189,7 +190,7 @@ def test_the_head_reads_one_block(name: str) -> None:
 
 
 def test_reading_contexts_makes_no_logits(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "looks_familiar", lambda begun: False)  # its panels call no module
+    monkeypatch.setattr(recorded, "looks_familiar", lambda begun: False)  # its panels call no module
     lm, seen = target_of(build("llama"), tokenizer, TEMPLATE, WORDS).lm, []
     lm.model.get_output_embeddings().register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:2]))
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from appo.lm.ranks import Ranks
+from appo.lm.parallel.ranks import Ranks
 from experiments.run.folder import read_jsonl
 from experiments.terminal.console import Progress
 from experiments.train import main

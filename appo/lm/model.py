@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from appo.lm import adapter, linear, packed
 from appo.lm.attention import Branches
-from appo.lm.decoding import Growing, Recordings
+from appo.lm.decoding.growing import Growing
+from appo.lm.decoding.recorded import Recordings
 from appo.lm.packed import Output
 
 # Takes the output for R responses and their indices [R]; returns their next tokens [R], and which go on [R].

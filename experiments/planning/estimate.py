@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from appo.anchor import Reference
-from appo.lm.cache import RoomyLayer, new_cache
-from appo.lm.decoding import BLOCK, KEPT, LEAST_TOKENS, MOST_ROWS, ROW_BLOCK
+from appo.lm.decoding.cache import RoomyLayer, new_cache
+from appo.lm.decoding.recorded import BLOCK, KEPT, LEAST_TOKENS, MOST_ROWS, ROW_BLOCK
 from experiments.config import GIVEN, TRAINED, RunConfig
 from experiments.planning.shadow import Shadow
 from experiments.run.models import base_of, rank_of, same_source, shares_base, source_of
@@ -178,7 +178,7 @@ class Estimate:
         return [*lines, *self._recordings()]
 
     def _recordings(self) -> list[Line]:
-        """Steps of decoding that are recorded on a GPU and stay, with a cache for each size: appo/lm/decoding.py."""
+        """Steps of decoding that are recorded on a GPU and stay, with a cache for each size (`recorded`)."""
         length = -(-(self.lengths.query + self.lengths.prompt) // BLOCK) * BLOCK
         made = [("agent", self.responses)]
         if self.config.headroom:

@@ -16,7 +16,7 @@ import torch
 from appo.lm import adapter
 from appo.lm.model import CausalLM, ContextTooLongError
 from appo.lm.packed import layers
-from appo.lm.ranks import Ranks
+from appo.lm.parallel.ranks import Ranks
 from appo.policy import Policy
 from experiments.config import GIVEN, RunConfig, data_source, is_served
 from experiments.config.extras import check_extras
@@ -149,7 +149,7 @@ def _assemble(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Run:
 
 def _sharded(agent: CausalLM) -> Ranks:
     """Processes that divide the agent; they have met before."""
-    from appo.lm.sharded import Sharded  # takes a second to load
+    from appo.lm.parallel.sharded import Sharded  # takes a second to load
 
     if not layers(agent.model) or adapter.is_in(agent.model):
         has = "is an adapter" if adapter.is_in(agent.model) else "has no layers that can be told apart"

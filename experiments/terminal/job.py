@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from appo.lm.ranks import Ranks
+    from appo.lm.parallel.ranks import Ranks
 
 STARTED_BY = "TORCHELASTIC_RUN_ID"  # torchrun sets it; RANK alone may come from elsewhere, with another meaning
 _joined: dict[str, Any] = {}  # "store" of the job, number of "meetings"; "stderr" of a silent process, a descriptor
@@ -56,7 +56,7 @@ def join(device: str) -> Ranks:
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
 
-    from appo.lm.ranks import Joined, Ranks
+    from appo.lm.parallel.ranks import Joined, Ranks
 
     if size() == 1:
         return Ranks()

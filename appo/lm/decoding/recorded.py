@@ -1,17 +1,17 @@
-"""Decoding token by token: rows with a cache that grows, and rows whose tensors stay where they are.
+"""Decoding on a GPU by a recorded step, and the choice of the fastest way for a model.
 
 A step launches some ten kernels a layer. On a GPU, launching them from Python takes far longer than running them: 55 ms
 for 7 B parameters, whose bfloat16 weights are read in 3. `Fixed` records the launches of one step as a CUDA graph and
 replays them all at once. A graph reads and writes the same memory every time, so the rows must stay, finished or not,
 and the cache is as long as it will ever be. Everything else is better off with `Growing`, Llama-like models on a CPU
-with a step of our own (`appo.lm.direct`).
+with a step of our own (`direct`).
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -20,72 +20,15 @@ from transformers.cache_utils import DynamicLayer
 
 from appo.lm import packed
 from appo.lm.attention import CPU
-from appo.lm.cache import new_cache, surviving_rows
-from appo.lm.direct import Direct, looks_familiar
-from appo.lm.packed import Output, common_prefix
+from appo.lm.decoding.direct import Direct, looks_familiar
+from appo.lm.decoding.growing import Growing, run
+from appo.lm.packed import Output
 
 BLOCK = 256  # tokens: a recorded cache's length is a multiple, so that one recording serves queries of many lengths
 ROW_BLOCK = 4  # and its number of rows is a multiple of this
 MOST_ROWS = 128  # with more rows the kernels themselves take the time
 LEAST_TOKENS = 8  # recording costs about four steps
 KEPT = 3  # recordings: of iterations, and of both sides of a review; those of one size share a cache
-
-
-class Growing:
-    """Responses in decoding: their cache grows by a token a step, and rows leave when their response ends.
-
-    Args:
-        model: a causal LM.
-        contexts: token ids, at least one each. Each is run once; a prefix that all share is run once for all.
-        owner: which context each response is to.
-
-    Attributes:
-        alive: [R], the indices of the responses that go on.
-    """
-
-    def __init__(self, model: PreTrainedModel, contexts: Sequence[Sequence[int]], owner: Sequence[int]) -> None:
-        self.model, self.cache, self.contexts = model, new_cache(model), len(contexts)
-        # A sliding window would count the padding between the shared prefix and the rest.
-        sharing = packed.is_installed(model) and not any(self.cache.is_sliding)
-        shared = common_prefix([context[:-1] for context in contexts]) if sharing else 0
-        ids, mask = packed.pad_left([context[shared:] for context in contexts], model.device)  # all end in one column
-        mask = torch.cat([mask.new_ones(len(contexts), shared), mask], dim=1)
-        positions = packed.real_positions(mask)
-        if shared:
-            beginning = torch.tensor([list(contexts[0][:shared])], device=model.device)
-            self._run(beginning, mask[:1, :shared], positions[:1, :shared])
-            if len(contexts) > 1:
-                self.cache.reorder_cache(torch.zeros(len(contexts), dtype=torch.long, device=model.device))
-        if ids.shape[1] > 1:
-            self._run(ids[:, :-1], mask[:, :-1], positions[:, shared:-1])
-        rows = self.owner = torch.tensor(owner, device=model.device)
-        self.alive = torch.arange(len(rows), device=model.device)
-        self.mask, self.ids, self.positions = mask[rows, :-1], ids[rows, -1:], mask.sum(1)[rows].unsqueeze(1) - 1
-        self.padded = not mask.all()  # without padding no mask is needed
-
-    def spread(self) -> Growing:
-        """Gives each response a copy of its context's keys and values; before the first step."""
-        if self.owner.tolist() != list(range(self.contexts)):
-            self.cache.reorder_cache(self.owner)
-        return self
-
-    def step(self) -> Output:
-        """The model's output for the last token of each response that goes on, [R, *]."""
-        if self.padded:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.ids), 1)], dim=1)
-        return self._run(self.ids, self.mask if self.padded else None, self.positions)
-
-    def feed(self, tokens: Tensor, going: Tensor) -> None:
-        """The responses' next tokens [R], and which of them go on [R]; the others leave."""
-        self.ids, self.positions = tokens.unsqueeze(1), self.positions + 1
-        if not going.all():
-            rows = surviving_rows(going)
-            self.cache.reorder_cache(rows)
-            self.alive, self.ids, self.positions = self.alive[rows], self.ids[rows], self.positions[rows]
-            self.mask = self.mask[rows]
-
-    def _run(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Output:
-        return run(self.model, ids, None if mask is None else mask.long(), positions, self.cache)
 
 
 class Fixed:
@@ -246,17 +189,3 @@ def computes_the_same(model: PreTrainedModel) -> bool:
 def _launches_take_longest(begun: Growing, budget: int) -> bool:
     """Whether launching a step's kernels takes longer than running them, and recording pays."""
     return begun.ids.is_cuda and len(begun.ids) <= MOST_ROWS and budget >= LEAST_TOKENS
-
-
-def run(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache) -> Output:
-    """Adds the ids [R, S] to the cache; the model's output for the last of each row, [R, *]."""
-    output = packed.call(
-        model,
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return Output(output.logits[:, 0], output.hidden[:, 0])

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from appo.lm import packed
-from appo.lm.ranks import Joined, meeting
+from appo.lm.parallel.ranks import Joined, meeting
 
 
 class Sharded(Joined):

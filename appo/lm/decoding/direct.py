@@ -3,7 +3,7 @@
 A step of some rows is little work in many pieces. In transformers' code a layer takes some forty-five operators and a
 dozen calls of modules; here it takes thirty. The weights are laid out for few rows (`linear.Panels`). The keys of a
 query are kept once for all its responses, those of the responses beside them. Llama, Qwen, SmolLM and their like are
-one model but for biases, and norms of queries and keys; others are decoded by `decoding.Growing`.
+one model but for biases, and norms of queries and keys; others are decoded by `growing.Growing`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from appo.lm.cache import surviving_rows
+from appo.lm.decoding.cache import surviving_rows
 from appo.lm.linear import Product, product_of
 from appo.lm.packed import Output
 
@@ -29,7 +29,7 @@ OPTIONAL = {"q_norm", "k_norm"}
 
 
 class Begun(Protocol):
-    """Responses after their contexts were read, as `decoding.Growing` holds them."""
+    """Responses after their contexts were read, as `growing.Growing` holds them."""
 
     model: PreTrainedModel
     cache: DynamicCache  # a row for each context
@@ -56,7 +56,7 @@ def looks_familiar(begun: Begun) -> bool:
 
 
 class Direct:
-    """Responses in decoding, as in `decoding.Growing`, of a Llama-like model in float32 on a CPU.
+    """Responses in decoding, as in `growing.Growing`, of a Llama-like model in float32 on a CPU.
 
     Args:
         begun: a model that `looks_familiar`, after the contexts were read.
