@@ -147,3 +147,15 @@ def test_contexts_of_one_token_and_autocast_are_left_to_the_model() -> None:
     begun = Growing(model, CONTEXTS, [0, 1, 2])
     with torch.autocast("cpu", torch.bfloat16):
         assert not looks_familiar(begun)
+
+
+def test_a_model_that_somebody_watches_is_run_as_it_is() -> None:
+    model = build("llama")
+    begun = Growing(model, CONTEXTS, OWNERS["copies"][0])
+    assert looks_familiar(begun)
+    handle = model.get_output_embeddings().register_forward_hook(lambda _module, _inputs, logits: logits + 1)
+    assert not looks_familiar(begun)
+    handle.remove()
+    assert looks_familiar(begun)
+    model.base_model.layers[0].mlp.forward = lambda x: x
+    assert not looks_familiar(begun)

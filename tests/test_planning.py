@@ -158,6 +158,7 @@ def test_what_is_said_to_be_held_and_done_is_what_the_arm_holds_and_does(arm: st
 def test_recorded_steps_hold_what_the_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The caches of recordings, made here as on a GPU but for the graph: of iterations and reviews."""
     monkeypatch.setattr("appo.lm.decoding.recorded._launches_take_longest", lambda begun, budget: True)
+    monkeypatch.setattr("appo.lm.decoding.recorded.looks_familiar", lambda begun: False)
     given = ["threads=1", "headroom=0", "prompts=4", "anchor.prompts=10", "sampling.max_new_tokens=8"]
     run = prepare(build_config({"task": "sst2", "run": str(tmp_path / "run")}, assignments=given))
     trainer = APPOTrainer(run.policy)

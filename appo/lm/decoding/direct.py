@@ -48,6 +48,8 @@ def looks_familiar(begun: Begun) -> bool:
         return False
     if torch.is_autocast_enabled("cpu") or any(cache.is_sliding) or not cache.get_seq_length():
         return False
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()):
+        return False  # somebody wants to see or change what a module computes
     try:
         found = {path: {name for name, _ in model.base_model.get_submodule(path).named_children()} for path in PARTS}
     except AttributeError:
