@@ -16,8 +16,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from experiments.diagnostics.records import read_records
 from experiments.diagnostics.tables import markdown, view
+from experiments.run.folder import read_jsonl
 
 DOCS = Path(__file__).parent
 PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
@@ -31,7 +31,7 @@ def filled(text: str) -> str:
 
 def table(study: str, words: str) -> str:
     """A table of a study's runs, in Markdown."""
-    return markdown(view(read_records(DOCS / "results" / f"{study}.jsonl"), words))
+    return markdown(view(read_jsonl(DOCS / "results" / f"{study}.jsonl"), words))
 
 
 def main() -> None:

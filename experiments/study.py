@@ -18,8 +18,10 @@ from pathlib import Path
 
 from experiments.config import RunConfig
 from experiments.config.strict import ConfigError
-from experiments.diagnostics.records import current_commit, record_of, write_records
+from experiments.diagnostics.records import current_commit, record_of
 from experiments.diagnostics.tables import VIEW, markdown, view
+from experiments.run.files import write_whole
+from experiments.run.folder import jsonl_of
 from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order
 from experiments.tuning.cells import Cell, make, seeds_of
 from experiments.tuning.study import STUDIES, Study
@@ -72,7 +74,7 @@ def run(study: Study, cells: Sequence[tuple[Mapping[str, str], Cell]], jobs: int
     done = [(labels, cell) for labels, cell in cells if not codes[cell.name]]
     records = [record_of(cell.folder, study.name, labels, commit) for labels, cell in done]
     if record:
-        write_records(record, records)
+        write_whole(record, jsonl_of(records))
     for words in study.tables if records else []:
         print(f"{words}\n\n{markdown(view(records, words))}")
     if diverged := [cell.name for _, cell in cells if codes[cell.name] == UNSOUND]:

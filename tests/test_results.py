@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 
 import tables  # noqa: E402 - docs/ is no package
 
-from experiments.diagnostics.records import read_records  # noqa: E402
+from experiments.run.folder import read_jsonl  # noqa: E402
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
@@ -23,7 +23,7 @@ def test_tables_are_made_of_the_results(page: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "docs/results").glob("*.jsonl")), ids=lambda file: file.stem)
 def test_every_run_says_what_it_was(file: Path) -> None:
-    for record in read_records(file):
+    for record in read_jsonl(file):
         assert record["study"] == file.stem
         assert len(record["curve"]) == record["iterations"]
         assert record["commit"] and record["environment"]["torch"] and record["config"]["arm"]

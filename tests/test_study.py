@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.diagnostics.records import Record, read_records, write_records
+from experiments.diagnostics.records import Record
 from experiments.diagnostics.tables import VIEW, by, markdown, on_test, over_time, plane, summary, untrained, view
+from experiments.run.folder import jsonl_of, read_jsonl
 from experiments.study import main
 from experiments.tuning.study import STUDIES, Study
 
@@ -103,7 +104,7 @@ def test_runs_are_made_recorded_and_not_made_again(
     first = capsys.readouterr()
     assert "4/4  large, none, seed 0: done" in first.err
     assert "| anchor | 2 |" in first.out and "| small |" in first.out
-    written = read_records(record)
+    written = read_jsonl(record)
     assert [run["labels"] for run in written] == list(Study.load(str(file)).combinations())
     assert {len(run["curve"]) for run in written} == {2}
     assert {run["config"]["appo.learning_rate"] for run in written} == {1e-5, 1e-3}
@@ -111,7 +112,7 @@ def test_runs_are_made_recorded_and_not_made_again(
     before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.jsonl"))
     assert main(words) == 0
     assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.jsonl")) == before
-    assert read_records(record) == written
+    assert read_jsonl(record) == written
     assert capsys.readouterr().out == first.out
 
 
@@ -201,6 +202,7 @@ def test_tables_that_there_are_not(words: str) -> None:
 
 
 def test_records_come_back_as_written(tmp_path: Path) -> None:
-    write_records(tmp_path / "r.jsonl", RUNS)
-    assert read_records(tmp_path / "r.jsonl") == RUNS
+    odd = RUNS[0] | {"prompt": "one\u2028two"}  # str.splitlines would cut the row in two
+    (tmp_path / "r.jsonl").write_text(jsonl_of([*RUNS, odd]), encoding="utf-8")
+    assert read_jsonl(tmp_path / "r.jsonl") == [*RUNS, odd]
     assert list(by(RUNS, "arm")) == ["appo", "none"]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from experiments.config import flat, to_dict
+from experiments.config.strict import read_yaml
 from experiments.diagnostics.results import arm_of
-from experiments.run.files import write_whole
 from experiments.run.folder import CONFIG, METRICS, PROMPTS, RESULT, finished, read_optional, stored_config
 from tasks.catalogue import load_spec
 
@@ -64,7 +61,7 @@ def record_of(folder: Path, study: str, labels: Mapping[str, str], commit: str |
         "rolled_back": decisions.count("rollback"),
         **{name: result.get(name) for name in RESULTS},
         "commit": commit,
-        "environment": yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")).get("environment", {}),
+        "environment": read_yaml(folder / CONFIG).get("environment", {}),
         "config": {key: value for key, value in chosen if key not in {*ELSEWHERE, "agent", "target", "data"}},
     }
 
@@ -80,16 +77,6 @@ def current_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip() + "+" * bool(changed.stdout)
-
-
-def read_records(path: Path) -> list[Record]:
-    """The records of a file, one in each line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Writes them, one in each line."""
-    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def mean(values: Sequence[float | None]) -> float:

@@ -14,6 +14,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
+from experiments.config import TRAINED
 from experiments.diagnostics.records import Record, mean
 from experiments.run.statistics import (
     coefficient_of_variation,
@@ -26,7 +27,6 @@ from experiments.run.statistics import (
 LAST = 20  # iterations at the end of a run, whose prompts show where it has come to
 FIRST = 5
 GAIN = 0.05  # above the untrained agent; a run that ends with less has failed
-TRAIN = ("appo", "ppo", "rlhf", "none", "reinforce", "grpo")  # the arms that train the agent
 Table = list[list[str]]  # the first row is the header
 VIEW = re.compile(r"(?:(summary|runs) of (.+)|(plane|test) of (.+) by (.+)|curve of (.+) by (.+) at ([0-9 ]+))")
 
@@ -173,7 +173,7 @@ def untrained(records: Iterable[Record], task: str) -> float:
 
 
 def _failures(runs: Sequence[Record], records: Sequence[Record]) -> str:
-    trained = [run for run in runs if run["arm"] in TRAIN]
+    trained = [run for run in runs if run["arm"] in TRAINED]
     failed = sum(last(run) < untrained(records, run["task"]) + GAIN for run in trained)
     return f"{failed} of {len(trained)}" if trained else ""
 

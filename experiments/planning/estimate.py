@@ -11,7 +11,7 @@ import torch
 
 from appo.anchor import Reference
 from appo.lm.decoding.cache import RoomyLayer, new_cache
-from appo.lm.decoding.recorded import BLOCK, KEPT, LEAST_TOKENS, MOST_ROWS, ROW_BLOCK
+from appo.lm.decoding.recorded import KEPT, LEAST_TOKENS, MOST_ROWS, room_for
 from experiments.config import GIVEN, TRAINED, RunConfig
 from experiments.planning.shadow import Shadow
 from experiments.run.models import base_of, rank_of, same_source, shares_base, source_of
@@ -179,19 +179,19 @@ class Estimate:
 
     def _recordings(self) -> list[Line]:
         """Steps of decoding that are recorded on a GPU and stay, with a cache for each size (`recorded`)."""
-        length = -(-(self.lengths.query + self.lengths.prompt) // BLOCK) * BLOCK
+        tokens = self.lengths.query + self.lengths.prompt
         made = [("agent", self.responses)]
         if self.config.headroom:
             made.append(("agent", self.config.headroom))
         if self.options.trained and self.reference.reviewed:
             reviewed = self.config.anchor.prompts if self.config.mode == "fixed" else 2 * self.config.examples.shots
             made += [("agent", reviewed), ("anchor", reviewed)]  # whose weights have other addresses
-        distinct = {(who, -(-count // ROW_BLOCK) * ROW_BLOCK) for who, count in made if count <= MOST_ROWS}
-        rows = sorted((count for _, count in distinct), reverse=True)[:KEPT]
+        distinct = {(who, *room_for(count, tokens)) for who, count in made if count <= MOST_ROWS}
+        rows = sorted((count for _, count, _ in distinct), reverse=True)[:KEPT]
         possible = self.options.recorded and self.options.shards == 1 and self.lengths.prompt >= LEAST_TOKENS
         if not (possible and rows and self.config.arm not in GIVEN) or any(new_cache(self.agent.model).is_sliding):
             return []
-        sizes = sorted(set(rows), reverse=True)
+        sizes, (_, length) = sorted(set(rows), reverse=True), room_for(1, tokens)
         held = sum(sizes) * self._per_token() * length + sum(rows) * 4 * self.agent.vocabulary
         how = f"keys and values of {' + '.join(map(str, sizes))} rows x {length} tokens, logits of {sum(rows)} rows"
         return [Line("recorded steps", held, how)]

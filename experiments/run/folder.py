@@ -113,7 +113,7 @@ class RunFolder:
 
     def write_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """A .jsonl file as a whole; NaN and infinity become null."""
-        self.write_text(name, _lines(rows))
+        self.write_text(name, jsonl_of(rows))
 
     def append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows to a .jsonl file, all or (unless the machine crashes) none; NaN and infinity become null."""
@@ -123,7 +123,7 @@ class RunFolder:
             with path.open("a", encoding="utf-8") as file:
                 size = file.tell()
                 try:
-                    file.write(_lines(rows))
+                    file.write(jsonl_of(rows))
                     file.flush()
                 except OSError:  # the disk is full: leave no half line
                     os.truncate(path, size)
@@ -202,7 +202,8 @@ class ReadFolder(RunFolder):
         """Nothing."""
 
 
-def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+def jsonl_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a .jsonl file with these rows; NaN and infinity become null."""
     return "".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 

@@ -154,8 +154,7 @@ class Recordings:
         plain = packed.is_installed(begun.model) and not any(begun.cache.is_sliding)
         if not (plain and self._possible and _launches_take_longest(begun, budget)):
             return begun
-        rows = -(-len(begun.ids) // ROW_BLOCK) * ROW_BLOCK
-        length = -(-(begun.mask.shape[1] + budget) // BLOCK) * BLOCK
+        rows, length = room_for(len(begun.ids), begun.mask.shape[1] + budget)
         # A graph knows weights by their address; those of agent and anchor change places (`Anchor.in_place`).
         size = (kind, rows, length)
         key = (size, *(weight.data_ptr() for weight in begun.model.parameters()))
@@ -171,6 +170,11 @@ class Recordings:
         while len(self._made) > KEPT:
             self._made.popitem(last=False)
         return self._made[key].begin(begun)
+
+
+def room_for(rows: int, tokens: int) -> tuple[int, int]:
+    """Rows and length of the recording that serves so many rows of at most so many tokens."""
+    return -(-rows // ROW_BLOCK) * ROW_BLOCK, -(-tokens // BLOCK) * BLOCK
 
 
 def computes_the_same(model: PreTrainedModel) -> bool:
