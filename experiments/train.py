@@ -140,6 +140,7 @@ def main(argv: Sequence[str]) -> int:
     print(*header.asked(config, asked.preset, None if asked.only else path), sep="\n", flush=True)
     with ending_at_once():
         from appo.lm.parallel.ranks import RanksError
+        from experiments.planning.spent import spent
         from experiments.run.run import prepare
         from experiments.tuning import loop, trial
         from rewards.connection import AnswerError
@@ -165,6 +166,7 @@ def main(argv: Sequence[str]) -> int:
         except AnswerError:  # what the server did answer is kept
             print(stopped(folder.path, folder.path / SO_FAR, None), file=sys.stderr)
             raise
+    print("", *spent(run), sep="\n")
     print(f"\n{summary(result, folder.path)}")
     if run.served:
         print(f"\n{requests(run.served.cost())}")

@@ -306,13 +306,16 @@ def test_a_collapse_during_the_run_is_warned_of(tmp_path: Path) -> None:
 
 
 def test_the_cost_is_added_up(tmp_path: Path) -> None:
-    spent = {"seconds": 10.0, "scoring_seconds": 2.0, "review_seconds": 3.0, "answers": 100.0, "tokens": 50}
+    phases = {"sampling_seconds": 1.0, "scoring_seconds": 2.0, "update_seconds": 4.0, "review_seconds": 2.5}
+    spent = {"seconds": 10.0, **phases, "answers": 100.0, "tokens": 50}
     page = render(tmp_path, [row(1) | spent, row(2) | spent])
     assert "20 s of training; 100 tokens in 1 prompts, 200 answers of the target" in page
     assert cells(page, "Seconds of training") == [
-        ["the agent: sampling and updates", "10", "50%"],
-        ["the target: scoring", "4", "20%"],
-        ["reviews", "6", "30%"],
+        ["sampling", "2", "10%"],
+        ["scoring", "4", "20%"],
+        ["update", "8", "40%"],
+        ["review", "5", "25%"],
+        ["the rest", "1", "5%"],
     ]
 
 

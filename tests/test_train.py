@@ -16,7 +16,7 @@ import pytest
 from appo.policy import Policy
 from experiments.arms.fixed import FixedPrompt
 from experiments.config import build_config
-from experiments.run.folder import read_jsonl
+from experiments.run.folder import PHASES, read_jsonl
 from experiments.run.run import prepare
 from experiments.terminal.console import Progress
 from experiments.train import main, parse_args, train
@@ -57,6 +57,17 @@ def test_command_line_ends_with_a_table(finished: tuple[Path, subprocess.Complet
     prompt, report = process.stdout.splitlines()[-2:]
     assert prompt.endswith(f"prompt --run {folder} --input TEXT --answer")
     assert report.endswith(f"open {folder / 'report.html'}")
+
+
+def test_command_line_says_where_the_time_went(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, process = finished
+    told = re.findall(r"^  (\w+) +(\d+) s  (\d+)%(.*)$", process.stdout, re.MULTILINE)
+    assert [phase for phase, *_ in told] == list(PHASES)
+    assert all(bool(re.search(r"\d% of the machine's rate$", more)) == (phase != "review") for phase, *_, more in told)
+    assert re.match(r", \d+ tokens a second, ", told[0][3])
+    rows = read_jsonl(folder / "metrics.jsonl")
+    assert all(0 < sum(row[f"{phase}_seconds"] for phase in PHASES) < row["seconds"] for row in rows)
+    assert [row["review_seconds"] > 0 for row in rows] == [row["anchor"] is not None for row in rows]
 
 
 def test_command_line_begins_with_a_header(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

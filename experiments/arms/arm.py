@@ -17,11 +17,12 @@ from appo.trainer import AnchorReview, APPOTrainer, Iteration, Rewarded
 from experiments.arms.batches import Batches
 from experiments.arms.pool import PromptPool
 from experiments.arms.result import Outcome
+from experiments.run.folder import PHASES
 from experiments.run.run import Run, stream
 from rewards.reward import RewardResult
 from tasks.spec import Example
 
-COSTS = ("scoring_seconds", "review_seconds", "answers")
+COSTS = (*(f"{phase}_seconds" for phase in PHASES), "answers")
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,9 @@ class Arm(ABC):
     Attributes:
         number: of the iteration, from 1.
         pool: the prompts found so far, each for all inputs; empty in an arm that writes one for each input.
-        cost: of the last iteration and its review: seconds of scoring, seconds of the whole review, and how many
-            answers of the target were asked for.
+        cost: of the last iteration: seconds until the prompts were there, of scoring them, of what followed (the
+            anchor's log-probabilities and the update), of the whole review, and the answers of the target, with those
+            for the review.
         generator: of the sampling.
         trainer: of the agent; an arm that never trains it has none, and holds no anchor.
     """
@@ -118,7 +120,11 @@ class Arm(ABC):
         """
         self.number, self.cost = number, dict.fromkeys(COSTS, 0.0)
         question = self._counted(self.ask(self.batches.next(), self.streams["pairs"]))
-        return self.reviewed(self.learn(question))
+        started = time.perf_counter()
+        step = self.learn(question)
+        before = self.cost["sampling_seconds"] + self.cost["scoring_seconds"]
+        self.cost["update_seconds"] = time.perf_counter() - started - before
+        return self.reviewed(step)
 
     def _check_moved(self) -> None:
         """Raises SelfCheckError if training has not changed a single weight: it would go on like that in silence."""
@@ -156,10 +162,12 @@ class Arm(ABC):
         return replace(step, review=review)
 
     def _counted(self, question: Question) -> Question:
-        """The question with a reward function that adds to `cost`."""
+        """The question with a reward function that adds to `cost`; the agent writes until its first call."""
+        asked = time.perf_counter()
 
         def reward(prompts: list[str]) -> RewardResult:
             started = time.perf_counter()
+            self.cost["sampling_seconds"] = self.cost["sampling_seconds"] or started - asked
             found = question.reward_fn(prompts)
             self.cost["scoring_seconds"] += time.perf_counter() - started
             self.cost["answers"] += question.rows * len(set(prompts) if question.rows > 1 else prompts)

@@ -18,6 +18,7 @@ from experiments.page.use import snippets
 from experiments.run.folder import (
     CONFIG,
     METRICS,
+    PHASES,
     PROMPTS,
     RESULT,
     read_candidates,
@@ -279,11 +280,11 @@ def _cost(metrics: Sequence[Mapping[str, Any]], prompts: Sequence[object]) -> li
     def total(column: str) -> float:
         return sum(_numbers([row.get(column) for row in metrics]))
 
-    seconds, scoring, review = total("seconds"), total("scoring_seconds"), total("review_seconds")
-    if not seconds:
+    if not (seconds := total("seconds")):
         return []
-    phases = (("the agent: sampling and updates", seconds - scoring - review), ("the target: scoring", scoring))
-    rows = [(name, f"{part:.0f}", f"{part / seconds:.0%}") for name, part in (*phases, ("reviews", review))]
+    spent = {phase: total(f"{phase}_seconds") for phase in PHASES}
+    spent["the rest"] = seconds - sum(spent.values())
+    rows = [(phase, f"{part:.0f}", f"{part / seconds:.0%}") for phase, part in spent.items()]
     counted = f"{total('tokens'):.0f} tokens in {len(prompts)} prompts, {total('answers'):.0f} answers of the target"
     if asked := total("requests"):
         counted += f"; {asked:.0f} requests to its server with {total('prompt_tokens'):.0f} tokens of prompts"

@@ -19,14 +19,8 @@ LAUNCH_ON_CPU = 3e-4  # seconds that a layer takes at least
 
 
 def outlook(run: Run) -> Iterator[tuple[str, str]]:
-    """Names and texts; nothing for models that cannot be planned (see `appo plan`), or a target behind a server."""
-    if run.served:
-        return
-    bfloat16, recorded = run.policy.lm.compute_dtype == torch.bfloat16, run.policy.device.type == "cuda"
-    options = Options.of(run.config, bfloat16, recorded, run.policy.ranks.size)
-    try:
-        plan = Estimate(run.config, lengths_of(run), options)
-    except ModelError:
+    """Names and texts; nothing where there is no plan."""
+    if (plan := plan_of(run)) is None:
         return
     held = plan.memory()
     parts = ", ".join(f"{line.name} {line.value / GIB:.2g}" for line in held if line.value)
@@ -40,6 +34,16 @@ def outlook(run: Run) -> Iterator[tuple[str, str]]:
     each = f"{seconds:.2g} s" if seconds < 100 else duration(seconds)
     how = "by the rate of a matrix product just now; the bar will tell better"
     yield "expected", f"about {each} an iteration and {duration(seconds * run.steps)} in all, {how}"
+
+
+def plan_of(run: Run) -> Estimate | None:
+    """The plan of a run; None for models that cannot be planned (see `appo plan`), or a target behind a server."""
+    bfloat16, recorded = run.policy.lm.compute_dtype == torch.bfloat16, run.policy.device.type == "cuda"
+    options = Options.of(run.config, bfloat16, recorded, run.policy.ranks.size)
+    try:
+        return None if run.served else Estimate(run.config, lengths_of(run), options)
+    except ModelError:
+        return None
 
 
 def lengths_of(run: Run) -> Lengths:

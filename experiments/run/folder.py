@@ -24,6 +24,7 @@ LOCK = ".lock"  # names the process that is using a run's folder
 CONFIG, RESULT, HEADROOM = "config.yaml", "best_prompt.json", "headroom.json"
 METRICS, PROMPTS = "metrics.jsonl", "prompts.jsonl"  # grow row by row
 CANDIDATES, PREDICTIONS = "candidates.jsonl", "predictions.jsonl"  # written whole, at the end of a run
+PHASES = ("sampling", "scoring", "update", "review")  # of an iteration; metrics.jsonl has the seconds of each
 SCORED = "scored.jsonl"  # of a run whose target is behind a server: its answers, which cost something
 SO_FAR = "best_so_far.json"  # of a run that was stopped
 ADAPTER = "adapter_config.json"  # in the folder of an agent that is an adapter, not a whole model

@@ -1,0 +1,34 @@
+"""Where the time of a run went, by phase, beside the work that its plan counts for that phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from experiments.planning.outlook import measured, plan_of
+from experiments.run.folder import METRICS, PHASES, read_jsonl
+from experiments.run.run import Run
+
+
+def spent(run: Run) -> Iterator[str]:
+    """A line for each phase: its seconds, and its share of the machine's rate; none for a run without iterations.
+
+    The rate is that of one large matrix product, measured now. Answers that the target remembered are counted as work.
+    """
+    rows = read_jsonl(run.folder.path / METRICS)
+    total = sum(row["seconds"] for row in rows)
+    if not total:
+        return
+    yield f"time: {total:.0f} s for {len(rows)} iterations, without the look before and the final choice"
+    plan = plan_of(run)
+    work = {line.name: line.value for line in plan.work()} if plan else {}
+    known = {phase: work.pop(phase, 0.0) for phase in ("sampling", "scoring", "reviews")}
+    known["update"] = sum(work.values())
+    rate = measured(run.policy.device, run.policy.lm.compute_dtype).flops * run.policy.ranks.size
+    for phase in PHASES:
+        if seconds := sum(row.get(f"{phase}_seconds", 0.0) for row in rows):
+            told = [f"{seconds / total:.0%}"]
+            if phase == "sampling":
+                told.append(f"{sum(row['tokens'] for row in rows) / seconds:.0f} tokens a second")
+            if known.get(phase):
+                told.append(f"{known[phase] * len(rows) / seconds / rate:.0%} of the machine's rate")
+            yield f"  {phase:<10}{seconds:>6.0f} s  {', '.join(told)}"
