@@ -73,7 +73,15 @@ class Reward(ABC):
 
     def each(self, prompts: Sequence[str], examples: Sequence[Example]) -> RewardResult:
         """Scores B prompts, each on its own example."""
-        return self.weighed(self.judge(pairs(prompts, [example.input for example in examples]), examples))
+        return self.apart(prompts, [[example] for example in examples])
+
+    def apart(self, prompts: Sequence[str], examples: Sequence[Sequence[Example]]) -> RewardResult:
+        """Scores K prompts, each on examples of its own, K lists of at least one."""
+        asked = [Asked(p, tuple(x.input for x in own)) for p, own in zip(prompts, examples, strict=True)]
+        found = self.judge(asked, [example for own in examples for example in own])
+        counts = [len(own) for own in examples]
+        means = {name: torch.stack([x.mean() for x in values.split(counts)]) for name, values in found.items()}
+        return self.weighed(means)
 
     def by_example(self, prompts: Sequence[str], examples: Sequence[Example]) -> Tensor:
         """[K, N]: the metric of every prompt on every example."""

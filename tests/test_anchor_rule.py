@@ -1,7 +1,10 @@
-"""How often an anchor is replaced by an agent that is no better: simulated reviews, for the paper's rule and a test."""
+"""How often an anchor is replaced by an agent that is no better: simulated reviews, for the paper's rule, a test, and
+many prompts on few rows each.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import product
 from statistics import NormalDist
 
@@ -10,23 +13,30 @@ import pytest
 
 from appo.anchor import AnchorDecision, decide, luck
 
-REVIEWS, PROMPTS = 1000, 8
+REVIEWS, PROMPTS, ROWS = 1000, 8, 48
+MANY, EACH = 96, 4  # prompts, on rows of their own: as many answers as PROMPTS x ROWS
 THRESHOLDS = (0.05, 0.1)  # of promotion and rollback, the paper's
 SIGNIFICANCE = 0.04
 BETWEEN, ASKED, MEAN, ALIKE = 0.09, 0.04, 0.6, 0.5
 
 
-def review(rng: np.random.Generator, rows: int, lead: float) -> np.ndarray:
-    """Scores of both sides' prompts on the same rows, [2, PROMPTS].
+def review(
+    rng: np.random.Generator, rows: int, lead: float, prompts: int = PROMPTS, each: int | None = None
+) -> np.ndarray:
+    """Scores of both sides' prompts, [2, prompts], each on all rows, or on `each` of them, the same for both sides.
 
     A prompt's accuracy varies around MEAN with its query (sd ASKED) and by itself (sd BETWEEN, as measured for an agent
     of 135 M parameters and a target of 0.5 B on sst2). Rows that are hard for one prompt are hard for others too.
     """
-    query = rng.normal(0, ASKED, PROMPTS)
-    quality = MEAN + query + rng.normal(0, BETWEEN, (2, PROMPTS)) + np.array([[lead], [0.0]])
+    query = rng.normal(0, ASKED, prompts)
+    quality = MEAN + query + rng.normal(0, BETWEEN, (2, prompts)) + np.array([[lead], [0.0]])
     ease = np.vectorize(NormalDist().inv_cdf)(quality.clip(0.02, 0.98))
-    row, own = rng.normal(0, 1, rows), rng.normal(0, 1, (2, PROMPTS, rows))
-    return (ease[:, :, None] + ALIKE**0.5 * row + (1 - ALIKE) ** 0.5 * own > 0).mean(2)
+    row, own = rng.normal(0, 1, rows), rng.normal(0, 1, (2, prompts, rows))
+    right = ease[:, :, None] + ALIKE**0.5 * row + (1 - ALIKE) ** 0.5 * own > 0
+    if each:
+        kept = rng.permutation(rows)[np.arange(prompts * each).reshape(prompts, each) % rows]
+        right = np.take_along_axis(right, np.broadcast_to(kept, (2, *kept.shape)), axis=2)
+    return right.mean(2)
 
 
 def rates(rows: int, lead: float = 0.0) -> dict[str, tuple[float, float]]:
@@ -46,6 +56,21 @@ def test_an_agent_that_is_its_anchor_is_promoted_falsely(rows: int, expected: fl
     found = rates(rows)
     assert found["paper"][0] == pytest.approx(expected, abs=0.03)  # the rate that docs/arms.md states
     assert max(found["paired"]) <= 0.05
+
+
+def decisions(lead: float, prompts: int, each: int | None) -> Counter[AnchorDecision]:
+    """How often the paper's rule decides for what."""
+    rng = np.random.default_rng(0)
+    means = (review(rng, ROWS, lead, prompts, each).mean(1) for _ in range(REVIEWS))
+    return Counter(decide(agent, anchor, *THRESHOLDS) for agent, anchor in means)
+
+
+def test_many_prompts_on_few_rows_are_less_luck_and_more_power_for_as_many_answers() -> None:
+    assert PROMPTS * ROWS == MANY * EACH
+    equal = decisions(0.0, MANY, EACH)
+    assert equal[AnchorDecision.PROMOTE] <= 0.05 * REVIEWS and equal[AnchorDecision.ROLLBACK] <= 0.01 * REVIEWS
+    few, many = (decisions(0.1, *shape)[AnchorDecision.PROMOTE] / REVIEWS for shape in ((PROMPTS, None), (MANY, EACH)))
+    assert few == pytest.approx(0.82, abs=0.03) and many == pytest.approx(0.95, abs=0.02)  # as docs/arms.md states
 
 
 def test_an_agent_that_is_far_better_is_still_promoted() -> None:

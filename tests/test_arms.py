@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 
 from appo.functional import group_scaled, leave_one_out
@@ -17,10 +19,12 @@ from experiments.arms.paraphrase import Paraphrase
 from experiments.config import GIVEN, REFERENCES, RunConfig, build_config
 from experiments.config.strict import ConfigError
 from experiments.run.folder import METRICS, PREDICTIONS, PROMPTS, read_candidates, read_jsonl, read_result
-from experiments.run.run import Run, prepare
+from experiments.run.run import Run, prepare, stream
 from experiments.train import train
 from experiments.tuning.loop import ARMS, arm_of
+from rewards.target import Asked
 from tasks.meta_prompt import meta_prompt
+from tasks.spec import Example
 
 SMALL = ["prompts=4", "threads=1", "sampling.max_new_tokens=8", "examples.test_limit=10", "pool=2", "steps=4"]
 SMALL += ["headroom=0", "examples.batch_size=8"]
@@ -68,6 +72,36 @@ def test_an_arm_goes_on_from_its_state_as_if_it_had_not_stopped(arm: str, under:
     again = arm_of(under(arm))
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=False))
     assert [again.step(number).prompts for number in (3, 4)] == expected
+
+
+@pytest.mark.parametrize(("count", "queries"), [(8, 8), (12, 6), (13, 1), (5, 5)])
+def test_a_review_shares_its_queries_and_gives_each_prompt_rows_of_its_own(
+    count: int, queries: int, under: Under, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = under("appo", f"anchor.prompts={count}", "examples.review_rows=4")
+    question = arm_of(run).ask_for_review(stream(0, "review"))
+    assert (len(question.queries), question.copies * len(question.queries)) == (queries, count)
+    given: list[list[list[str]]] = []
+
+    def judge(asked: Sequence[Asked], examples: Sequence[Example]) -> dict[str, Tensor]:
+        given.append([list(inputs) for _, inputs in asked])
+        assert [example.input for example in examples] == [text for rows in given[-1] for text in rows]
+        return {name: torch.zeros(len(examples)) for name in ("accuracy", "margin")}
+
+    monkeypatch.setattr(run.reward, "judge", judge)
+    for side in ("agent", "anchor"):
+        assert len(question.reward_fn([f"{side} {i}" for i in range(count)]).scores) == count
+    assert given[0] == given[1] and all(len(rows) == 4 for rows in given[0])  # the same rows for both sides
+    used = Counter(text for rows in given[0] for text in rows)
+    assert max(used.values()) - min(used[example.input] for example in run.data.validation) <= 1
+
+
+def test_a_review_on_all_rows_answers_a_repeated_prompt_once(under: Under) -> None:
+    for more, paid in ((["examples.review_rows=4"], 4), ([], 0)):
+        way = arm_of(under("appo", "anchor.prompts=2", *more))
+        question = way._counted(way.ask_for_review(stream(0, "review")))
+        question.reward_fn(["same", "same"])
+        assert way.cost["answers"] == (2 * paid or len(way.run.data.validation))
 
 
 # -- given prompts ---------------------------------------------------------------------------------------------------

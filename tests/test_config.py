@@ -393,6 +393,7 @@ BOUNDS = [
     ("examples.shots", 0, 1),
     ("examples.pairs", 0, 1),
     ("examples.batch_size", 0, 1),
+    ("examples.review_rows", 0, 1),
     ("examples.test_limit", 0, 1),
     ("reward.accuracy_weight", -1e-9, 0.0),
     ("reward.margin_weight", -1e-9, 0.0),

@@ -123,6 +123,20 @@ def test_each_prompt_is_scored_on_its_own_input(
             assert_close(values[i], alone.metrics[name][0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 3, 2)])
+def test_prompts_are_scored_on_examples_of_their_own(
+    sizes: tuple[int, ...], tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    reward = ClassificationReward(target_of(sharpen(tiny_llama), tokenizer, TEMPLATE, WORDS))
+    own = [[EXAMPLES[(i + j) % len(EXAMPLES)] for j in range(size)] for i, size in enumerate(sizes)]
+    found = reward.apart(PROMPTS[:3], own)
+    for i, (text, examples) in enumerate(zip(PROMPTS, own, strict=False)):
+        alone = reward([text], examples)
+        assert_close(found.scores[i], alone.scores[0], rtol=1e-4, atol=1e-4)
+        for name, values in found.metrics.items():
+            assert_close(values[i], alone.metrics[name][0], rtol=1e-4, atol=1e-4)
+
+
 # -- votes -------------------------------------------------------------------------------------------------------
 
 

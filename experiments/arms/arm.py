@@ -34,12 +34,14 @@ class Question:
         copies: prompts for each of them.
         reward_fn: maps prompts, with those for one query side by side, to their rewards.
         rows: how many examples each prompt is scored on.
+        alike: whether all are scored on the same ones; then a repeated prompt is answered once.
     """
 
     queries: list[Query]
     copies: int
     reward_fn: Callable[[list[str]], RewardResult]
     rows: int = 1
+    alike: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class Arm(ABC):
             self.cost["sampling_seconds"] = self.cost["sampling_seconds"] or started - asked
             found = question.reward_fn(prompts)
             self.cost["scoring_seconds"] += time.perf_counter() - started
-            self.cost["answers"] += question.rows * len(set(prompts) if question.rows > 1 else prompts)
+            self.cost["answers"] += question.rows * len(set(prompts) if question.alike else prompts)
             return found
 
         return replace(question, reward_fn=reward)

@@ -13,6 +13,7 @@ from torch import Tensor
 from appo.lm.model import ContextTooLongError
 from appo.rollout import Query
 from experiments.arms.arm import Arm, Question, Step
+from experiments.arms.batches import Batches
 from experiments.arms.race import race
 from experiments.arms.result import Outcome, answers, chance, described, predictions, scores, shares, split_scores
 from experiments.run.run import Run, stream
@@ -20,6 +21,7 @@ from experiments.run.statistics import corrected, interval
 from tasks.meta_prompt import as_lines, meta_prompt
 from tasks.spec import Example
 
+REVIEW_QUERIES = 8  # most meta-prompts in a review
 PAPER_POOL = 5  # prompts that the paper runs on test, to report the best of them [P, 4.1]
 
 
@@ -60,14 +62,25 @@ class FixedPrompt(Arm):
     def ask(self, batch: Sequence[Example], rng: random.Random) -> Question:
         """One meta-prompt, K times."""
         query = meta_query(self.run, batch, rng, self._shown())
-        return Question([query], self.run.config.prompts, lambda prompts: self.run.reward(prompts, batch), len(batch))
+        count, reward = self.run.config.prompts, self.run.reward
+        return Question([query], count, lambda prompts: reward(prompts, batch), len(batch), alike=True)
 
     def ask_for_review(self, rng: random.Random) -> Question:
-        """A meta-prompt for each prompt to be compared."""
-        best = self._shown()
-        queries = [meta_query(self.run, (), rng, best) for _ in range(self.run.config.anchor.prompts)]
-        rows = self.run.data.validation
-        return Question(queries, 1, lambda prompts: self.run.reward(prompts, rows), len(rows))
+        """Some meta-prompts, with as many prompts for each as make up all to be compared.
+
+        Prompts differ more than rows do, so many prompts on few rows each (`examples.review_rows`) tell more than a few
+        on all of them, for as many answers of the target. Both sides get the same rows in the same order.
+        """
+        config, rows, reward = self.run.config, self.run.data.validation, self.run.reward
+        count, best = config.anchor.prompts, self._shown()
+        asked = max(n for n in range(1, REVIEW_QUERIES + 1) if count % n == 0)
+        queries = [meta_query(self.run, (), rng, best) for _ in range(asked)]
+        each = config.examples.review_rows or len(rows)
+        if each >= len(rows):
+            return Question(queries, count // asked, lambda prompts: reward(prompts, rows), len(rows), alike=True)
+        batches = Batches(rows, each, rng)
+        own = [batches.next() for _ in range(count)]
+        return Question(queries, count // asked, lambda prompts: reward.apart(prompts, own), each)
 
     def _shown(self) -> list[str]:
         """The best prompts so far, as many as the meta-prompt is to show."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from experiments.arms.arm import Question
 from experiments.arms.untrained import BestOfN
@@ -26,4 +27,4 @@ class Paraphrase(BestOfN):
             return question
         asked = [best[i % len(best)].prompt for i in range(count)]
         queries = [self.run.policy.query(*paraphrase_prompt(prompt)) for prompt in asked]
-        return Question(queries, 1, question.reward_fn, question.rows)
+        return replace(question, queries=queries, copies=1)

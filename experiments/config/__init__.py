@@ -52,10 +52,11 @@ class ExamplesConfig:
     shots: int = 16  # per label in train, and as many in validation [P, Table 7]
     pairs: int = 5  # input-output pairs in the meta-prompt [P, Figure 6]
     batch_size: int = 32  # training examples that the prompts of an iteration are scored on; published code: 16
+    review_rows: int | None = None  # validation rows for each prompt of a review, others for each; ours; null: all
     test_limit: int | None = None  # at most so many test examples; null: all of them
 
     def __post_init__(self) -> None:
-        _at_least(self, shots=1, pairs=1, batch_size=1, test_limit=1)
+        _at_least(self, shots=1, pairs=1, batch_size=1, review_rows=1, test_limit=1)
 
 
 @dataclass(frozen=True)

@@ -282,8 +282,9 @@ class Estimate:
     def _reviews(self) -> Line:
         """A review samples on both sides and scores on the validation rows, as many as there are training rows."""
         t, config = self.lengths, self.config
-        rows, prompts = 2 * config.examples.shots, 2 * config.anchor.prompts
-        period = config.anchor.period * max(1, rows // config.examples.batch_size)
+        all_rows, prompts = 2 * config.examples.shots, 2 * config.anchor.prompts
+        rows = min(config.examples.review_rows or all_rows, all_rows)
+        period = config.anchor.period * max(1, all_rows // config.examples.batch_size)
         read = 2.0 * self.agent.in_layers * (t.query + t.prompt)
         scored = 2.0 * self.target.in_layers * (t.prompt + rows * t.example)
         how = f"{prompts} prompts on {rows} rows, once in {period} iterations"
