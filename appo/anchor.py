@@ -175,7 +175,7 @@ class Reference(NamedTuple):
 class KLController:
     """The coefficient of the KL penalty: constant, or adapted towards a target.
 
-    Adaptive as in Ziegler et al. 2019, section 2.2: coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon.
+    Adaptive as in Ziegler et al. 2019, section 2.2: coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * min(n / horizon, 1).
 
     Args:
         coef: the (initial) coefficient.
@@ -193,4 +193,4 @@ class KLController:
         if self.target is None or self.horizon is None or math.isnan(kl):
             return
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
-        self.coef *= 1.0 + error * n / self.horizon
+        self.coef *= 1.0 + error * min(n / self.horizon, 1.0)

@@ -37,7 +37,7 @@ class AnchorConfig:
     prompts: int = 8  # sampled from each side at a review; ours; the published code's 2 are mostly noise
     promote_threshold: float = 0.05  # lead in mean validation accuracy, as a fraction, above which to promote [P]
     rollback_threshold: float = 0.1  # deficit above which to roll back [P]
-    max_kl: float | None = 8.0  # nats from the anchor that call for a review, which must decide; ours; null: off [P]
+    max_kl: float | None = 8.0  # nats from the anchor from which any lead decides, at once; ours; null: off [P]
     significance: float | None = None  # highest p of a paired test at which a review acts, ours; null: no test [P]
     promote: bool = True  # False: the anchor stays where it is
     rollback: bool = True  # False: the agent is never rolled back

@@ -36,12 +36,10 @@ class Evaluation(NamedTuple):
 class Policy(nn.Module):
     """A causal LM with a value head, as a distribution over responses.
 
-    The model stays in eval mode: with dropout, the log-probabilities in the loss would differ from those recorded
-    at sampling.
+    The model stays in eval mode: with dropout, log-probabilities in the loss would differ from those at sampling.
 
     Trained parameters stay in float32, whatever dtype the model computes in: a step of AdamW at 1e-5 is smaller than
-    the spacing of bfloat16 numbers, so weights kept in bfloat16 hardly move. Log-probabilities and values are float32
-    too.
+    the spacing of bfloat16 numbers, so bfloat16 weights hardly move. Log-probabilities and values are float32 too.
 
     Args:
         lm: the model; its parameters with requires_grad are what is trained.
@@ -134,8 +132,9 @@ class Policy(nn.Module):
         """
         owner = torch.arange(len(queries), device=self.device).repeat_interleave(copies)
         # Response i draws from row i, whichever rank writes it: the same prompts on any number of ranks.
-        shape = (len(owner), self.sampling.max_new_tokens)
-        chances = torch.rand(shape, generator=generator, dtype=torch.float64, device=self.device)
+        chances = torch.zeros(len(owner), self.sampling.max_new_tokens, dtype=torch.float64, device=self.device)
+        if not greedy:
+            chances.uniform_(generator=generator)
         with self.ranks.gathered():
             parts = self.ranks.divide(len(owner), lambda rows: self._write(queries, owner[rows], chances[rows], greedy))
         return Rollout(tuple(queries), owner, *parts)

@@ -22,7 +22,7 @@ def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
     """Checks a rollout that `policy` has just sampled, before any update.
 
     1. Recomputed log-probabilities equal the sampled ones, so every ratio starts at 1.
-    2. The KL to the anchor is exactly 0, since the anchor still equals the policy.
+    2. The KL to the anchor is 0 but for rounding, since the anchor still equals the policy.
     3. The row with the most padding has the same log-probabilities alone as in the batch.
 
     Raises:
@@ -35,7 +35,7 @@ def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
         return (difference.abs().max() if exact else difference.square().mean().sqrt()).item()
 
     together = policy.measure(rollout).logprobs
-    if not torch.equal(together, anchor.logprobs(rollout)):
+    if not size(together - anchor.logprobs(rollout)) <= tolerance / 10:
         cause = _dropout(policy) or "the anchor is not a copy of the agent's current weights"
         raise SelfCheckError(f"KL to the anchor is not 0 before the first update; likely cause: {cause}")
 

@@ -226,7 +226,6 @@ class APPOTrainer:
         So the prompts of both are compared too (`appo.anchor.collapse`), and a collapsed agent is rolled back. A lead
         saves it only if its mean score beats the anchor's best prompt: an agent that writes "no" to everything may beat
         the mean of eight different prompts, but it will never find another.
-
         Far from the anchor (`AnchorConfig.max_kl`) both thresholds are 0: kept, it would drift on and be held back.
 
         Args:

@@ -61,7 +61,7 @@ class Verbalizer:
             unknown: the tokenizer's token for what it does not know, if it has one.
 
         Raises:
-            ValueError: two words have the same tokens, or a word has none or an unknown one.
+            ValueError: two words have the same tokens, one begins another, or a word has none or an unknown one.
         """
         shared = min(common_prefix([base, ids]) for ids in full)
         tokens = tuple(tuple(ids[shared:]) for ids in full)
@@ -71,6 +71,9 @@ class Verbalizer:
             twins = [other for other, theirs in zip(words, tokens, strict=True) if theirs == ids]
             if len(twins) > 1:
                 raise ValueError(f"the label words {twins} are the same tokens {list(ids)} to the target's tokenizer")
+            longer = [other for other, theirs in zip(words, tokens, strict=True) if theirs[: len(ids)] == ids != theirs]
+            if longer:  # its first tokens are as likely as this word, and it has more
+                raise ValueError(f"the label word {word!r} begins {longer[0]!r}, which the target could never choose")
         return cls(tuple(words), tokens, len(base) - shared)
 
     @property
@@ -89,8 +92,8 @@ class _Job(NamedTuple):
 class LocalTarget:
     """A frozen causal LM under prompts; see `rewards.target.Target`.
 
-    The tokens that a prompt's inputs share (the prompt itself, mostly) are run once, no token is run for padding,
-    and logits are computed for the label words only.
+    To choose among label words, the tokens that a prompt's inputs share (the prompt itself, mostly) are run once, no
+    token is run for padding, and logits are computed for the words only, if each is a single token.
 
     Args:
         lm: the model, with none of its weights trainable.
@@ -122,6 +125,8 @@ class LocalTarget:
             raise ValueError("a label word's tokens depend on the input before it; let the template end in fixed text")
         # A word of several tokens needs the log-probability of each token, so a branch holds all but the last of them.
         self._stems = self.verbalizer.stems
+        if self._stems != [()] and lm.model.get_output_embeddings().weight.dtype.itemsize < 4:
+            lm.use_float32_head()  # logits near 20 are 0.125 apart in bfloat16, and words would tie
 
     def context(self, prompt: str, text: str) -> str:
         """The text that the target continues."""
@@ -276,7 +281,7 @@ class LocalTarget:
         return torch.tensor(self._batched(list(map(len, after)), means), device="cpu")
 
     def _batched(self, widths: Sequence[int], work: Callable[[list[int]], list[T]]) -> list[T]:
-        """Does the work in padded batches of rows of similar width, each within the token budget or a single row.
+        """Does the work in batches of rows of similar width, each within the token budget or a single row.
 
         The budget is halved whenever memory runs out.
         """

@@ -138,9 +138,9 @@ class ClassificationReward(Reward):
 class GenerationReward(Reward):
     """R = metric_weight * metric + likelihood_weight * likelihood; the paper's F1, or another text metric.
 
-    The metric compares the generated text with each accepted answer and takes the best value. The likelihood is the
-    mean probability per token of the first accepted answer. The paper has no such term, and its default weight is 0;
-    it breaks ties where most rewards are 0.
+    The metric compares the generated text with each accepted answer and takes the best value. The likelihood is that
+    of the first accepted answer: the geometric mean of its tokens' probabilities. The paper has no such term, and its
+    default weight is 0; it breaks ties where most rewards are 0.
 
     Args:
         target: answers the examples.

@@ -159,7 +159,7 @@ class Remembered:
             rest = [[key[2] for key in named]] if with_rest else []
             self._known |= zip(named, answer(new, *rest), strict=True)
         found = [self._known[key] for key in keys]
-        for key in list(self._known)[: len(self._known) - REMEMBERED]:
+        for key in list(self._known)[: max(0, len(self._known) - REMEMBERED)]:
             del self._known[key]
         return found
 

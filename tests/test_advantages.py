@@ -15,7 +15,7 @@ from appo.config import APPOConfig
 from appo.rollout import Query, Response, Rollout, Scored
 from appo.trainer import APPOTrainer
 from appo.update import advantages
-from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of
+from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of, sharpen
 
 OLD_WAY = {"leave_one_out": False, "lam": 0.95, "value_coef": 0.1, "ppo_epochs": 4}  # as published code has it
 REWARD_ALONE = {"kl_coef": 0.0, "entropy_coef": 0.0, "cut_off_penalty": 0.0}  # nothing else moves the policy
@@ -121,6 +121,19 @@ def test_a_constant_reward_moves_no_weight_where_each_response_is_the_only_one_t
     before = [p.detach().clone() for p in policy.parameters()]
     for _ in range(3):
         trainer.step([policy.query("", text) for text in "abcdefg"], lambda prompts: [0.1] * len(prompts))
+    assert all(map(torch.equal, policy.parameters(), before))
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.05])
+def test_a_constant_reward_moves_no_weight_while_the_anchor_is_the_agent(kl_coef: float) -> None:
+    """Then the KL is rounding, which whitening would turn into full steps."""
+    tokenizer = byte_tokenizer()
+    policy = policy_of(sharpen(llama(len(tokenizer))), tokenizer, plain_sampling(12))
+    config = APPOConfig(**REWARD_ALONE | {"kl_coef": kl_coef})
+    trainer = APPOTrainer(policy, config, generator=torch.Generator().manual_seed(0))
+    before = [p.detach().clone() for p in policy.parameters()]
+    for _ in range(3):
+        trainer.step([policy.query("", "some words before")], lambda prompts: [1.0] * len(prompts), copies=8)
     assert all(map(torch.equal, policy.parameters(), before))
 
 

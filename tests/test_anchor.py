@@ -186,6 +186,12 @@ def test_kl_coefficient_adapts(kl_seen: float, expected: float) -> None:
     assert controller.coef == pytest.approx(expected, rel=1e-9)
 
 
+def test_kl_coefficient_changes_by_a_fifth_at_most() -> None:
+    controller = KLController(0.05, target=6.0, horizon=10)
+    controller.update(0.0, 64)  # more responses than the horizon
+    assert controller.coef == pytest.approx(0.04, rel=1e-9)
+
+
 @pytest.mark.parametrize(("target", "horizon"), [(0.0, 100), (6.0, None), (6.0, 0)])
 def test_adaptive_coefficient_needs_target_and_horizon(target: float, horizon: int | None) -> None:
     with pytest.raises(ValueError, match="target and horizon"):

@@ -30,7 +30,7 @@ KINDS = {
 
 def build(kind: str, **changes: object) -> PreTrainedModel:
     torch.manual_seed(0)
-    name = kind if kind in ("qwen2", "qwen3", "granite", "gpt2") else "llama"
+    name = kind if kind in ("qwen2", "qwen3", "granite", "gemma", "olmo", "gpt2") else "llama"
     config = AutoConfig.for_model(name, **(SIZES | KINDS.get(kind, {}) | changes))
     model = sharpen(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval())
     for parameter in model.parameters():
@@ -119,8 +119,9 @@ def test_an_adapter_counts_unless_it_is_left_out(tokenizer: PreTrainedTokenizerB
     assert seen[0] != seen[1]
 
 
-def test_a_model_that_only_looks_alike_is_decoded_by_its_own_code() -> None:
-    lookalike = build("granite", embedding_multiplier=3.0)
+@pytest.mark.parametrize(("kind", "changes"), [("granite", {"embedding_multiplier": 3.0}), ("gemma", {}), ("olmo", {})])
+def test_a_model_that_only_looks_alike_is_decoded_by_its_own_code(kind: str, changes: dict[str, object]) -> None:
+    lookalike = build(kind, **changes)
     begun = Growing(lookalike, CONTEXTS, [0, 1, 2])
     assert looks_familiar(begun)
     assert not computes_the_same(lookalike)

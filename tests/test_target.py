@@ -21,6 +21,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from appo.lm.attention import Branches
 from appo.lm.model import CausalLM, ContextTooLongError
 from appo.lm.packed import common_prefix
 from rewards.local import LocalTarget, Verbalizer
@@ -290,23 +291,15 @@ def test_words_of_several_tokens_are_scored_as_wholes(tiny_lm: PreTrainedModel) 
     assert_close(logits_of(target, ["p"], ["x"]), expected, rtol=0, atol=1e-5)
 
 
-# One token against several; a shared first token; a word that begins another; all at once. Tokens: ' n', ' no', bytes.
+# One token against several; a shared first token; shared bytes; all at once. Tokens: ' n', ' no', bytes.
 @pytest.mark.parametrize(
-    "words", [("no", "yes"), ("not", "nor"), ("no", "nobody"), ("yes", "yesterday"), ("y", "ye", "yes", "no")]
+    "words", [("no", "yes"), ("not", "nor"), ("yes", "yet"), ("none", "nobody", "yes", "yonder", "you")]
 )
 def test_words_that_share_tokens_are_told_apart(words: tuple[str, ...]) -> None:
     tokenizer = bpe_tokenizer("Ġno")
     model = sharpen(llama(len(tokenizer)))
     target = target_of(model, tokenizer, TEMPLATE, words)
     assert_close(logits_of(target, PROMPTS, INPUTS), loop(model, tokenizer, PROMPTS, INPUTS, words), rtol=0, atol=1e-5)
-
-
-def test_a_word_is_never_likelier_than_the_word_it_begins_with(
-    tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    # In bytes ' not' is ' no' and one more token, whose log-probability is below 0.
-    logits = logits_of(target_of(sharpen(tiny_llama), tokenizer, TEMPLATE, ("no", "not")), PROMPTS, INPUTS)
-    assert (logits[..., 1] < logits[..., 0]).all()
 
 
 # -- label words in place ----------------------------------------------------------------------------------------
@@ -392,6 +385,21 @@ def test_two_words_of_the_same_tokens_are_refused() -> None:
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(ValueError, match=r"\['Yes', 'yes'\] are the same tokens"):
         Verbalizer.build(lm_of(tokenizer), "Output :", ["Yes", "yes", "no"])
+
+
+def test_a_word_that_begins_another_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    with pytest.raises(ValueError, match="the label word '1' begins '10', which the target could never choose"):
+        Verbalizer.build(lm_of(tokenizer), "Output :", ["10", "2", "1"])
+
+
+def test_words_of_several_tokens_are_compared_in_float32_under_a_bfloat16_model() -> None:
+    tokenizer = byte_tokenizer()
+    for words, wanted in ((("ay", "ob"), torch.float32), (("a", "b"), torch.bfloat16)):
+        target = target_of(sharpen(llama(len(tokenizer))).bfloat16(), tokenizer, "{prompt} {input} : ", words)
+        assert target.lm.run(Branches([[]], [[1, 2, 3]], [0])).logits.dtype is wanted
+        assert target.lm.model.get_input_embeddings().weight.dtype is torch.bfloat16
+        assert target.class_logits(grid(PROMPTS, INPUTS)).isfinite().all()
 
 
 # -- the text ----------------------------------------------------------------------------------------------------
@@ -548,6 +556,16 @@ def test_only_so_many_pairs_are_remembered(counting: Counting, monkeypatch: pyte
     whole = target.class_logits([Asked("p", ("a", "b", "c"))])
     assert target.state_dict()["pairs"] == [("p", "b"), ("p", "c")]
     assert_close(target.class_logits([Asked("p", ("a", "b", "c"))]), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [5, 6, 9, 10, 11])
+def test_nothing_is_forgotten_before_there_are_too_many(
+    count: int, counting: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rewards.target.REMEMBERED", 10)
+    target = Remembered(counting)
+    target.class_logits([Asked("p", tuple(map(str, range(count))))])
+    assert target.state_dict()["pairs"] == [("p", str(i)) for i in range(max(0, count - 10), count)]
 
 
 def test_texts_and_log_probabilities_of_answers_are_remembered_too(counting: Counting) -> None:

@@ -74,7 +74,7 @@ class CausalLM:
         self.bare = False
         self._recordings = Recordings()
         if compute_dtype != torch.float32:
-            _exempt_from_autocast(_float32_head(model))
+            self.use_float32_head()
         self._checkpoints = gradient_checkpointing
         if gradient_checkpointing:
             # transformers' current name for it, else its former one.
@@ -85,6 +85,10 @@ class CausalLM:
             # a dense one would need as much memory again.
             embedding.sparse = True
             embedding.weight.register_post_accumulate_grad_hook(_make_dense)  # if the loss does not use the head
+
+    def use_float32_head(self) -> None:
+        """Lets the head compute in float32 from now on, whatever the layers compute in."""
+        _exempt_from_autocast(_float32_head(self.model))
 
     @property
     def device(self) -> torch.device:
