@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+from experiments.planning.estimate import Estimate
 from experiments.planning.outlook import measured, plan_of
 from experiments.run.folder import METRICS, PHASES, read_jsonl
 from experiments.run.run import Run
@@ -19,8 +21,11 @@ def spent(run: Run) -> Iterator[str]:
     if not total:
         return
     yield f"time: {total:.0f} s for {len(rows)} iterations, without the look before and the final choice"
-    plan = plan_of(run)
-    work = {line.name: line.value for line in plan.work()} if plan else {}
+    tokens = sum(row["tokens"] for row in rows)
+    work: dict[str, float] = {}
+    if plan := plan_of(run):  # which expects prompts of full length
+        lengths = replace(plan.lengths, prompt=round(tokens / len(rows) / plan.responses))
+        work = {line.name: line.value for line in Estimate(run.config, lengths, plan.options).work()}
     known = {phase: work.pop(phase, 0.0) for phase in ("sampling", "scoring", "reviews")}
     known["update"] = sum(work.values())
     rate = measured(run.policy.device, run.policy.lm.compute_dtype).flops * run.policy.ranks.size
@@ -28,7 +33,7 @@ def spent(run: Run) -> Iterator[str]:
         if seconds := sum(row.get(f"{phase}_seconds", 0.0) for row in rows):
             told = [f"{seconds / total:.0%}"]
             if phase == "sampling":
-                told.append(f"{sum(row['tokens'] for row in rows) / seconds:.0f} tokens a second")
+                told.append(f"{tokens / seconds:.0f} tokens a second")
             if known.get(phase):
                 told.append(f"{known[phase] * len(rows) / seconds / rate:.0%} of the machine's rate")
             yield f"  {phase:<10}{seconds:>6.0f} s  {', '.join(told)}"
