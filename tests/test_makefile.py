@@ -27,6 +27,9 @@ def printed(*arguments: str) -> str:
         (["train", "RUN=a b", "ARGS=steps=2"], 'bin/appo train --run "a b" steps=2'),
         (["tasks", "SHOW=mnli"], 'bin/appo tasks --show "mnli"'),
         (["compare", "SEEDS=0", "ARGS=steps=2"], "bin/appo compare --seeds 0 steps=2"),
+        (["compare"], "bin/appo compare --seeds 0-4"),
+        (["ablate"], "bin/appo study ablate"),  # the study has its own seeds
+        (["ablate", "SEEDS=1 3", "DRY=1"], "bin/appo study ablate --seeds 1 3 --dry"),
         (
             ["compare", "ARMS=appo ppo", "SEEDS=0-9", "FOLDER=runs/a", "JOBS=2"],
             'bin/appo compare --arms "appo ppo" --seeds 0-9 --folder "runs/a" --jobs 2',
