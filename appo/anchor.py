@@ -68,7 +68,7 @@ class Health(NamedTuple):
     length: float  # mean, in tokens
     empty_rate: float  # share of prompts without a word
     distinct: float  # number of different prompts over number of prompts
-    distinct_2: float  # mean share of distinct word pairs in a prompt; near 0 for "no no no no"
+    variety: float  # mean share of distinct word pairs within a prompt; near 0 for "no no no no"
     entropy: float  # nats per token: minus the mean log-probability of the sampled tokens
 
 
@@ -83,10 +83,8 @@ def collapse(policy: Health, anchor: Health) -> str | None:
         return f"its prompts are {policy.length:.1f} tokens long (the anchor's: {anchor.length:.1f})"
     if policy.distinct < anchor.distinct / 3:
         return f"only {policy.distinct:.0%} of its prompts are distinct (the anchor's: {anchor.distinct:.0%})"
-    if policy.distinct_2 < anchor.distinct_2 / 3:
-        return (
-            f"its prompts repeat themselves (distinct-2 {policy.distinct_2:.2f}, the anchor's {anchor.distinct_2:.2f})"
-        )
+    if policy.variety < anchor.variety / 3:
+        return f"its prompts repeat word pairs: {policy.variety:.0%} are distinct (the anchor's: {anchor.variety:.0%})"
     return None
 
 

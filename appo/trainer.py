@@ -318,6 +318,6 @@ def _health(rollout: Rollout, prompts: Sequence[str]) -> Health:
         length=rollout.mask.sum(1).float().mean().item(),
         empty_rate=prompts.count("") / len(prompts),
         distinct=len(set(prompts)) / len(prompts),
-        distinct_2=fmean([distinct_ngrams([prompt], 2) for prompt in prompts if len(prompt.split()) > 1] or [1.0]),
+        variety=fmean([distinct_ngrams([prompt], 2) for prompt in prompts if len(prompt.split()) > 1] or [1.0]),
         entropy=-masked_mean(rollout.logprobs, rollout.mask).item(),
     )

@@ -14,7 +14,7 @@ from appo.rollout import Query, Rollout
 from appo.trainer import APPOTrainer
 from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of
 
-SOUND = Health(length=30.0, empty_rate=0.0, distinct=1.0, distinct_2=0.9, entropy=2.0)
+SOUND = Health(length=30.0, empty_rate=0.0, distinct=1.0, variety=0.9, entropy=2.0)
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,8 @@ SOUND = Health(length=30.0, empty_rate=0.0, distinct=1.0, distinct_2=0.9, entrop
         (SOUND._replace(empty_rate=0.75), "75% of its prompts are empty"),
         (SOUND._replace(distinct=0.375), None),
         (SOUND._replace(distinct=0.25), "only 25% of its prompts are distinct"),
-        (SOUND._replace(distinct_2=0.31), None),
-        (SOUND._replace(distinct_2=0.29), "repeat themselves"),
+        (SOUND._replace(variety=0.31), None),
+        (SOUND._replace(variety=0.29), "repeat word pairs"),
         (SOUND._replace(entropy=0.0), None),  # a confident agent has not collapsed
     ],
 )
@@ -38,7 +38,7 @@ def test_what_counts_as_collapse(policy: Health, sign: str | None) -> None:
 
 
 def test_an_agent_is_as_short_or_repetitive_as_its_anchor_may_be() -> None:
-    poor = Health(length=1.0, empty_rate=0.9, distinct=0.1, distinct_2=0.1, entropy=1.0)
+    poor = Health(length=1.0, empty_rate=0.9, distinct=0.1, variety=0.1, entropy=1.0)
     assert collapse(poor, poor) is None
 
 
