@@ -5,8 +5,8 @@
     appo study paper-few-shot --dry              the runs, with the memory and hours that they would take
     appo study stability --record docs/results/stability.jsonl
 
-Runs of the same --folder that are finished are taken as they are. --record writes what came out as data, a line for
-each run; the tables of the documentation are made of such files.
+Runs of the same --folder that are finished are taken as they are; --show makes no others. --record writes what came out
+as data, a line for each run; the tables of the documentation are made of such files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from experiments.config import RunConfig
 from experiments.config.strict import ConfigError
-from experiments.diagnostics.records import current_commit, record_of
+from experiments.diagnostics.records import record_of
 from experiments.diagnostics.tables import VIEW, markdown, view
 from experiments.run.files import write_whole
 from experiments.run.folder import jsonl_of
@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seeds", nargs="+", metavar="N", help="such as 0 1 5-9 (default: the study's)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each (default: 1)")
     parser.add_argument("--dry", action="store_true", help="only say what the runs would take")
+    parser.add_argument("--show", action="store_true", help="make no run: only show those that are finished")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write the results as data, in JSON lines")
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="sets a configuration field of every run")
     options = parser.parse_intermixed_args(argv)
@@ -61,25 +62,30 @@ def main(argv: Sequence[str]) -> int:
         for line in planned(cells):
             print(line, flush=True)
         return 0
-    return run(study, cells, options.jobs, options.record)
+    codes = {} if options.show else made([cell for _, cell in cells], options.jobs)
+    show(study, [(labels, cell) for labels, cell in cells if cell.begun and cell.finished], options.record)
+    if diverged := [name for name, code in codes.items() if code == UNSOUND]:
+        print(f"diverged, and in no table: {'; '.join(diverged)}")
+    return max(codes.values(), default=0)
 
 
-def run(study: Study, cells: Sequence[tuple[Mapping[str, str], Cell]], jobs: int, record: Path | None) -> int:
-    """Makes the runs that are not finished, a line for each when it is done, then shows the tables; the exit code."""
-    commit, codes = current_commit(), dict[str, int]()
-    for cell, code, error in make([cell for _, cell in cells], jobs):
+def made(cells: Sequence[Cell], jobs: int) -> dict[str, int]:
+    """Makes the runs that are not finished, a line for each when it is done; returns their exit codes."""
+    codes = dict[str, int]()
+    for cell, code, error in make(cells, jobs):
         codes[cell.name] = code
         told = error if code else "done"
         print(f"{len(codes)}/{len(cells)}  {cell.name}: {told}", file=sys.stderr, flush=True)
-    done = [(labels, cell) for labels, cell in cells if not codes[cell.name]]
-    records = [record_of(cell.folder, study.name, labels, commit) for labels, cell in done]
+    return codes
+
+
+def show(study: Study, finished: Sequence[tuple[Mapping[str, str], Cell]], record: Path | None) -> None:
+    """Prints the tables of finished runs, and writes these as data if `record` names a file."""
+    records = [record_of(cell.folder, study.name, labels) for labels, cell in finished]
     if record:
         write_whole(record, jsonl_of(records))
     for words in study.tables if records else []:
         print(f"{words}\n\n{markdown(view(records, words))}")
-    if diverged := [cell.name for _, cell in cells if codes[cell.name] == UNSOUND]:
-        print(f"diverged, and in no table: {'; '.join(diverged)}")
-    return max(codes.values())
 
 
 def planned(cells: Sequence[tuple[Mapping[str, str], Cell]]) -> Iterator[str]:

@@ -10,6 +10,7 @@ import pytest
 from experiments.diagnostics.records import Record
 from experiments.diagnostics.tables import VIEW, by, markdown, on_test, over_time, plane, summary, untrained, view
 from experiments.run.folder import jsonl_of, read_jsonl
+from experiments.run.run import current_commit
 from experiments.study import main
 from experiments.tuning.study import STUDIES, Study
 
@@ -108,12 +109,14 @@ def test_runs_are_made_recorded_and_not_made_again(
     assert [run["labels"] for run in written] == list(Study.load(str(file)).combinations())
     assert {len(run["curve"]) for run in written} == {2}
     assert {run["config"]["appo.learning_rate"] for run in written} == {1e-5, 1e-3}
-    assert all(run["environment"]["torch"] for run in written)
+    assert all(run["environment"]["torch"] and run["commit"] == current_commit() for run in written)
     before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.jsonl"))
     assert main(words) == 0
     assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.jsonl")) == before
     assert read_jsonl(record) == written
     assert capsys.readouterr().out == first.out
+    assert main([*words, "--seeds", "0", "1", "--show"]) == 0  # there is none of seed 1
+    assert read_jsonl(record) == written and capsys.readouterr().out == first.out
 
 
 def test_a_plan_says_what_all_runs_would_take(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

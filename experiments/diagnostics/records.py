@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from experiments.diagnostics.results import arm_of
 from experiments.run.folder import CONFIG, METRICS, PROMPTS, RESULT, finished, read_optional, stored_config
 from tasks.catalogue import load_spec
 
-ROOT = Path(__file__).parents[2]
 DIGITS = 3  # of the scores of a curve
 ELSEWHERE = {"run", "threads", "checkpoint_every", "seed", "tensorboard", "wandb"}  # settings that shape no score
 RESULTS = (
@@ -24,14 +22,13 @@ RESULTS = (
 Record = dict[str, Any]
 
 
-def record_of(folder: Path, study: str, labels: Mapping[str, str], commit: str | None) -> Record:
+def record_of(folder: Path, study: str, labels: Mapping[str, str]) -> Record:
     """What a run did and found; of one that is not finished, no scores on validation and test.
 
     Args:
         folder: of the run.
         study: the name of the study.
         labels: axis -> setting of this run.
-        commit: of the code that made the run.
 
     Raises:
         RunFolderError, ConfigError: the folder holds no run, or a file in it is not what a run writes.
@@ -43,6 +40,7 @@ def record_of(folder: Path, study: str, labels: Mapping[str, str], commit: str |
     decisions = [row["anchor"] for row in rows]
     named = {name: Path(getattr(config, name)).name for name in ("agent", "target")}
     chosen = flat(to_dict(config)).items()
+    environment = read_yaml(folder / CONFIG).get("environment", {})
     return {
         "study": study,
         "labels": dict(labels),
@@ -60,23 +58,10 @@ def record_of(folder: Path, study: str, labels: Mapping[str, str], commit: str |
         "promoted": decisions.count("promote"),
         "rolled_back": decisions.count("rollback"),
         **{name: result.get(name) for name in RESULTS},
-        "commit": commit,
-        "environment": read_yaml(folder / CONFIG).get("environment", {}),
+        "commit": environment.pop("commit", None),
+        "environment": environment,
         "config": {key: value for key, value in chosen if key not in {*ELSEWHERE, "agent", "target", "data"}},
     }
-
-
-def current_commit() -> str | None:
-    """The commit of this copy of the code, with a "+" if something has been changed since; None outside of git."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--", "*.py"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip() + "+" * bool(changed.stdout)
 
 
 def mean(values: Sequence[float | None]) -> float:

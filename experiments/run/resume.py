@@ -114,7 +114,7 @@ def restore(run: Run, arm: Stateful) -> tuple[int, list[str]]:
     if parts := differing(state["data"], run.fingerprint):
         raise CheckpointError(f"the data are not those that the run was begun with; changed: {parts}")
     now, before = run.environment(), state["environment"]
-    before = {"processes": 1, **before}
+    before = {"processes": 1, "commit": None, **before}
     changed = [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]
     if changed:
         notes = [*notes, f"not bit for bit the same run: {'; '.join(changed)}"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import platform
 import random
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,8 +69,9 @@ class Run:
         return self.data.spec.manual_prompt if self.config.edit_manual else ""
 
     def environment(self) -> dict[str, Any]:
-        """What else the results depend on: versions, device, threads, and how the models are run."""
+        """What else the results depend on: code, versions, device, threads, and how the models are run."""
         return {
+            "commit": current_commit(),
             "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "transformers", "datasets", "numpy")},
             "device": str(self.policy.device),
@@ -79,6 +82,22 @@ class Run:
             "agent_packed": self.policy.lm.packed,
             **{f"target_{name}": value for name, value in self.target.described().items()},
         }
+
+
+@cache
+def current_commit() -> str | None:
+    """The commit of this copy of the code, with a "+" if something has been changed since; None outside of git."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "--", "*.py"))
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def stream(seed: int, name: str) -> random.Random:
