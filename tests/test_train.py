@@ -50,6 +50,13 @@ def test_command_line_ends_well(finished: tuple[Path, subprocess.CompletedProces
     assert (finished[1].returncode, "Traceback" in finished[1].stderr) == (0, False), finished[1].stderr
 
 
+def test_an_arm_without_iterations_ends_well_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--task", "sst2", "--run", str(tmp_path / "run"), "arm=manual", *SMALL]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "manual prompt" in shown and "time:" not in shown
+
+
 def test_command_line_ends_with_a_table(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, process = finished
     for part in ("manual prompt", "best prompt found", "validation", "test", "paper's protocol", str(folder)):

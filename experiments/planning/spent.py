@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from experiments.planning.estimate import Estimate
 from experiments.planning.outlook import measured, plan_of
-from experiments.run.folder import METRICS, PHASES, read_jsonl
+from experiments.run.folder import METRICS, PHASES, read_optional
 from experiments.run.run import Run
 
 
@@ -16,7 +16,7 @@ def spent(run: Run) -> Iterator[str]:
 
     The rate is that of one large matrix product, measured now. Answers that the target remembered are counted as work.
     """
-    rows = read_jsonl(run.folder.path / METRICS)
+    rows = read_optional(run.folder.path / METRICS)
     total = sum(row["seconds"] for row in rows)
     if not total:
         return
