@@ -214,6 +214,9 @@ def test_the_command_plans_what_the_configuration_asks_for_first(
     assert "arithmetic of: LoRA rank 4, one base for both, gradient checkpointing" in said
     assert said.count("fits") > 4
     assert plan.main(["--agent", str(tmp_path / "nothing.json")]) == 2
+    capsys.readouterr()
+    assert plan.main(["--target", "models/no-such-model"]) == 2
+    assert capsys.readouterr().err.startswith("error: no folder 'models/no-such-model'; ")
 
 
 def test_a_pass_takes_at_least_its_launches() -> None:
