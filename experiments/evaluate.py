@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.config.strict import LARGEST
 from experiments.run.fingerprint import changed_since
-from experiments.run.folder import read_result
+from experiments.run.folder import EVALUATION, read_result
 from experiments.run.statistics import Interval, interval
 from experiments.terminal.command import Parser, UsageError, in_order
 from experiments.terminal.signals import ending_at_once
@@ -146,11 +146,13 @@ def main(argv: Sequence[str]) -> int:
     result = evaluate(run, options.votes, options.vote, options.sampled, options.seed)
     result["changed"] = parts or None
     for name, value in result.items():
+        if value is None:
+            continue
         shown = f"{value:.3f}" if isinstance(value, float) else value
         if isinstance(value, Interval):
             shown = f"{value.low:.3f} to {value.high:.3f} (95 %)"
         print(f"{name.replace('_', ' '):<24}{shown}")
-    run.folder.write_json("evaluation.json", result)  # last, so that the scores are shown even if this fails
+    run.folder.write_json(EVALUATION, result)  # last, so that the scores are shown even if this fails
     return 0
 
 

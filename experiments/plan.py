@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from experiments.config import GIVEN, RunConfig, build_config
 from experiments.config.strict import ConfigError
-from experiments.terminal.command import Parser, in_order
+from experiments.terminal.command import Parser, UsageError, in_order
 from experiments.terminal.signals import ending_at_once
 from tasks.catalogue import load_spec
 from tasks.errors import printable
@@ -40,13 +40,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, help="iterations")
     parser.add_argument("--query", type=int, help="tokens of the meta-prompt (default: guessed)")
     parser.add_argument("--example", type=int, default=EXAMPLE, help=f"tokens of an example (default: {EXAMPLE})")
-    parser.add_argument("--gpus", type=int, default=1, help="that divide the agent, with shard=true (default: 1)")
+    parser.add_argument("--gpus", type=int, default=1, help="that divide the agent; needs shard=true (default: 1)")
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="sets any field of the configuration")
     options = vars(parser.parse_intermixed_args(argv))
     query, example, gpus = (options.pop(name) for name in ("query", "example", "gpus"))
+    for name, value in (("--query", query), ("--example", example), ("--gpus", gpus)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}; expected at least 1")
     config = build_config(options, assignments=options.pop("assignments"))
     if config.shard and gpus < 2:
         raise ConfigError("shard is true, which divides the agent among GPUs; say how many with --gpus, 2 or more")
+    if gpus > 1 and not config.shard:
+        print("note: --gpus does nothing without shard=true", file=sys.stderr)
     lengths = lengths_of(config, query, example)
     with ending_at_once():
         from experiments.planning.estimate import Estimate, choices

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments.config import (
     COMMAND_LINE,
+    GIVEN,
     RunConfig,
     flat,
     merged_config,
@@ -167,7 +168,7 @@ def main(argv: Sequence[str]) -> int:
             print(stopped(folder.path, folder.path / SO_FAR, None), file=sys.stderr)
             raise
     print("", *spent(run), sep="\n")
-    print(f"\n{summary(result, folder.path)}")
+    print(f"\n{summary(result, folder.path, config.arm in GIVEN)}")
     if run.served:
         print(f"\n{requests(run.served.cost())}")
     job.leave()

@@ -23,9 +23,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from experiments.config import MODELS
 from experiments.terminal.command import Parser, UsageError, in_order
 
-FOLDER = Path("models")
 MEGABYTE = 1_000_000
 
 
@@ -228,7 +228,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--accept-gemma-terms", action="store_true", help="for gemma3-270m: accept Google's terms")
     options = parser.parse_args(argv)
     source = SOURCES.get(options.model)
-    folder = options.folder or FOLDER / Path(options.model).stem
+    folder = options.folder or Path(MODELS) / Path(options.model).stem
     missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
     if missing:
         raise WeightsError(f"needs {' and '.join(missing)}: pip install 'stableprompt-appo[gguf]'")

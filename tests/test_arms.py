@@ -20,6 +20,7 @@ from experiments.config import GIVEN, REFERENCES, RunConfig, build_config
 from experiments.config.strict import ConfigError
 from experiments.run.folder import METRICS, PREDICTIONS, PROMPTS, read_candidates, read_jsonl, read_result
 from experiments.run.run import Run, prepare, stream
+from experiments.terminal.console import summary
 from experiments.train import train
 from experiments.tuning.loop import ARMS, arm_of
 from rewards.target import Asked
@@ -122,6 +123,9 @@ def test_a_given_prompt_is_the_result_whatever_its_score(arm: str, kind: str, un
     assert not (run.folder.path / METRICS).exists() and not (run.folder.path / PROMPTS).exists()
     assert (run.folder.path / "report.html").is_file() and read_jsonl(run.folder.path / PREDICTIONS)
     assert len(read_candidates(run.folder.path)) == (1 if arm == "manual" else 2)
+    told = summary(result, run.folder.path, given=True)
+    assert (result["verdict"] in told) == ("the arm's prompt" in told) == (arm != "manual")
+    assert not [words for words in ("best prompt found", "flatters", "paper's protocol") if words in told]
 
 
 # -- paraphrase ------------------------------------------------------------------------------------------------------

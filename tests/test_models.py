@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from experiments import train
 from experiments.config import RunConfig
 from experiments.run import models
 from experiments.run.models import NO_NUMBERS, ModelError, load_model
@@ -130,6 +131,25 @@ def test_a_missing_folder_like_no_other_is_refused_without_asking_the_hub(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_args, **_options: pytest.fail("asked"))
     assert refusal(name) == f"agent: no folder {name!r}"
+
+
+def test_what_stands_in_models_is_no_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_args, **_options: pytest.fail("asked"))
+    assert refusal("models/smolm2") == "agent: no folder 'models/smolm2'; `make weights` puts models there"
+    (tmp_path / "models" / "smollm2").mkdir(parents=True)
+    assert "no folder 'models/smolm2'; did you mean 'models/smollm2'? `make weights`" in refusal("models/smolm2")
+    (tmp_path / "mine").mkdir()
+    assert refusal("mine/agent") == "agent: no folder 'mine/agent'"
+
+
+@pytest.mark.parametrize("role", ["agent", "target"])
+def test_a_missing_folder_is_refused_before_data_and_models(
+    role: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("experiments.run.run.load_task", lambda *_: pytest.fail("data were loaded"))
+    assert train.main([f"--{role}", "models/no-such-model"]) == 2
+    assert f"error: {role}: no folder 'models/no-such-model'" in capsys.readouterr().err
 
 
 # What the hub says when it cannot be reached, and when a model comes with code. A hub id has at most one slash.

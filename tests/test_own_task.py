@@ -121,7 +121,8 @@ def test_using_a_run_says_what_changed_since(tmp_path: Path, capsys: pytest.Capt
     for command, arguments in commands:
         capsys.readouterr()
         assert command(["--run", str(run), *arguments]) == 0
-        assert "changed" not in capsys.readouterr().err
+        output = capsys.readouterr()
+        assert "changed" not in output.err and "None" not in output.out
     assert json.loads((run / "evaluation.json").read_text())["changed"] is None
     for edit, part in EDITS:
         edit(tmp_path)

@@ -214,6 +214,22 @@ def test_the_command_plans_what_the_configuration_asks_for_first(
     assert "arithmetic of: LoRA rank 4, one base for both, gradient checkpointing" in said
     assert said.count("fits") > 4
     assert plan.main(["--agent", str(tmp_path / "nothing.json")]) == 2
+    capsys.readouterr()
+    assert plan.main(["--target", "models/no-such-model"]) == 2
+    assert capsys.readouterr().err.startswith("error: no folder 'models/no-such-model'; ")
+
+
+@pytest.mark.parametrize("option", ["--query", "--example", "--gpus"])
+@pytest.mark.parametrize("number", ["0", "-5"])
+def test_numbers_below_1_are_refused(option: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main([option, number]) == 2
+    assert capsys.readouterr().err == f"error: {option} is {number}; expected at least 1\n"
+
+
+def test_gpus_without_shard_are_told_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(plan, "page", lambda *_: ())
+    assert plan.main(["arm=frozen", "--gpus", "4"]) == 0
+    assert capsys.readouterr().err == "note: --gpus does nothing without shard=true\n"
 
 
 def test_a_pass_takes_at_least_its_launches() -> None:

@@ -82,6 +82,6 @@ def test_a_run_that_races_has_a_result_that_was_scored_on_all_rows(tmp_path: Pat
         outcomes[racing] = arm.result()
     result, rows = outcomes[True].result, [row["validation_rows"] for row in outcomes[True].candidates]
     assert result["validation_rows"] == max(rows) == len(run.data.validation) and rows.count(max(rows)) == 2
-    assert min(rows) == len(run.data.validation) // 7
+    assert min(rows) == len(run.data.validation) // 7 and rows == sorted(rows, reverse=True)
     exact = {row["prompt"]: row["validation_score"] for row in outcomes[False].candidates}
     assert result["validation_score"] == pytest.approx(exact[result["prompt"]])

@@ -11,17 +11,19 @@ import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.config import GIVEN, ArmName
 from experiments.page.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Curve, Mark, line_chart, shown, ticks
 from experiments.page.html import POLICY, SCRIPT
-from experiments.page.run_page import CURVES, render_report
+from experiments.page.run_page import CURVES, TITLES, render_report
 from experiments.run.folder import RunFolderError
+from tasks.catalogue import load_spec
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}  # elements that HTML does not close
 COLUMNS = [column.format(metric="accuracy") for chart in CURVES for column, _ in chart.columns]
@@ -283,6 +285,34 @@ def test_candidates_are_shown_with_their_scores_on_validation(tmp_path: Path) ->
     ]
 
 
+def test_candidates_of_a_race_are_shown_with_their_rows(tmp_path: Path) -> None:
+    page = render(tmp_path, candidates=[candidate("a", 0.75), candidate("b", 0.875) | {"validation_rows": 8}])
+    assert [row[-1] for row in cells(page, "<h2>Candidates")] == ["32", "8"]
+    assert "Raced on validation rows: those with most rows first" in page and "Scored on all" not in page
+    page = render(tmp_path, candidates=[candidate("a", 0.75)])
+    assert "Scored on all 32 validation rows, best first" in page
+
+
+CHOICE = ("chosen on validation", "best of the top", "what to expect", "How it went", "not measured", "0 iterations")
+
+
+@pytest.mark.parametrize("arm", get_args(ArmName))
+def test_a_page_is_titled_by_its_arm(arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONFIG, "arm", arm)
+    page = render(tmp_path, (), (), candidates=[candidate("a", 0.75)], expected_on_new_rows=0.5)
+    assert f"<h1>mnli: {TITLES[arm]}</h1>" in page and ("APPO</h1>" in page) == (arm == "appo")
+    assert [part in page for part in CHOICE] == [arm not in GIVEN] * len(CHOICE)
+
+
+def test_the_manual_prompt_is_not_compared_with_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONFIG, "arm", "manual")
+    page = render(tmp_path, (), (), chosen="manual", verdict="no prompt better than the manual one was found")
+    assert "no prompt better" not in page
+    assert [name for name, *_ in cells(page, "</h1>")] == ["manual prompt", "always the most frequent answer"]
+    monkeypatch.setitem(CONFIG, "arm", "empty")
+    assert cells(render(tmp_path, (), ()), "</h1>")[0][0] == "the arm's prompt"
+
+
 def test_a_copied_prompt_and_a_one_sided_target_are_warned_of(tmp_path: Path) -> None:
     shares = {"best": {"no": 0.05, "yes": 0.95}, "manual": {"no": 1.0, "yes": 0.0}, "right": {"no": 0.5, "yes": 0.5}}
     copied = [prompt("Is it so?") | {"overlap": 0.5}]
@@ -326,6 +356,15 @@ def test_the_code_that_uses_the_result_compiles(tmp_path: Path) -> None:
     for block in map(html.unescape, blocks):
         compile(block, "snippet", "exec")
         assert repr(text) in block
+
+
+def test_the_code_that_uses_the_labs_target_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = load_spec("mnli").manual_prompt
+    page = render(tmp_path, prompt=text, target="lab")
+    (block,) = re.findall(r"<h3>With [^<]*</h3><pre>(.*?)</pre>", page, re.DOTALL)
+    exec(compile(html.unescape(block), "snippet", "exec"), {})
+    answer = capsys.readouterr().out
+    assert answer.split()[0] in load_spec("mnli").verbalizer.values()
 
 
 def test_what_differs_from_the_defaults_comes_first(tmp_path: Path) -> None:

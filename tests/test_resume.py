@@ -21,9 +21,11 @@ import pytest
 import torch
 
 from appo.trainer import APPOTrainer
+from experiments import evaluate
 from experiments.config import build_config
+from experiments.diagnostics.results import UNFINISHED, read_row
 from experiments.run.checkpoint import MANIFEST
-from experiments.run.folder import LOCK, RunFolder, read_jsonl
+from experiments.run.folder import LOCK, OUTCOME, RunFolder, read_jsonl
 from experiments.run.run import prepare
 from experiments.terminal.console import Progress
 from experiments.terminal.signals import Signals, StoppedError
@@ -145,6 +147,40 @@ def test_a_finished_run_can_be_given_more_steps(undisturbed: Path, tmp_path: Pat
     assert main(["--run", str(folder), "--resume", "--steps", str(STEPS)]) == 0
     assert rows(folder) == rows(undisturbed)
     assert weights(folder) == weights(undisturbed)
+
+
+def test_a_finished_run_that_was_given_more_steps_and_stopped_has_no_result(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    assert evaluate.main(["--run", str(folder)]) == 0
+    assert all((folder / name).is_file() for name in OUTCOME)
+    assert interrupted(folder, monkeypatch, STEPS + 1, given=["--run", str(folder), "--resume", "--steps", "20"]) == 130
+    assert not any((folder / name).exists() for name in OUTCOME)
+    assert read_row(folder).verdict == UNFINISHED
+    assert "The run was stopped before its end" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("less", [["--steps", str(STEPS - 1)], ["steps=null", "epochs=3"]])
+def test_fewer_steps_than_are_done_are_refused(
+    less: list[str], undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert main(["--run", str(folder), "--resume", *less]) == 2
+    assert f"but the run has done {STEPS}; expected at least as many" in capsys.readouterr().err.splitlines()[-1]
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_new_run_in_the_folder_of_a_stopped_one_is_told_of_resume(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    assert main(arguments(folder)) == 2
+    assert "exists and is not empty; name another run folder" in capsys.readouterr().err
+    (folder / "best_prompt.json").unlink()
+    assert main(arguments(folder)) == 2
+    assert "; --resume goes on with the run in it, or name another run folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kill", range(KILLS))

@@ -156,7 +156,7 @@ class FixedPrompt(Arm):
             }
             for candidate, values, known in zip(candidates, validation, scored, strict=True)
         ]
-        listed.sort(key=lambda row: -row["validation_score"])
+        listed.sort(key=lambda row: (-row["validation_rows"], -row["validation_score"]))
         return Outcome(result, listed, predictions(test, of_manual, of_best, run.target.words))
 
     def _on_validation(self, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from tasks.errors import shown
 CONFIG_DIR = Path(__file__).parents[1] / "configs"
 ARMS_DIR = CONFIG_DIR / "arms"  # the keys of arms that are settings of APPO's trainer
 LAB = "lab"
+MODELS = "models"  # the folder that `make weights` fills
 COMMAND_LINE = "command line"
 Dtype = Literal["auto", "float32", "bfloat16"]
 LAB_DIR = Path(__file__).parents[1] / "lab"

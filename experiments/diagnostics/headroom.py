@@ -14,6 +14,7 @@ import torch
 
 from experiments.arms.fixed import meta_query
 from experiments.arms.result import chance
+from experiments.diagnostics.records import mean
 from experiments.run.run import Run, stream
 from experiments.run.statistics import LEVEL, Interval, interval, spread
 
@@ -52,12 +53,12 @@ class Headroom:
     def lines(self) -> list[str]:
         """Four lines for a person."""
         low, high = self.manual_interval
-        mean, best = sum(self.sampled) / len(self.sampled), max(self.sampled)
+        average, best = mean(self.sampled), max(self.sampled)
         differ = "" if self.spread is None else f", spread {self.spread:.3f} (chance alone: {self.noise:.3f})"
         return [
             f"headroom: {self.metric} on {self.rows} validation rows; the best constant answer gets {self.chance:.3f}",
             f"  manual prompt {self.manual:.3f} ({low:.3f} to {high:.3f}), no prompt {self.empty:.3f}",
-            f"  {len(self.sampled)} prompts of the untrained agent: mean {mean:.3f}, best {best:.3f}{differ}",
+            f"  {len(self.sampled)} prompts of the untrained agent: mean {average:.3f}, best {best:.3f}{differ}",
             f"  {self.verdict}",
         ]
 
@@ -71,20 +72,20 @@ def look(run: Run, count: int) -> Headroom:
     prompts = list(dict.fromkeys(written))
     rows = run.data.validation
     manual, empty, *table = run.reward.by_example([run.data.spec.manual_prompt, "", *prompts], rows).tolist()
-    sampled = [_mean(row) for row in table]
+    sampled = [mean(row) for row in table]
     seen = spread(table) if len(table) > 1 else None
     return Headroom(
         metric=run.reward.metric,
         rows=len(rows),
         chance=chance(rows) or 0.0,
-        manual=_mean(manual),
+        manual=mean(manual),
         manual_interval=interval(manual),
-        empty=_mean(empty),
+        empty=mean(empty),
         sampled=sampled,
         spread=seen and seen.between,
         noise=seen and seen.noise,
         p=seen and seen.p,
-        verdict=_verdict(seen.p if seen else None, sampled, _mean(manual)),
+        verdict=_verdict(seen.p if seen else None, sampled, mean(manual)),
     )
 
 
@@ -96,7 +97,3 @@ def _verdict(p: float | None, sampled: Sequence[float], manual: float) -> str:
     if max(sampled) <= manual:
         return f"prompts matter (p = {p:.2g}); none of the sampled ones beats the manual prompt yet"
     return f"prompts matter (p = {p:.2g}); the best sampled one beats the manual prompt, in part by luck"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

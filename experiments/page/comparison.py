@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from experiments.diagnostics.records import mean
 from experiments.diagnostics.results import RunRow, scored
 from experiments.page.charts import WINDOW, Band, Curve, Entry, forest, line_chart, running_mean, swatch
 from experiments.page.html import document, figure, table
@@ -76,8 +77,8 @@ def summaries(rows: Sequence[RunRow]) -> tuple[Sequence[str], list[Sequence[str]
         beats = f"{better:.2f} {_range(improvement_interval(scores, arms[first]))}" if arm != first else ""
         variation = coefficient_of_variation(scores)
         spread = "" if math.isnan(variation) else f"{variation:.3f}"
-        counted = (f"{_mean(scores):.3f}", middle, spread, f"{min(scores):.3f}", f"{max(scores):.3f}")
-        listed.append((arm, str(len(scores)), *counted, f"{_mean(manual[arm]):.3f}", beats))
+        counted = (f"{mean(scores):.3f}", middle, spread, f"{min(scores):.3f}", f"{max(scores):.3f}")
+        listed.append((arm, str(len(scores)), *counted, f"{mean(manual[arm]):.3f}", beats))
     header = ("arm", "runs", "test, mean", "interquartile mean", "variation", "lowest", "highest", "manual, test")
     return (*header, f"beats {first}"), listed
 
@@ -105,7 +106,7 @@ def _forest(arms: Mapping[str, Sequence[RunRow]], styles: Mapping[str, str], met
     ]
     manual = [row.manual_test_score for rows in arms.values() for row in rows if row.manual_test_score is not None]
     title = f"{metric} of the chosen prompts on test, with 95 % intervals"
-    chart = forest(title, metric, entries, _mean(manual))
+    chart = forest(title, metric, entries, mean(manual))
     note = "dashed: the manual prompt, mean"
     return figure(title, note, chart)
 
@@ -118,7 +119,7 @@ def _curves(arms: Mapping[str, Sequence[RunRow]], styles: Mapping[str, str], met
         if not runs:
             continue
         shared = sorted(set.intersection(*(set(run) for run in runs)))
-        curves.append(Curve([(x, _mean([run[x] for run in runs])) for x in shared], arm, f"line {styles[arm]}"))
+        curves.append(Curve([(x, mean([run[x] for run in runs])) for x in shared], arm, f"line {styles[arm]}"))
         bands.append(Band([(x, min(r[x] for r in runs), max(r[x] for r in runs)) for x in shared], styles[arm]))
         legend.append(f"<span>{swatch(f'line {styles[arm]}')}{escape(arm)} ({len(runs)} runs)</span>")
     if not any(curve.points for curve in curves):
@@ -145,10 +146,6 @@ def _runs(rows: Sequence[RunRow]) -> str:
         listed.append((Path(row.run).name, row.arm, row.verdict, str(row.seed), str(row.steps), best, manual))
     header = ("run", "arm", "verdict", "seed", "iterations", "test", "manual, test")
     return table("Every run, with 95 % intervals", header, listed, texts=3)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _count(number: int, what: str) -> str:

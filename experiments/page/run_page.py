@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from experiments.config import RunConfig, flat, on_toys, to_dict
+from experiments.config import GIVEN, RunConfig, flat, on_toys, to_dict
 from experiments.config.strict import LARGEST, read_yaml
+from experiments.diagnostics.records import mean
 from experiments.page.answers import answers_section
 from experiments.page.charts import MARKS, WINDOW, Curve, Dot, Mark, line_chart, running_mean, sign, strip_chart, swatch
 from experiments.page.html import code, document, figure, prompt, search, table
@@ -34,6 +35,21 @@ MOST_CANDIDATES = 10  # are shown at once, the others on a click
 MOST_PROMPTS = 200  # of the best by training reward are listed
 COPIED = 0.2  # share of a prompt's word runs found in training inputs from which the page warns
 ONE_SIDED = 0.9  # share of one answer from which the page warns
+TITLES = {  # by arm
+    "appo": "a prompt tuned with APPO",
+    "ppo": "a prompt tuned with PPO",
+    "rlhf": "a prompt tuned with PPO, KL against the initial agent",
+    "none": "a prompt tuned with PPO, no KL penalty",
+    "reinforce": "a prompt tuned with REINFORCE",
+    "grpo": "a prompt tuned with GRPO",
+    "frozen": "prompts of an untrained agent",
+    "paraphrase": "a prompt found by paraphrasing",
+    "edits": "a prompt found by edits of phrases",
+    "manual": "the manual prompt",
+    "empty": "no prompt",
+    "few_shot": "the manual prompt with examples",
+    "step_by_step": "the manual prompt, step by step",
+}
 
 
 class Shown(NamedTuple):
@@ -68,23 +84,27 @@ def render_report(folder: Path, metric: str) -> str:
     described = config | (result or {})
     edited = described.get("mode") == "tte"
     words = list(dict.fromkeys((result or {}).get("verbalizer", {}).values())) or _letters(predictions)
-    title = f"{described.get('task')}: a prompt tuned with APPO"
-    about = ", ".join(f"{key} {described.get(key)}" for key in ("seed", "agent", "target", "data"))
+    arm = str(config.get("arm", "appo"))
+    title = f"{described.get('task')}: {TITLES.get(arm, arm)}"
+    about = [f"{key} {described.get(key)}" for key in ("seed", "agent", "target", "data")]
+    if given := arm in GIVEN:  # nothing was searched for and nothing chosen
+        candidates = []
+    else:
+        about = [f"{len(metrics)} iterations", f"{len(prompts)} prompts scored", *about]
     looked = read_headroom(folder)
     return document(
         title,
         [
             f"<h1>{escape(title)}</h1>",
-            f'<p class="muted">{len(metrics)} iterations, {len(prompts)} prompts scored, {escape(about)}</p>',
-            *(_answer(result) if result else _so_far(prompts)),
+            f'<p class="muted">{escape(", ".join(about))}</p>',
+            *(_answer(result, given) if result else _so_far(prompts)),
             *(f'<p class="warning">{escape(line)}</p>' for line in _warnings(config, result, metrics, prompts)),
             *(["<h2>Before training</h2>", *(f"<p>{escape(line.strip())}</p>" for line in looked)] if looked else []),
-            "<h2>How it went</h2>",
-            *_curves(metrics, metric),
+            *([] if given else ["<h2>How it went</h2>", *_curves(metrics, metric)]),
             *answers_section(predictions, words, edited),
             *_candidates(candidates),
             *([] if edited else _pool(prompts)),
-            *_reviews(metrics, metric),
+            *([] if given else _reviews(metrics, metric)),
             *_cost(metrics, prompts),
             *_use(result, str(config.get("run") or folder)),
             *_configuration(config),
@@ -95,24 +115,30 @@ def render_report(folder: Path, metric: str) -> str:
 # -- the answer --------------------------------------------------------------------------------------------------
 
 
-def _answer(result: Mapping[str, Any]) -> list[str]:
-    """What the run found: the verdict, the prompt, and its scores beside the manual prompt's."""
+def _answer(result: Mapping[str, Any], given: bool) -> list[str]:
+    """What the run found: the verdict, the prompt, and its scores beside the manual prompt's.
+
+    Args:
+        result: of the run.
+        given: the arm gave the prompt, so there was no choice to tell of.
+    """
+    manual = given and result["chosen"] == "manual"
     kind = next((word for word in ("better", "worse") if result["verdict"].startswith(word)), "")
-    parts = [f'<p class="verdict {kind}">{escape(result["verdict"])}</p>']
+    parts = [] if manual else [f'<p class="verdict {kind}">{escape(result["verdict"])}</p>']
     if result["prompt"] is None:
         best = "an instruction for each input"
         edits = [f"<p>{escape(edit['input'])}</p>{prompt(edit['prompt'])}" for edit in result["edits"]]
         parts += ["<p>The agent writes an instruction for each input, for example:</p>", *edits]
     else:
-        best = "best prompt, chosen on validation"
+        best = "the arm's prompt" if given else "best prompt, chosen on validation"
         parts.append(prompt(result["prompt"]))
     rows = [
         (name, score(result, f"{which}validation"), score(result, f"{which}test"))
-        for name, which in ((best, ""), ("manual prompt", "manual_"))
+        for name, which in (*([] if manual else [(best, "")]), ("manual prompt", "manual_"))
     ]
-    if protocol := result.get("paper_protocol"):
+    if (protocol := result.get("paper_protocol")) and not given:
         rows.append((f"the paper's protocol: {protocol['name']}", "", score(protocol, "test")))
-    if result.get("expected_on_new_rows") is not None:
+    if result.get("expected_on_new_rows") is not None and not given:
         expected = number(result["expected_on_new_rows"])
         rows.append(("what to expect of a prompt chosen on half of the validation rows, on the others", expected, ""))
     if result.get("chance") is not None:
@@ -221,7 +247,7 @@ def _reviews(metrics: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
             sides = [_numbers(review.get(side)) for side in ("policy_scores", "anchor_scores")]
             reason = f"{row['anchor']}: {review.get('reason', '')}"
             rows.append(
-                (reason, str(row["iteration"]), *(f"{number(_mean(side))} (n = {len(side)})" for side in sides))
+                (reason, str(row["iteration"]), *(f"{number(_finite(mean(side)))} (n = {len(side)})" for side in sides))
             )
     if not rows:
         return ["<h2>Anchor reviews</h2>", '<p class="muted">None in this run.</p>']
@@ -237,11 +263,14 @@ def _candidates(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
     if not candidates:
         return []
     rows = [
-        (str(row.get("prompt")), str(row.get("kind")), number(_finite(row.get("reward"))), score(row, "validation"))
+        [str(row.get("prompt")), str(row.get("kind")), number(_finite(row.get("reward"))), score(row, "validation")]
         for row in candidates
     ]
-    caption = f"Scored on all {candidates[0]['validation_rows']} validation rows, best first; 95 % intervals"
-    header = ("prompt", "kind", "training reward", "validation")
+    header, counts = ["prompt", "kind", "training reward", "validation"], [row["validation_rows"] for row in candidates]
+    caption = f"Scored on all {counts[0]} validation rows, best first; 95 % intervals"
+    if len(set(counts)) > 1:
+        rows, header = [[*row, str(count)] for row, count in zip(rows, counts, strict=True)], [*header, "rows"]
+        caption = "Raced on validation rows: those with most rows first, then best first; 95 % intervals"
     parts = ["<h2>Candidates</h2>", table(caption, header, rows[:MOST_CANDIDATES], texts=2)]
     if rest := rows[MOST_CANDIDATES:]:
         folded = table(f"The other {len(rest)} candidates", header, rest, texts=2)
@@ -350,10 +379,6 @@ def _review(row: Mapping[str, Any]) -> Mapping[str, Any]:
 def _letters(predictions: Sequence[Mapping[str, Any]]) -> list[str]:
     """The letters of a task with choices, in order; none where answers are text."""
     return sorted({word for row in predictions for word in row["manual"]["probabilities"]})
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _numbers(values: object) -> list[float]:

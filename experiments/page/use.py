@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.config import is_served
+from experiments.config import LAB, LAB_DIR, is_served
 
 TRANSFORMERS = """from transformers import pipeline
 
@@ -29,14 +29,15 @@ def snippets(result: Mapping[str, Any], folder: str) -> list[tuple[str, str]]:
     command = f'appo prompt --run {folder} --input "..." --answer'
     if result["prompt"] is None:
         return [("On the command line", command)]
-    values = {name: result[name] for name in ("template", "prompt", "target")}
-    here = [("With transformers", TRANSFORMERS.format(**values))]
-    values["url"] = "http://localhost:8000/v1"
-    if is_served(result["target"]):
-        url, _, values["target"] = result["target"].partition("#")
-        values["url"], here = f"{url}/v1", []
-    return [
-        ("On the command line", command),
-        *here,
-        ("With an OpenAI-compatible server", OPENAI.format(**values)),
-    ]
+    target, url = result["target"], "http://localhost:8000"
+    if is_served(target):
+        url, _, target = target.partition("#")
+    elif target == LAB:
+        target = str(LAB_DIR / "target")
+    values = {"template": result["template"], "prompt": result["prompt"], "target": target}
+    ways = [("On the command line", command)]
+    if not is_served(result["target"]):
+        ways.append(("With transformers", TRANSFORMERS.format(**values)))
+    if result["target"] != LAB:  # a toy, which nobody serves
+        ways.append(("With an OpenAI-compatible server", OPENAI.format(**values, url=f"{url}/v1")))
+    return ways

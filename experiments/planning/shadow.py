@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from appo.lm import packed
 from appo.lm.attention import NAME, Branches
 from appo.lm.logits import logprobs_and_entropy
-from experiments.run.models import ModelError
+from experiments.run.models import ModelError, is_missing_folder, no_folder
 
 META = torch.device("meta")
 
@@ -226,6 +226,8 @@ class Shadow:
 def _without_weights(source: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     if source.endswith(".json") and not Path(source).is_file():  # a hub would be asked for it, again and again
         raise ModelError(f"no file {source!r}; expected the config.json of a causal LM")
+    if is_missing_folder(source):
+        raise ModelError(no_folder(source))
     if Path(source).is_dir() and not Path(source, "config.json").is_file():
         raise ModelError(f"{source!r} holds no config.json; expected the folder of a causal LM")
     try:

@@ -25,6 +25,8 @@ CONFIG, RESULT, HEADROOM = "config.yaml", "best_prompt.json", "headroom.json"
 METRICS, PROMPTS = "metrics.jsonl", "prompts.jsonl"  # grow row by row
 CANDIDATES, PREDICTIONS = "candidates.jsonl", "predictions.jsonl"  # written whole, at the end of a run
 PHASES = ("sampling", "scoring", "update", "review")  # of an iteration; metrics.jsonl has the seconds of each
+EVALUATION = "evaluation.json"  # of `appo evaluate`
+OUTCOME = (RESULT, CANDIDATES, PREDICTIONS, EVALUATION)  # of a finished run
 SCORED = "scored.jsonl"  # of a run whose target is behind a server: its answers, which cost something
 SO_FAR = "best_so_far.json"  # of a run that was stopped
 ADAPTER = "adapter_config.json"  # in the folder of an agent that is an adapter, not a whole model
@@ -66,7 +68,9 @@ class RunFolder:
 
     def __init__(self, path: Path, new: bool = True) -> None:
         if new and path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= UNBEGUN):
-            raise RunExistsError(f"{str(path)!r} exists and is not empty; name another run folder")
+            stopped = (path / CONFIG).is_file() and not (path / RESULT).is_file()
+            way = "--resume goes on with the run in it, or name" if stopped else "name"
+            raise RunExistsError(f"{str(path)!r} exists and is not empty; {way} another run folder")
         self.path = path
 
     @contextmanager

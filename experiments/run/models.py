@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from appo.lm import adapter
 from appo.lm.model import CausalLM, out_of_memory
 from appo.policy import Policy
-from experiments.config import LAB, LAB_DIR, RunConfig
+from experiments.config import LAB, LAB_DIR, MODELS, RunConfig, is_served
 from experiments.config.extras import installed
 from experiments.run.files import writing
 from experiments.run.folder import ADAPTER
@@ -92,16 +92,11 @@ def load_model(config: RunConfig, role: Role) -> CausalLM:
             that cannot be loaded, does not run, or has no end token or chat template where one is needed.
     """
     device = find_device(config.device)
+    check_source(config, role)
     computes_in = compute_dtype(config.dtype if role == "agent" else config.target_dtype, device, role)
     name, source = getattr(config, role), source_of(config, role)
     adapted = role == "agent" and rank_of(config) is not None
     stored_in = torch.float32 if role == "agent" and not adapted else computes_in
-    if Path(source).is_dir():
-        _check_folder(role, Path(source))
-    elif Path(source).exists():
-        raise ModelError(f"{role}: {source!r} is a file; expected the folder of a causal LM")
-    elif Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise ModelError(f"{role}: no folder {source!r}{_nearest(Path(source))}")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
@@ -127,6 +122,42 @@ def load_model(config: RunConfig, role: Role) -> CausalLM:
     if adapted:
         _adapt(config, model)
     return CausalLM(model, tokenizer, chat, computes_in, config.gradient_checkpointing, config.onednn)
+
+
+def check_source(config: RunConfig, role: Role) -> None:
+    """Refuses what is seen to be no model without loading it or asking a hub; of a server nothing is seen.
+
+    Raises:
+        ModelError: a file, a folder without config or weights, or a name that only a folder can have, and none has.
+    """
+    source = source_of(config, role)
+    if role == "target" and is_served(source):
+        return
+    if Path(source).is_dir():
+        _check_folder(role, Path(source))
+    elif Path(source).exists():
+        raise ModelError(f"{role}: {source!r} is a file; expected the folder of a causal LM")
+    elif is_missing_folder(source):
+        raise ModelError(f"{role}: {no_folder(source)}")
+
+
+def is_missing_folder(source: str) -> bool:
+    """Whether nothing has this name and no hub can: it is a path, or begins with `models` or a folder that is there."""
+    path = Path(source)
+    if path.exists():
+        return False
+    within = len(path.parts) > 1 and (path.parts[0] == MODELS or Path(path.parts[0]).is_dir())
+    return within or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+
+
+def no_folder(source: str) -> str:
+    """Says that a model's folder is missing, and what was perhaps meant or has still to be done."""
+    path = Path(source)
+    siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, siblings, n=1)
+    hints = [f"did you mean {str(path.parent / near[0])!r}?"] if near else []
+    hints += ["`make weights` puts models there"] if path.parts[:1] == (MODELS,) else []
+    return "; ".join([f"no folder {source!r}", *([" ".join(hints)] if hints else [])])
 
 
 def source_of(config: RunConfig, role: Role) -> str:
@@ -287,18 +318,12 @@ def _check_folder(role: str, folder: Path) -> None:
                 f"{role}: {str(folder)!r} holds an adapter, which needs the package peft; "
                 "pip install 'stableprompt-appo[lora]'"
             )
-        if Path(base).is_absolute() and not Path(base).is_dir():
+        if is_missing_folder(base):
             raise ModelError(f"{role}: {str(folder)!r} holds an adapter to {base!r}, which is not there any more")
     elif not (folder / "config.json").is_file():
         raise ModelError(f"{role}: {str(folder)!r} holds no config.json; expected the folder of a causal LM")
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{role}: {str(folder)!r} holds no weights; expected *.safetensors")
-
-
-def _nearest(path: Path) -> str:
-    siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-    near = get_close_matches(path.name, siblings, n=1)
-    return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
 
 
 def compute_dtype(name: str, device: torch.device, role: Role) -> torch.dtype:

@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 from appo.lm.model import out_of_memory
 from experiments.config import to_dict
+from experiments.config.strict import ConfigError
 from experiments.run import checkpoint
 from experiments.run.checkpoint import CheckpointError
 from experiments.run.fingerprint import differing
-from experiments.run.folder import RESULT, SCORED, RunFolderError, read_jsonl, read_optional, stored_config
+from experiments.run.folder import METRICS, OUTCOME, RESULT, SCORED, RunFolderError, read_optional, stored_config
 from experiments.run.run import Run
 
 
@@ -25,13 +26,15 @@ class Stateful(Protocol):
 def begin(run: Run, arm: Stateful, resume: bool) -> tuple[int, list[str]]:
     """Writes config.yaml; on a resume, first restores the last checkpoint.
 
-    A run that was killed before its first checkpoint begins anew.
+    A run that was killed before its first checkpoint begins anew. A finished run that gets more iterations is no longer
+    finished: its result is removed.
 
     Returns:
         How many iterations are done, and notes for the user.
 
     Raises:
         CheckpointError: no checkpoint can be restored; the logs are unchanged.
+        ConfigError: the run has done more iterations than it is to have; the folder is unchanged.
     """
     done, notes = 0, list[str]()
     folder = run.folder.path / "checkpoint"
@@ -43,7 +46,7 @@ def begin(run: Run, arm: Stateful, resume: bool) -> tuple[int, list[str]]:
     elif resume:
         try:
             done, notes = restore(run, arm)
-        except (CheckpointError, RunFolderError):
+        except (CheckpointError, ConfigError, RunFolderError):
             raise
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             if out_of_memory(error):
@@ -51,6 +54,9 @@ def begin(run: Run, arm: Stateful, resume: bool) -> tuple[int, list[str]]:
             raise CheckpointError(f"{folder}: the newest one holds no state of this run ({error!r})") from error
     run.policy.ranks.check_same("the iterations that are done", done)
     _keep_answers(run)
+    if done < run.steps:
+        for name in OUTCOME:
+            run.folder.remove(name)
     run.folder.write_config(to_dict(run.config) | {"environment": run.environment()})
     return done, notes
 
@@ -109,8 +115,12 @@ def restore(run: Run, arm: Stateful) -> tuple[int, list[str]]:
 
     Raises:
         CheckpointError: no checkpoint is whole, or it was made with other data.
+        ConfigError: the run is to have fewer iterations than it has done.
     """
     state, notes = checkpoint.load(run.folder.path / "checkpoint")
+    if state["iteration"] > run.steps:
+        asked = f"steps or epochs ask for {run.steps} iterations in all"
+        raise ConfigError(f"{asked}, but the run has done {state['iteration']}; expected at least as many")
     if parts := differing(state["data"], run.fingerprint):
         raise CheckpointError(f"the data are not those that the run was begun with; changed: {parts}")
     now, before = run.environment(), state["environment"]
@@ -129,5 +139,4 @@ def _killed_early(run: Run) -> bool:
     folder = run.folder.path
     if checkpoint.any_in(folder / "checkpoint") or (folder / RESULT).exists():
         return False
-    metrics = folder / "metrics.jsonl"
-    return not metrics.exists() or len(read_jsonl(metrics)) <= stored_config(folder).checkpoint_every
+    return len(read_optional(folder / METRICS)) <= stored_config(folder).checkpoint_every

@@ -25,7 +25,7 @@ from experiments.config.extras import check_extras
 from experiments.config.strict import ConfigError
 from experiments.run.fingerprint import Fingerprint, fingerprint
 from experiments.run.folder import ReadFolder, RunFolder, RunFolderError, finished, new_folder
-from experiments.run.models import ModelError, load_model, load_models, reach_server
+from experiments.run.models import ModelError, check_source, load_model, load_models, reach_server
 from rewards.local import LocalTarget
 from rewards.reward import ClassificationReward, GenerationReward, Reward
 from rewards.served import ServedTarget
@@ -132,6 +132,8 @@ def prepare(config: RunConfig, resume: bool = False, ranks: Ranks | None = None)
         ranks: the processes that share the work; the first of them alone writes. Default: this one.
     """
     check_extras(config)
+    check_source(config, "agent")
+    check_source(config, "target")
     ranks, path = ranks or Ranks(), new_folder(config)
     if config.shard and ranks.size == 1:
         raise ConfigError("shard is true, but there is one process only; start more: docs/several-gpus.md")

@@ -101,19 +101,26 @@ def clip(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: max(0, width - 3)]}..."
 
 
-def summary(result: Mapping[str, Any], folder: Path) -> str:
-    """The table a run ends with: the manual prompt against the best one found, and where everything is."""
-    name = "a prompt per input" if result["prompt"] is None else "best prompt found"
+def summary(result: Mapping[str, Any], folder: Path, given: bool = False) -> str:
+    """The table a run ends with: the manual prompt against the best one found, and where everything is.
+
+    Args:
+        result: what best_prompt.json holds.
+        folder: of the run.
+        given: the arm gave the prompt, so there was no choice to tell of.
+    """
+    name = "a prompt per input" if result["prompt"] is None else "the arm's prompt" if given else "best prompt found"
     rows = [("manual prompt", "manual_"), *([] if result["chosen"] == "manual" else [(name, "")])]
     columns = [f"{split} ({result[f'{split}_rows']} rows)" for split in ("validation", "test")]
     lines = [f"{result['metric']:<20}{columns[0]:<26}{columns[1]}"]
     lines += [
         f"{name:<20}{_score(result, f'{which}validation'):<26}{_score(result, f'{which}test')}" for name, which in rows
     ]
-    lines += ["", result["verdict"], *_answers(result)]
-    if (expected := result.get("expected_on_new_rows")) is not None:
+    verdict = [result["verdict"]] if len(rows) > 1 or not given else []
+    lines += ["", *verdict, *_answers(result)]
+    if (expected := result.get("expected_on_new_rows")) is not None and not given:
         lines.append(f"validation flatters what is chosen on it; on new rows expect about {_number(expected)}")
-    if protocol := result.get("paper_protocol"):
+    if (protocol := result.get("paper_protocol")) and not given:
         lines.append(f"paper's protocol ({protocol['name']}): {_number(protocol['test_score'])}")
     if result["prompt"] is None:
         lines += [f"for {edit['input']!r}:\n    {edit['prompt']}" for edit in result["edits"][:2]]
