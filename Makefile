@@ -15,9 +15,9 @@ INSTALL = -m pip install --quiet --disable-pip-version-check --constraint
 PYTEST = -m pytest --numprocesses auto --dist worksteal
 
 # make train TASK=mnli [MODE=fixed|tte AGENT=.. TARGET=.. DATA=lab|hub|DIR STEPS=.. SEED=.. RUN=dir GPUS=n ARGS="key=value ..."]
-OPTIONS = $(if $(TASK),--task "$(TASK)") $(if $(AGENT),--agent "$(AGENT)") $(if $(TARGET),--target "$(TARGET)") \
-	$(if $(DATA),--data "$(DATA)") $(if $(MODE),--mode "$(MODE)") $(if $(STEPS),--steps "$(STEPS)") $(if $(SEED),--seed "$(SEED)") \
-	$(if $(RUN),--run "$(RUN)") $(if $(RESUME),--resume)
+PLANNED = $(if $(TASK),--task "$(TASK)") $(if $(AGENT),--agent "$(AGENT)") $(if $(TARGET),--target "$(TARGET)") \
+	$(if $(MODE),--mode "$(MODE)") $(if $(STEPS),--steps "$(STEPS)")
+OPTIONS = $(PLANNED) $(if $(DATA),--data "$(DATA)") $(if $(SEED),--seed "$(SEED)") $(if $(RUN),--run "$(RUN)") $(if $(RESUME),--resume)
 # The same for commands that make many runs, which take them as keys.
 KEYS = $(if $(AGENT),"agent=$(AGENT)") $(if $(TARGET),"target=$(TARGET)") $(if $(DATA),"data=$(DATA)") $(if $(MODE),"mode=$(MODE)") \
 	$(if $(STEPS),"steps=$(STEPS)")
@@ -57,8 +57,7 @@ tasks: $(READY) ## list the tasks, or show one: make tasks SHOW=mnli
 	@$(BIN)/appo tasks $(if $(SHOW),--show "$(SHOW)") $(if $(DATA),--data "$(DATA)")
 
 plan: $(READY) ## what a run would take: memory, work, hours on some GPUs: make plan TASK=sst2 AGENT=..
-	@$(BIN)/appo plan $(if $(TASK),--task "$(TASK)") $(if $(AGENT),--agent "$(AGENT)") $(if $(TARGET),--target "$(TARGET)") \
-		$(if $(MODE),--mode "$(MODE)") $(if $(STEPS),--steps "$(STEPS)") $(ARGS)
+	@$(BIN)/appo plan $(PLANNED) $(ARGS)
 
 compare: $(READY) ## ways to tune a prompt, over seeds: make compare TASK=mnli ARMS="appo frozen" SEEDS=0-4 FOLDER=.. JOBS=2
 	@$(BIN)/appo compare $(if $(TASK),--task "$(TASK)") $(CELLS) $(KEYS) $(ARGS)
