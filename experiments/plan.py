@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from experiments.config import GIVEN, RunConfig, build_config
+from experiments.config import GIVEN, RunConfig, build_config, is_served
 from experiments.config.strict import ConfigError
 from experiments.terminal.command import Parser, UsageError, in_order
 from experiments.terminal.signals import ending_at_once
@@ -48,6 +48,10 @@ def main(argv: Sequence[str]) -> int:
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; expected at least 1")
     config = build_config(options, assignments=options.pop("assignments"))
+    if is_served(config.target):
+        raise ConfigError(
+            f"target {config.target!r} is behind a server, and no model to plan; name one in its place, such as the agent's"
+        )
     if config.shard and gpus < 2:
         raise ConfigError("shard is true, which divides the agent among GPUs; say how many with --gpus, 2 or more")
     if gpus > 1 and not config.shard:

@@ -241,3 +241,8 @@ def test_a_pass_takes_at_least_its_launches() -> None:
     others = sum(line.passes for line in estimate.work()) - steps
     assert steps > 100 > others > 0
     assert estimate.seconds(slow) == pytest.approx((others * 1e-3 + steps * 1e-4) * 2 * layers, rel=1e-3)
+
+
+def test_a_target_behind_a_server_is_no_model_to_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["--target", "http://localhost:8000#m"]) == 2
+    assert "http://localhost:8000#m' is behind a server" in capsys.readouterr().err
