@@ -23,7 +23,7 @@ from experiments.diagnostics.tables import VIEW, markdown, view
 from experiments.run.files import write_whole
 from experiments.run.folder import jsonl_of
 from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order
-from experiments.tuning.cells import Cell, make, seeds_of
+from experiments.tuning.cells import Cell, check_assignments, make, seeds_of
 from experiments.tuning.study import STUDIES, Study
 
 SHAPES = STUDIES / "shapes"  # configurations of models of the paper, for plans without a hub
@@ -35,26 +35,28 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser("appo study", __doc__)
     parser.add_argument("study", nargs="?", help="its name, or the path of its .yaml file")
     parser.add_argument("--folder", type=Path, help="folder of the runs (default: runs/STUDY)")
-    parser.add_argument("--seeds", nargs="+", metavar="N", help="such as 0 1 5-9 (default: the study's)")
+    parser.add_argument("--seeds", nargs="+", action="append", metavar="N", help="such as 0 5-9 (default: the study's)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each (default: 1)")
     parser.add_argument("--dry", action="store_true", help="only say what the runs would take")
     parser.add_argument("--show", action="store_true", help="make no run: only show those that are finished")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write the results as data, in JSON lines")
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="sets a configuration field of every run")
-    options = parser.parse_intermixed_args(argv)
-    if options.study and "=" in options.study:
-        raise UsageError(f"{options.study!r} is no study; expected its name before any key=value")
+    options = parser.parse_mixed(argv, "seeds")
+    first = options.study or next(iter(options.assignments), "")
+    if "=" in first:
+        raise UsageError(f"{first!r} is no study; expected its name before any key=value")
     if not options.study:
         for name in sorted(path.stem for path in STUDIES.glob("*.yaml")):
             print(f"{name:<16} {Study.load(name).question}")
         return 0
     if options.jobs < 1:
         raise UsageError(f"--jobs is {options.jobs}; expected at least 1")
+    check_assignments(options.assignments, ("seed", "run"))
     study = Study.load(options.study)
     for table in study.tables:
         if not VIEW.fullmatch(table):
             raise ConfigError(f"{study.name}: tables: {table!r} is none; see `experiments/diagnostics/tables.py`")
-    seeds = [seed for word in options.seeds for seed in seeds_of(word)] if options.seeds else study.seeds
+    seeds = seeds_of(options.seeds) or study.seeds
     alone = ["threads=1"] if options.jobs > 1 else []
     cells = list(study.cells(options.folder or Path("runs") / study.name, seeds, [*alone, *options.assignments]))
     print(f"{study.question}\n", flush=True)

@@ -84,6 +84,10 @@ def test_an_assignment_is_no_seed_and_no_arm(given: list[str]) -> None:
         (["--seeds", str(2**64)], "seed is"),
         (["--task", "mnIi"], "did you mean 'mnli'"),
         (["--seeds", "0", "stepz=2"], "unknown key 'stepz'"),
+        (["--seeds", "steps=2"], "--seeds: expected a value before 'steps=2'"),
+        (["--seeds", "0", "seed=3"], "'seed=3' would make all runs alike; --seeds says it for each"),
+        (["run=here"], "'run=here' would make all runs alike; --folder says it for each"),
+        (["--arms", "appo", "arm=ppo"], "'arm=ppo' would make all runs alike; --arms says it for each"),
     ],
 )
 def test_mistakes_are_one_clear_line(

@@ -12,6 +12,7 @@ from experiments.diagnostics.tables import VIEW, by, markdown, on_test, over_tim
 from experiments.run.folder import jsonl_of, read_jsonl
 from experiments.run.run import current_commit
 from experiments.study import main
+from experiments.tuning.cells import Cell
 from experiments.tuning.study import STUDIES, Study
 
 SMALL = "prompts=2 threads=1 sampling.max_new_tokens=8 examples.test_limit=10 pool=2 steps=2 headroom=0"
@@ -71,6 +72,10 @@ def test_every_study_that_is_shipped_can_be_run(path: Path, tmp_path: Path) -> N
         (["ablate", "--seeds", "x"], "'x' is no seed"),
         (["ablate", "apo.lam=1"], "apo"),
         (["steps=3"], "'steps=3' is no study"),
+        (["--seeds", "0", "steps=3"], "'steps=3' is no study"),
+        (["ablate", "--seeds", "steps=3"], "--seeds: expected a value before 'steps=3'"),
+        (["ablate", "seed=3"], "'seed=3' would make all runs alike; --seeds says it for each"),
+        (["ablate", "--seeds", "0", "run=here"], "'run=here' would make all runs alike; --folder says it for each"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,6 +122,23 @@ def test_runs_are_made_recorded_and_not_made_again(
     assert capsys.readouterr().out == first.out
     assert main([*words, "--seeds", "0", "1", "--show"]) == 0  # there is none of seed 1
     assert read_jsonl(record) == written and capsys.readouterr().out == first.out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--seeds", "0", "2", "0-1", "steps=1", "prompts=3"],  # `make ablate SEEDS="0 2 0-1" ARGS="steps=1 prompts=3"`
+        ["--seeds", "7", "steps=1", "--seeds", "0 2", "1", "prompts=3"],
+    ],
+)
+def test_an_assignment_is_no_seed_and_a_seed_counts_once(
+    words: list[str], file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[Cell]()
+    monkeypatch.setattr("experiments.study.made", lambda cells, jobs: asked.extend(cells) or {})
+    assert main([str(file), "--folder", str(tmp_path), *words]) == 0
+    assert [cell.config.seed for cell in asked] == [0] * 4 + [2] * 4 + [1] * 4
+    assert {(cell.config.steps, cell.config.prompts) for cell in asked} == {(1, 3)}
 
 
 def test_a_plan_says_what_all_runs_would_take(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,26 @@ class Parser(argparse.ArgumentParser):
             options |= {"formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(prog, **options)
 
+    def parse_mixed(self, argv: Sequence[str], *several: str) -> argparse.Namespace:
+        """The options of a command with key=value words among its arguments, as `assignments`.
+
+        Args:
+            argv: the arguments.
+            several: options that take all words that follow, key=value too; the last of each counts, word by word.
+
+        Raises:
+            UsageError: an argument is not as it should be.
+        """
+        options = self.parse_intermixed_args(argv)
+        for name in several:
+            given = getattr(options, name) or [[]]
+            options.assignments += [word for words in given for word in words if "=" in word]
+            words = [word for text in given[-1] if "=" not in text for word in text.split()]
+            if given[-1] and not words:
+                raise UsageError(f"--{name}: expected a value before {given[-1][0]!r}")
+            setattr(options, name, words)
+        return options
+
     def error(self, message: str) -> NoReturn:
         """Raises UsageError."""
         raise UsageError(f"{message}; `{self.prog} --help` lists what can be given")

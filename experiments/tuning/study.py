@@ -74,7 +74,7 @@ class Study:
             if not isinstance(settings, dict) or not settings:
                 raise ConfigError(f"{path}: axes.{axis}: expected names of settings, each with its key=value")
             axes[str(axis)] = {str(label): shlex.split(str(keys or "")) for label, keys in settings.items()}
-        seeds = [seed for word in str(found["seeds"]).split() for seed in seeds_of(word)]
+        seeds = seeds_of(str(found["seeds"]).split())
         keys, tables = shlex.split(str(found["keys"] or "")), [str(table) for table in found["tables"]]
         return cls(path.stem, str(found["question"]), seeds, keys, axes, tables)
 
