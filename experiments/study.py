@@ -17,9 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.config import RunConfig
-from experiments.config.strict import ConfigError
 from experiments.diagnostics.records import record_of
-from experiments.diagnostics.tables import VIEW, markdown, view
+from experiments.diagnostics.tables import markdown, view
 from experiments.run.files import write_whole
 from experiments.run.folder import jsonl_of
 from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order
@@ -53,9 +52,6 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--jobs is {options.jobs}; expected at least 1")
     check_assignments(options.assignments, ("seed", "run"))
     study = Study.load(options.study)
-    for table in study.tables:
-        if not VIEW.fullmatch(table):
-            raise ConfigError(f"{study.name}: tables: {table!r} is none; see `experiments/diagnostics/tables.py`")
     seeds = seeds_of(options.seeds) or study.seeds
     alone = ["threads=1"] if options.jobs > 1 else []
     cells = list(study.cells(options.folder or Path("runs") / study.name, seeds, [*alone, *options.assignments]))

@@ -190,6 +190,17 @@ def build_config(
     return merged_config(sources(options, file, assignments))
 
 
+def check_keys(assignments: Sequence[str]) -> None:
+    """Refuses "dotted.key=value" strings that no configuration can be made of, whatever else it holds.
+
+    Raises:
+        ConfigError: one is not of that form, has an unknown key, or a value of the wrong type.
+    """
+    tree = assigned(assignments)
+    tree.pop("preset", None)
+    merge({}, tree, RunConfig)
+
+
 def sources(
     options: Mapping[str, Any] | None = None, file: str | None = None, assignments: Sequence[str] = ()
 ) -> list[Source]:

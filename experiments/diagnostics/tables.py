@@ -28,7 +28,7 @@ LAST = 20  # iterations at the end of a run, whose prompts show where it has com
 FIRST = 5
 GAIN = 0.05  # above the untrained agent; a run that ends with less has failed
 Table = list[list[str]]  # the first row is the header
-VIEW = re.compile(r"(?:(summary|runs) of (.+)|(plane|test) of (.+) by (.+)|curve of (.+) by (.+) at ([0-9 ]+))")
+VIEW = re.compile(r"(summary|runs) of (.+)|(plane|test) of (.+) by (.+)|(curve) of (.+) by (.+) at ([0-9 ]*[0-9])")
 
 
 def view(records: Sequence[Record], words: str) -> Table:
@@ -37,18 +37,31 @@ def view(records: Sequence[Record], words: str) -> Table:
     Raises:
         ValueError: they ask for none, or for an axis that the records lack.
     """
+    shared = [axis for axis in records[0]["labels"] if all(axis in record["labels"] for record in records)]
+    kind, axes, at = asked(words, shared)
+    if kind in ("summary", "runs"):
+        return (summary if kind == "summary" else listed)(records, *axes)
+    rows, columns = axes
+    if kind == "curve":
+        return over_time(records, rows, columns, at)
+    return (plane if kind == "plane" else on_test)(records, rows, columns)
+
+
+def asked(words: str, known: Sequence[str]) -> tuple[str, list[str], list[int]]:
+    """What the words ask for: the kind of table, its axes, and of a curve the iterations.
+
+    Raises:
+        ValueError: they ask for no table, or for an axis that is not in `known`.
+    """
     found = VIEW.fullmatch(words)
     if not found:
         raise ValueError(f"{words!r} is no table; expected such as 'summary of arm' or 'plane of task by arm'")
-    one, axis, two, rows, columns, curve_rows, curve_columns, at = found.groups()
-    for name in filter(None, (axis, rows, columns, curve_rows, curve_columns)):
-        if any(name not in record["labels"] for record in records):
-            raise ValueError(f"{words!r}: no axis {name!r}; expected one of {', '.join(records[0]['labels'])}")
-    if one:
-        return {"summary": summary, "runs": listed}[one](records, axis)
-    if two:
-        return {"plane": plane, "test": on_test}[two](records, rows, columns)
-    return over_time(records, curve_rows, curve_columns, [int(n) for n in at.split()])
+    kind, *axes = [part for part in found.groups() if part]
+    at = [int(n) for n in axes.pop().split()] if kind == "curve" else []
+    for axis in axes:
+        if axis not in known:
+            raise ValueError(f"{words!r}: no axis {axis!r}; expected one of {', '.join(known)}")
+    return kind, axes, at
 
 
 def summary(records: Sequence[Record], axis: str) -> Table:
