@@ -101,7 +101,8 @@ def planned(cells: Sequence[tuple[Mapping[str, str], Cell]]) -> Iterator[str]:
         if cell.config.seed != cells[0][1].config.seed:
             continue
         models = [Path(getattr(cell.config, role)).name for role in ("agent", "target")]
-        begun = f"| {', '.join(labels.values())} | {' | '.join(models)} | {seeds} |"
+        settings = ", ".join(labels.values()).replace("|", "\\|")
+        begun = f"| {settings} | {' | '.join(models)} | {seeds} |"
         config = _with_shapes(cell.config)
         alike = repr(replace(config, task="", run=None))  # a plan takes seconds, and knows no task
         try:

@@ -233,6 +233,19 @@ def test_planes_and_curves_cross_two_axes() -> None:
     assert on_test(RUNS, "arm", "task")[1] == ["appo", "**0.850** (0.800 to 0.900; manual 0.450)"]
 
 
+def test_a_cell_is_empty_where_a_run_has_no_iteration() -> None:
+    manual = [record("manual", seed, [], 0.6) for seed in range(2)]
+    row = dict(zip(*(summary([*RUNS, *manual], "arm")[i] for i in (0, 3)), strict=True))
+    assert [row[name] for name in ("last 20, mean", "deviation", "worst seed", "failed", "largest KL, median")] == [
+        ""
+    ] * 5
+    assert (row["runs"], row["worst"]) == ("2", "0.600")
+    assert plane(manual, "arm", "task")[1] == ["manual", ""]
+    assert over_time(manual, "arm", "task", [1, 5])[1] == ["manual", ""]
+    short = [record("appo", 0, [0.3]), record("appo", 1, [0.5] * 5)]
+    assert over_time(short, "arm", "task", [0, 1, 5, 6])[1] == ["appo", " / 0.40 / 0.50 / "]
+
+
 def test_the_untrained_agent_is_judged_by_first_iterations_of_its_task() -> None:
     assert untrained([*RUNS, record("appo", 0, [0.9], task="u")], "t") == pytest.approx(0.3)
     assert math.isnan(untrained(RUNS, "u"))
@@ -246,6 +259,7 @@ def test_a_run_that_was_stopped_has_no_scores_in_its_row() -> None:
 
 def test_nothing_in_a_prompt_ends_a_cell() -> None:
     assert "| *a / b* |" in markdown(view(RUNS[:1], "runs of arm"))
+    assert markdown([["a|b"], ["|"]]) == "| a\\|b |\n|---|\n| \\| |\n"
 
 
 @pytest.mark.parametrize("words", ["sums of arm", "plane of arm", "curve of arm by task", "summary of lr"])
