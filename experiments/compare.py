@@ -24,7 +24,7 @@ from experiments.diagnostics.results import RunRow, grouped, read_row, scored, w
 from experiments.page.comparison import render_comparison, summaries
 from experiments.run.files import write_whole
 from experiments.run.folder import METRICS, PROMPTS, read_optional, read_result
-from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order
+from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order, new_file
 from experiments.tuning.cells import OWN, Cell, check_assignments, make, seeds_of
 from tasks.errors import printable
 
@@ -81,8 +81,8 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     parser = Parser("appo compare", __doc__)
     parser.add_argument("--runs", nargs="+", type=Path, metavar="DIR", help="folders of runs to show, finished or not")
     parser.add_argument("--separate", action="store_true", help="--runs of several tasks: a table for each")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as CSV too, as in results.csv")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="draw a page too, as in comparison.html")
+    parser.add_argument("--out", type=new_file, metavar="FILE", help="write the rows as CSV too, as in results.csv")
+    parser.add_argument("--page", type=new_file, metavar="FILE", help="draw a page too, as in comparison.html")
     parser.add_argument("--task", help="default: mnli")
     parser.add_argument("--seeds", nargs="+", action="append", help=f"such as 0 1 5-9 (default: {SEEDS})")
     parser.add_argument("--arms", nargs="+", action="append", help=f"of {', '.join(ARMS)} (default: {COMPARED})")

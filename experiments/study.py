@@ -21,7 +21,7 @@ from experiments.diagnostics.records import record_of
 from experiments.diagnostics.tables import markdown, view
 from experiments.run.files import write_whole
 from experiments.run.folder import jsonl_of
-from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order
+from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order, new_file
 from experiments.tuning.cells import Cell, check_assignments, make, seeds_of
 from experiments.tuning.study import STUDIES, Study
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each (default: 1)")
     parser.add_argument("--dry", action="store_true", help="only say what the runs would take")
     parser.add_argument("--show", action="store_true", help="make no run: only show those that are finished")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write the results as data, in JSON lines")
+    parser.add_argument("--record", type=new_file, metavar="FILE", help="write the results as data, in JSON lines")
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="sets a configuration field of every run")
     options = parser.parse_mixed(argv, "seeds")
     first = options.study or next(iter(options.assignments), "")
@@ -80,10 +80,10 @@ def made(cells: Sequence[Cell], jobs: int) -> dict[str, int]:
 def show(study: Study, finished: Sequence[tuple[Mapping[str, str], Cell]], record: Path | None) -> None:
     """Prints the tables of finished runs, and writes these as data if `record` names a file."""
     records = [record_of(cell.folder, study.name, labels) for labels, cell in finished]
+    for words in study.tables if records else []:
+        print(f"{words}\n\n{markdown(view(records, words))}", flush=True)
     if record:
         write_whole(record, jsonl_of(records))
-    for words in study.tables if records else []:
-        print(f"{words}\n\n{markdown(view(records, words))}")
 
 
 def planned(cells: Sequence[tuple[Mapping[str, str], Cell]]) -> Iterator[str]:

@@ -154,6 +154,7 @@ def test_a_stopped_cell_resumes_and_a_finished_one_is_not_run_again(
     ]
     monkeypatch.setattr("experiments.run.run.prepare", lambda *given: 1 / 0)
     assert main(asked) == 0
+    assert main([*asked, "shard=true", "threads=2", "checkpoint_every=3"]) == 0  # they shape no result
     assert main([*asked, "examples.pairs=4"]) == 2
     error = capsys.readouterr().err
     assert "holds a run with other settings: examples.pairs (5 -> 4)" in error.splitlines()[-1]
@@ -296,6 +297,8 @@ def test_runs_are_shown_in_the_order_given_and_grouped_where_they_belong(
         ),
         (["--runs", "a", "--seeds", "0"], "--runs shows runs that exist"),
         (["--separate"], "--separate goes with --runs only"),
+        (["--runs", "a", "--out", "tests"], "--out: 'tests' is a folder; expected a file"),
+        (["--runs", "a", "--page", "no/b"], "--page: 'no/b' cannot be written: there is no folder 'no'"),
         (["--runs", "a", "--separate", "--page", "b"], "--page shows runs of one test; leave out --separate"),
     ],
 )

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from experiments.config import build_config
 from experiments.diagnostics.records import Record
 from experiments.diagnostics.tables import by, markdown, on_test, over_time, plane, summary, untrained, view
 from experiments.run.folder import jsonl_of, read_jsonl
 from experiments.run.run import current_commit
-from experiments.study import main
+from experiments.study import main, show
 from experiments.tuning.cells import Cell
 from experiments.tuning.study import STUDIES, Study
 
@@ -73,6 +74,8 @@ def test_every_study_that_is_shipped_can_be_run(path: Path, tmp_path: Path) -> N
         (["steps=3"], "'steps=3' is no study"),
         (["--seeds", "0", "steps=3"], "'steps=3' is no study"),
         (["ablate", "--seeds", "steps=3"], "--seeds: expected a value before 'steps=3'"),
+        (["ablate", "--record", "tests"], "'tests' is a folder; expected a file"),
+        (["ablate", "--record", "no/r.jsonl"], "'no/r.jsonl' cannot be written: there is no folder 'no'"),
         (["ablate", "seed=3"], "'seed=3' would make all runs alike; --seeds says it for each"),
         (["ablate", "--seeds", "0", "run=here"], "'run=here' would make all runs alike; --folder says it for each"),
     ],
@@ -167,6 +170,19 @@ def test_an_assignment_is_no_seed_and_a_seed_counts_once(
     assert main([str(file), "--folder", str(tmp_path), *words]) == 0
     assert [cell.config.seed for cell in asked] == [0] * 4 + [2] * 4 + [1] * 4
     assert {(cell.config.steps, cell.config.prompts) for cell in asked} == {(1, 3)}
+
+
+def test_tables_are_printed_even_if_the_record_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [(run["labels"], Cell(str(run["seed"]), build_config({"run": "r"}), [])) for run in RUNS]
+    rows = iter(RUNS)
+    monkeypatch.setattr("experiments.study.record_of", lambda *given: next(rows))
+    study = Study(Path("s.yaml"), "?", [0], [], {}, ["summary of arm"])
+    with pytest.raises(OSError, match="directory") as error:
+        show(study, cells, tmp_path)
+    assert error.value.filename == str(tmp_path)  # not that of a .part file
+    assert "| appo | 2 |" in capsys.readouterr().out
 
 
 def test_a_plan_says_what_all_runs_would_take(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,9 +40,8 @@ TRAINED = ("appo", "ppo", "rlhf", "none", "reinforce", "grpo")  # arms that upda
 GIVEN = ("manual", "empty", "few_shot", "step_by_step")  # arms that evaluate one prompt, without any iteration
 MAX_THREADS = 1024  # torch crashes if the system cannot start as many as asked
 REFERENCES = {"ppo": "previous", "rlhf": "initial", "none": "none"}  # arms that differ from appo in this only
-RESUMABLE = (  # what may change on a resume
-    *("steps", "epochs", "run", "checkpoint_every", "trust_remote_code", "tensorboard", "wandb", "shard"),
-)
+INCIDENTAL = ("run", "checkpoint_every", "trust_remote_code", "tensorboard", "wandb", "shard")  # shape no result
+RESUMABLE = ("steps", "epochs", *INCIDENTAL)  # what may change on a resume: how far it goes, too
 
 
 @dataclass(frozen=True)

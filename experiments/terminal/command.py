@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from experiments.terminal.job import is_spokesman
@@ -80,6 +81,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises UsageError."""
         raise UsageError(f"{message}; `{self.prog} --help` lists what can be given")
+
+
+def new_file(text: str) -> Path:
+    """The path of a file that a command is to write when its work is done: the type of such an option.
+
+    Raises:
+        argparse.ArgumentTypeError: it cannot be written.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; expected a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: there is no folder {str(path.parent)!r}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: no permission in {str(path.parent)!r}")
+    return path
 
 
 def in_order(main: Main) -> Program:

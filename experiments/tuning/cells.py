@@ -16,12 +16,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.config import RunConfig, flat, is_served, to_dict
+from experiments.config import INCIDENTAL, RunConfig, flat, is_served, to_dict
 from experiments.run.folder import CONFIG, RESULT, RunFolderError, stored_config
 from experiments.terminal.command import UNSOUND, UsageError, one_line
 from experiments.terminal.signals import ending_at_once
 
-MAY_DIFFER = {"run", "threads", "checkpoint_every", "tensorboard", "wandb", "trust_remote_code"}
+MAY_DIFFER = {*INCIDENTAL, "threads"}  # --jobs sets one thread each, which changes no more than how sums are rounded
 ROOT = Path(__file__).parents[2]  # of this copy of the code, which the processes run too
 MOST_SEEDS = 1000  # in a range
 OWN = {"seed": "--seeds", "run": "--folder", "arm": "--arms"}  # keys that runs of a table differ in -> their option
