@@ -24,8 +24,8 @@ from experiments.diagnostics.results import RunRow, grouped, read_row, scored, w
 from experiments.page.comparison import render_comparison, summaries
 from experiments.run.files import write_whole
 from experiments.run.folder import METRICS, PROMPTS, read_optional, read_result
-from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order
-from experiments.tuning.cells import Cell, make, seeds_of
+from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order, new_file
+from experiments.tuning.cells import OWN, Cell, check_assignments, make, seeds_of
 from tasks.errors import printable
 
 ARMS = {
@@ -81,15 +81,15 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     parser = Parser("appo compare", __doc__)
     parser.add_argument("--runs", nargs="+", type=Path, metavar="DIR", help="folders of runs to show, finished or not")
     parser.add_argument("--separate", action="store_true", help="--runs of several tasks: a table for each")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows as CSV too, as in results.csv")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="draw a page too, as in comparison.html")
+    parser.add_argument("--out", type=new_file, metavar="FILE", help="write the rows as CSV too, as in results.csv")
+    parser.add_argument("--page", type=new_file, metavar="FILE", help="draw a page too, as in comparison.html")
     parser.add_argument("--task", help="default: mnli")
     parser.add_argument("--seeds", nargs="+", action="append", help=f"such as 0 1 5-9 (default: {SEEDS})")
     parser.add_argument("--arms", nargs="+", action="append", help=f"of {', '.join(ARMS)} (default: {COMPARED})")
     parser.add_argument("--folder", type=Path, help="folder of the runs (default: runs/compare-DATE-TIME)")
     parser.add_argument("--jobs", type=int, help="runs at a time, in processes of one thread each (default: 1)")
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="sets a configuration field of every run")
-    options = parser.parse_intermixed_args(argv)
+    options = parser.parse_mixed(argv, "seeds", "arms")
     made = (options.task, options.seeds, options.arms, options.folder, options.jobs, options.assignments)
     if options.runs and any(made):
         raise UsageError("--runs shows runs that exist; it goes with --separate, --out and --page only")
@@ -101,15 +101,12 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     options.jobs = 1 if options.jobs is None else options.jobs
     if options.jobs < 1:
         raise UsageError(f"--jobs is {options.jobs}; expected at least 1")
-    for name, default in (("seeds", SEEDS), ("arms", COMPARED)):
-        given = getattr(options, name) or [[default]]  # nargs="+" takes every word that follows, assignments too
-        options.assignments += [word for words in given for word in words if "=" in word]
-        words = [word for several in given[-1] if "=" not in several for word in several.split()]
-        setattr(options, name, list(dict.fromkeys(words)))
+    check_assignments(options.assignments, OWN)
+    options.seeds = seeds_of(options.seeds or [SEEDS])
+    options.arms = list(dict.fromkeys(options.arms or COMPARED.split()))
     for word in options.arms:
         if word not in ARMS:
             raise UsageError(f"--arms: unknown arm {word!r}; expected {', '.join(ARMS)}")
-    options.seeds = list(dict.fromkeys(seed for word in options.seeds for seed in seeds_of(word)))
     return options
 
 

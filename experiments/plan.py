@@ -49,9 +49,7 @@ def main(argv: Sequence[str]) -> int:
             raise UsageError(f"{name} is {value}; expected at least 1")
     config = build_config(options, assignments=options.pop("assignments"))
     if is_served(config.target):
-        raise ConfigError(
-            f"target {config.target!r} is behind a server, and no model to plan; name one in its place, such as the agent's"
-        )
+        raise ConfigError(f"target {config.target!r} is behind a server; for a plan name a model in its place")
     if config.shard and gpus < 2:
         raise ConfigError("shard is true, which divides the agent among GPUs; say how many with --gpus, 2 or more")
     if gpus > 1 and not config.shard:

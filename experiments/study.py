@@ -17,13 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.config import RunConfig
-from experiments.config.strict import ConfigError
 from experiments.diagnostics.records import record_of
-from experiments.diagnostics.tables import VIEW, markdown, view
+from experiments.diagnostics.tables import markdown, view
 from experiments.run.files import write_whole
 from experiments.run.folder import jsonl_of
-from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order
-from experiments.tuning.cells import Cell, make, seeds_of
+from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order, new_file
+from experiments.tuning.cells import Cell, check_assignments, make, seeds_of
 from experiments.tuning.study import STUDIES, Study
 
 SHAPES = STUDIES / "shapes"  # configurations of models of the paper, for plans without a hub
@@ -35,26 +34,25 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser("appo study", __doc__)
     parser.add_argument("study", nargs="?", help="its name, or the path of its .yaml file")
     parser.add_argument("--folder", type=Path, help="folder of the runs (default: runs/STUDY)")
-    parser.add_argument("--seeds", nargs="+", metavar="N", help="such as 0 1 5-9 (default: the study's)")
+    parser.add_argument("--seeds", nargs="+", action="append", metavar="N", help="such as 0 5-9 (default: the study's)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each (default: 1)")
     parser.add_argument("--dry", action="store_true", help="only say what the runs would take")
     parser.add_argument("--show", action="store_true", help="make no run: only show those that are finished")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write the results as data, in JSON lines")
+    parser.add_argument("--record", type=new_file, metavar="FILE", help="write the results as data, in JSON lines")
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="sets a configuration field of every run")
-    options = parser.parse_intermixed_args(argv)
-    if options.study and "=" in options.study:
-        raise UsageError(f"{options.study!r} is no study; expected its name before any key=value")
+    options = parser.parse_mixed(argv, "seeds")
+    first = options.study or next(iter(options.assignments), "")
+    if "=" in first:
+        raise UsageError(f"{first!r} is no study; expected its name before any key=value")
     if not options.study:
         for name in sorted(path.stem for path in STUDIES.glob("*.yaml")):
             print(f"{name:<16} {Study.load(name).question}")
         return 0
     if options.jobs < 1:
         raise UsageError(f"--jobs is {options.jobs}; expected at least 1")
+    check_assignments(options.assignments, ("seed", "run"))
     study = Study.load(options.study)
-    for table in study.tables:
-        if not VIEW.fullmatch(table):
-            raise ConfigError(f"{study.name}: tables: {table!r} is none; see `experiments/diagnostics/tables.py`")
-    seeds = [seed for word in options.seeds for seed in seeds_of(word)] if options.seeds else study.seeds
+    seeds = seeds_of(options.seeds) or study.seeds
     alone = ["threads=1"] if options.jobs > 1 else []
     cells = list(study.cells(options.folder or Path("runs") / study.name, seeds, [*alone, *options.assignments]))
     print(f"{study.question}\n", flush=True)
@@ -82,10 +80,10 @@ def made(cells: Sequence[Cell], jobs: int) -> dict[str, int]:
 def show(study: Study, finished: Sequence[tuple[Mapping[str, str], Cell]], record: Path | None) -> None:
     """Prints the tables of finished runs, and writes these as data if `record` names a file."""
     records = [record_of(cell.folder, study.name, labels) for labels, cell in finished]
+    for words in study.tables if records else []:
+        print(f"{words}\n\n{markdown(view(records, words))}", flush=True)
     if record:
         write_whole(record, jsonl_of(records))
-    for words in study.tables if records else []:
-        print(f"{words}\n\n{markdown(view(records, words))}")
 
 
 def planned(cells: Sequence[tuple[Mapping[str, str], Cell]]) -> Iterator[str]:
@@ -103,7 +101,8 @@ def planned(cells: Sequence[tuple[Mapping[str, str], Cell]]) -> Iterator[str]:
         if cell.config.seed != cells[0][1].config.seed:
             continue
         models = [Path(getattr(cell.config, role)).name for role in ("agent", "target")]
-        begun = f"| {', '.join(labels.values())} | {' | '.join(models)} | {seeds} |"
+        settings = ", ".join(labels.values()).replace("|", "\\|")
+        begun = f"| {settings} | {' | '.join(models)} | {seeds} |"
         config = _with_shapes(cell.config)
         alike = repr(replace(config, task="", run=None))  # a plan takes seconds, and knows no task
         try:

@@ -84,6 +84,10 @@ def test_an_assignment_is_no_seed_and_no_arm(given: list[str]) -> None:
         (["--seeds", str(2**64)], "seed is"),
         (["--task", "mnIi"], "did you mean 'mnli'"),
         (["--seeds", "0", "stepz=2"], "unknown key 'stepz'"),
+        (["--seeds", "steps=2"], "--seeds: expected a value before 'steps=2'"),
+        (["--seeds", "0", "seed=3"], "'seed=3' would make all runs alike; --seeds says it for each"),
+        (["run=here"], "'run=here' would make all runs alike; --folder says it for each"),
+        (["--arms", "appo", "arm=ppo"], "'arm=ppo' would make all runs alike; --arms says it for each"),
     ],
 )
 def test_mistakes_are_one_clear_line(
@@ -150,6 +154,7 @@ def test_a_stopped_cell_resumes_and_a_finished_one_is_not_run_again(
     ]
     monkeypatch.setattr("experiments.run.run.prepare", lambda *given: 1 / 0)
     assert main(asked) == 0
+    assert main([*asked, "shard=true", "threads=2", "checkpoint_every=3"]) == 0  # they shape no result
     assert main([*asked, "examples.pairs=4"]) == 2
     error = capsys.readouterr().err
     assert "holds a run with other settings: examples.pairs (5 -> 4)" in error.splitlines()[-1]
@@ -292,6 +297,8 @@ def test_runs_are_shown_in_the_order_given_and_grouped_where_they_belong(
         ),
         (["--runs", "a", "--seeds", "0"], "--runs shows runs that exist"),
         (["--separate"], "--separate goes with --runs only"),
+        (["--runs", "a", "--out", "tests"], "--out: 'tests' is a folder; expected a file"),
+        (["--runs", "a", "--page", "no/b"], "--page: 'no/b' cannot be written: there is no folder 'no'"),
         (["--runs", "a", "--separate", "--page", "b"], "--page shows runs of one test; leave out --separate"),
     ],
 )

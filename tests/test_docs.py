@@ -23,6 +23,7 @@ from experiments.prompt import main as prompt
 from experiments.tasks import main as tasks
 from experiments.terminal.command import Parser
 from experiments.train import main as train
+from experiments.tuning.study import Study
 from tasks.catalogue import load_spec
 from tests.test_makefile import printed
 
@@ -295,8 +296,11 @@ def test_the_tutorials_commands_run(workplace: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")], ids=lambda page: page.name)
-def test_specs_are_sound(page: Path, tmp_path: Path) -> None:
+def test_specs_and_studies_are_sound(page: Path, tmp_path: Path) -> None:
     for number, block in enumerate(blocks(page, "yaml")):
         path = tmp_path / f"{number}.yaml"
         path.write_text(block, encoding="utf-8")
-        assert load_spec(str(path)).manual_prompt
+        if page.name == "studies.md":
+            assert list(Study.load(str(path)).cells(tmp_path, [0]))
+        else:
+            assert load_spec(str(path)).manual_prompt

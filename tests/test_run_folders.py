@@ -156,7 +156,7 @@ def test_scores_that_cannot_be_stored_are_shown(folder: Path, capsys: pytest.Cap
     assert evaluate.main(["--run", str(folder)]) == 74
     captured = capsys.readouterr()
     assert "test score" in captured.out
-    assert captured.err == f"error: {folder / 'evaluation.json.part'}: Is a directory\n"
+    assert captured.err == f"error: {folder / 'evaluation.json'}: Is a directory\n"
 
 
 def test_half_a_character_in_a_file_of_inputs_is_refused(

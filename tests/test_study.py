@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from experiments.config import build_config
 from experiments.diagnostics.records import Record
-from experiments.diagnostics.tables import VIEW, by, markdown, on_test, over_time, plane, summary, untrained, view
+from experiments.diagnostics.tables import by, markdown, on_test, over_time, plane, summary, untrained, view
 from experiments.run.folder import jsonl_of, read_jsonl
 from experiments.run.run import current_commit
-from experiments.study import main
+from experiments.study import main, show
+from experiments.tuning.cells import Cell
 from experiments.tuning.study import STUDIES, Study
 
 SMALL = "prompts=2 threads=1 sampling.max_new_tokens=8 examples.test_limit=10 pool=2 steps=2 headroom=0"
@@ -57,7 +59,6 @@ def test_every_study_that_is_shipped_can_be_run(path: Path, tmp_path: Path) -> N
     study = Study.load(path.stem)
     cells = list(study.cells(tmp_path, study.seeds))
     assert len({cell.folder for _, cell in cells}) == len(cells)
-    assert all(VIEW.fullmatch(table) for table in study.tables)
     on_the_lab = ["agent=lab", "target=lab", "data=lab", "preset=lab", "lora.rank=null"]
     if path.stem.startswith("paper-"):  # what `make reproduce LAB=1` adds
         assert {cell.config.target for _, cell in study.cells(tmp_path, [0], on_the_lab)} == {"lab"}
@@ -71,6 +72,12 @@ def test_every_study_that_is_shipped_can_be_run(path: Path, tmp_path: Path) -> N
         (["ablate", "--seeds", "x"], "'x' is no seed"),
         (["ablate", "apo.lam=1"], "apo"),
         (["steps=3"], "'steps=3' is no study"),
+        (["--seeds", "0", "steps=3"], "'steps=3' is no study"),
+        (["ablate", "--seeds", "steps=3"], "--seeds: expected a value before 'steps=3'"),
+        (["ablate", "--record", "tests"], "'tests' is a folder; expected a file"),
+        (["ablate", "--record", "no/r.jsonl"], "'no/r.jsonl' cannot be written: there is no folder 'no'"),
+        (["ablate", "seed=3"], "'seed=3' would make all runs alike; --seeds says it for each"),
+        (["ablate", "--seeds", "0", "run=here"], "'run=here' would make all runs alike; --folder says it for each"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,16 +91,45 @@ def test_what_is_wrong_is_said_in_a_line(words: list[str], told: str, capsys: py
     [
         ("tables:", "pictures:", "expected question, seeds, keys, axes, tables"),
         ("    small: appo.learning_rate=1e-5\n    large: appo.learning_rate=1e-3", "    3", "axes.lr: expected names"),
-        ("summary of", "sum of", "tables: 'sum of reference' is none"),
+        ("summary of", "sum of", "tables: 'sum of reference' is no table"),
+        (
+            "by reference",
+            "by referense",
+            "tables: 'plane of lr by referense': no axis 'referense'; expected",
+        ),
+        ("keys: task", "keys: 'task", "not YAML"),
+        ("task=sst2", "task='sst2", "keys: No closing quotation"),
+        ("arm=none", 'arm="none', "axes.reference.none: No closing quotation"),
+        ("arm=none", "arms=none", "axes.reference.none: unknown key 'arms'; did you mean 'arm'?"),
+        ("arm=none", "none", "axes.reference.none: 'none': expected key=value"),
+        ("arm=none", "[arm=none]", "axes.reference.none: expected a text of key=value, found ['arm=none']"),
+        ("arm=none", "arm=none seed=3", "axes.reference.none: 'seed=3' would make all runs alike"),
+        ("steps=2", "steps=0", "small, anchor, seed 0: steps is 0"),
+        ("    none: arm", "    no: arm", "axes.reference: the name False is no text to YAML; put it in quotes"),
+        ("  lr:", "  1:", "axes.1: the name 1 is no text to YAML"),
+        ("seeds: 0 2-3", "seeds: [0, x]", "seeds: 'x' is no seed"),
+        ("    small:", "    large!:", "axes: 'large!, anchor' and 'large, anchor' would share a folder"),
     ],
 )
-def test_a_file_that_is_no_study_is_refused(
+def test_a_file_that_is_no_study_is_refused_before_anything_runs(
     old: str, new: str, told: str, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file.write_text(FILE.replace(old, new), encoding="utf-8")
-    assert main([str(file), "--dry"]) == 2
+    assert main([str(file)]) == 2
     error = capsys.readouterr().err
-    assert told in error and "references" in error and error.count("\n") == 1
+    assert error.startswith(f"error: {file}: ") and told in error and error.count("\n") == 1
+
+
+def test_seeds_may_be_a_list(file: Path) -> None:
+    file.write_text(FILE.replace("seeds: 0 2-3", "seeds: [2, 0, 4-5, 2]"), encoding="utf-8")
+    assert Study.load(str(file)).seeds == [2, 0, 4, 5]
+
+
+def test_letters_of_any_script_tell_folders_apart(file: Path, tmp_path: Path) -> None:
+    text = FILE.replace("small:", "λ_1:").replace("large:", "β, lr 1e-3:")
+    file.write_text(text, encoding="utf-8")
+    folders = [cell.folder.name for _, cell in Study.load(str(file)).cells(tmp_path, [0])]
+    assert folders == ["λ-1-anchor-0", "λ-1-none-0", "β-lr-1e-3-anchor-0", "β-lr-1e-3-none-0"]
 
 
 def test_runs_are_made_recorded_and_not_made_again(
@@ -117,6 +153,36 @@ def test_runs_are_made_recorded_and_not_made_again(
     assert capsys.readouterr().out == first.out
     assert main([*words, "--seeds", "0", "1", "--show"]) == 0  # there is none of seed 1
     assert read_jsonl(record) == written and capsys.readouterr().out == first.out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--seeds", "0", "2", "0-1", "steps=1", "prompts=3"],  # `make ablate SEEDS="0 2 0-1" ARGS="steps=1 prompts=3"`
+        ["--seeds", "7", "steps=1", "--seeds", "0 2", "1", "prompts=3"],
+    ],
+)
+def test_an_assignment_is_no_seed_and_a_seed_counts_once(
+    words: list[str], file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[Cell]()
+    monkeypatch.setattr("experiments.study.made", lambda cells, jobs: asked.extend(cells) or {})
+    assert main([str(file), "--folder", str(tmp_path), *words]) == 0
+    assert [cell.config.seed for cell in asked] == [0] * 4 + [2] * 4 + [1] * 4
+    assert {(cell.config.steps, cell.config.prompts) for cell in asked} == {(1, 3)}
+
+
+def test_tables_are_printed_even_if_the_record_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [(run["labels"], Cell(str(run["seed"]), build_config({"run": "r"}), [])) for run in RUNS]
+    rows = iter(RUNS)
+    monkeypatch.setattr("experiments.study.record_of", lambda *given: next(rows))
+    study = Study(Path("s.yaml"), "?", [0], [], {}, ["summary of arm"])
+    with pytest.raises(OSError, match="directory") as error:
+        show(study, cells, tmp_path)
+    assert error.value.filename == str(tmp_path)  # not that of a .part file
+    assert "| appo | 2 |" in capsys.readouterr().out
 
 
 def test_a_plan_says_what_all_runs_would_take(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,6 +249,19 @@ def test_planes_and_curves_cross_two_axes() -> None:
     assert on_test(RUNS, "arm", "task")[1] == ["appo", "**0.850** (0.800 to 0.900; manual 0.450)"]
 
 
+def test_a_cell_is_empty_where_a_run_has_no_iteration() -> None:
+    manual = [record("manual", seed, [], 0.6) for seed in range(2)]
+    row = dict(zip(*(summary([*RUNS, *manual], "arm")[i] for i in (0, 3)), strict=True))
+    assert [row[name] for name in ("last 20, mean", "deviation", "worst seed", "failed", "largest KL, median")] == [
+        ""
+    ] * 5
+    assert (row["runs"], row["worst"]) == ("2", "0.600")
+    assert plane(manual, "arm", "task")[1] == ["manual", ""]
+    assert over_time(manual, "arm", "task", [1, 5])[1] == ["manual", ""]
+    short = [record("appo", 0, [0.3]), record("appo", 1, [0.5] * 5)]
+    assert over_time(short, "arm", "task", [0, 1, 5, 6])[1] == ["appo", " / 0.40 / 0.50 / "]
+
+
 def test_the_untrained_agent_is_judged_by_first_iterations_of_its_task() -> None:
     assert untrained([*RUNS, record("appo", 0, [0.9], task="u")], "t") == pytest.approx(0.3)
     assert math.isnan(untrained(RUNS, "u"))
@@ -196,6 +275,7 @@ def test_a_run_that_was_stopped_has_no_scores_in_its_row() -> None:
 
 def test_nothing_in_a_prompt_ends_a_cell() -> None:
     assert "| *a / b* |" in markdown(view(RUNS[:1], "runs of arm"))
+    assert markdown([["a|b"], ["|"]]) == "| a\\|b |\n|---|\n| \\| |\n"
 
 
 @pytest.mark.parametrize("words", ["sums of arm", "plane of arm", "curve of arm by task", "summary of lr"])

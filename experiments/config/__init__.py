@@ -41,9 +41,8 @@ TRAINED = ("appo", "ppo", "rlhf", "none", "reinforce", "grpo")  # arms that upda
 GIVEN = ("manual", "empty", "few_shot", "step_by_step")  # arms that evaluate one prompt, without any iteration
 MAX_THREADS = 1024  # torch crashes if the system cannot start as many as asked
 REFERENCES = {"ppo": "previous", "rlhf": "initial", "none": "none"}  # arms that differ from appo in this only
-RESUMABLE = (  # what may change on a resume
-    *("steps", "epochs", "run", "checkpoint_every", "trust_remote_code", "tensorboard", "wandb", "shard"),
-)
+INCIDENTAL = ("run", "checkpoint_every", "trust_remote_code", "tensorboard", "wandb", "shard")  # shape no result
+RESUMABLE = ("steps", "epochs", *INCIDENTAL)  # what may change on a resume: how far it goes, too
 
 
 @dataclass(frozen=True)
@@ -189,6 +188,17 @@ def build_config(
         ConfigError: unknown key or preset, wrong type, value out of range, file not readable.
     """
     return merged_config(sources(options, file, assignments))
+
+
+def check_keys(assignments: Sequence[str]) -> None:
+    """Refuses "dotted.key=value" strings that no configuration can be made of, whatever else it holds.
+
+    Raises:
+        ConfigError: one is not of that form, has an unknown key, or a value of the wrong type.
+    """
+    tree = assigned(assignments)
+    tree.pop("preset", None)
+    merge({}, tree, RunConfig)
 
 
 def sources(

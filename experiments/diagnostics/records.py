@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.config import flat, to_dict
+from experiments.config import INCIDENTAL, flat, to_dict
 from experiments.config.strict import read_yaml
 from experiments.diagnostics.results import arm_of
 from experiments.run.folder import CONFIG, METRICS, PROMPTS, RESULT, finished, read_optional, stored_config
 from tasks.catalogue import load_spec
 
 DIGITS = 3  # of the scores of a curve
-ELSEWHERE = {"run", "threads", "checkpoint_every", "seed", "tensorboard", "wandb"}  # settings that shape no score
+LEFT_OUT = {*INCIDENTAL, "threads", "seed", "agent", "target", "data"}  # a record has its own seed and models; no paths
 RESULTS = (
     *("chosen", "prompt", "validation_rows", "validation_score"),
     *("test_rows", "test_score", "test_interval", "manual_test_score", "p"),
@@ -60,7 +60,7 @@ def record_of(folder: Path, study: str, labels: Mapping[str, str]) -> Record:
         **{name: result.get(name) for name in RESULTS},
         "commit": environment.pop("commit", None),
         "environment": environment,
-        "config": {key: value for key, value in chosen if key not in {*ELSEWHERE, "agent", "target", "data"}},
+        "config": {key: value for key, value in chosen if key not in LEFT_OUT},
     }
 
 

@@ -28,7 +28,7 @@ LAST = 20  # iterations at the end of a run, whose prompts show where it has com
 FIRST = 5
 GAIN = 0.05  # above the untrained agent; a run that ends with less has failed
 Table = list[list[str]]  # the first row is the header
-VIEW = re.compile(r"(?:(summary|runs) of (.+)|(plane|test) of (.+) by (.+)|curve of (.+) by (.+) at ([0-9 ]+))")
+VIEW = re.compile(r"(summary|runs) of (.+)|(plane|test) of (.+) by (.+)|(curve) of (.+) by (.+) at ([0-9 ]*[0-9])")
 
 
 def view(records: Sequence[Record], words: str) -> Table:
@@ -37,18 +37,31 @@ def view(records: Sequence[Record], words: str) -> Table:
     Raises:
         ValueError: they ask for none, or for an axis that the records lack.
     """
+    shared = [axis for axis in records[0]["labels"] if all(axis in record["labels"] for record in records)]
+    kind, axes, at = asked(words, shared)
+    if kind in ("summary", "runs"):
+        return (summary if kind == "summary" else listed)(records, *axes)
+    rows, columns = axes
+    if kind == "curve":
+        return over_time(records, rows, columns, at)
+    return (plane if kind == "plane" else on_test)(records, rows, columns)
+
+
+def asked(words: str, known: Sequence[str]) -> tuple[str, list[str], list[int]]:
+    """What the words ask for: the kind of table, its axes, and of a curve the iterations.
+
+    Raises:
+        ValueError: they ask for no table, or for an axis that is not in `known`.
+    """
     found = VIEW.fullmatch(words)
     if not found:
         raise ValueError(f"{words!r} is no table; expected such as 'summary of arm' or 'plane of task by arm'")
-    one, axis, two, rows, columns, curve_rows, curve_columns, at = found.groups()
-    for name in filter(None, (axis, rows, columns, curve_rows, curve_columns)):
-        if any(name not in record["labels"] for record in records):
-            raise ValueError(f"{words!r}: no axis {name!r}; expected one of {', '.join(records[0]['labels'])}")
-    if one:
-        return {"summary": summary, "runs": listed}[one](records, axis)
-    if two:
-        return {"plane": plane, "test": on_test}[two](records, rows, columns)
-    return over_time(records, curve_rows, curve_columns, [int(n) for n in at.split()])
+    kind, *axes = [part for part in found.groups() if part]
+    at = [int(n) for n in axes.pop().split()] if kind == "curve" else []
+    for axis in axes:
+        if axis not in known:
+            raise ValueError(f"{words!r}: no axis {axis!r}; expected one of {', '.join(known)}")
+    return kind, axes, at
 
 
 def summary(records: Sequence[Record], axis: str) -> Table:
@@ -63,12 +76,19 @@ def summary(records: Sequence[Record], axis: str) -> Table:
     header = [axis, "runs", f"last {LAST}, mean", "deviation", "worst seed", "failed", "largest KL, median"]
     found = [[*header, "test, interquartile mean", "worst", "variation", f"beats {next(iter(groups))}"]]
     for label, runs in groups.items():
-        ends = [last(run) for run in runs]
+        ends = [last(run) for run in runs if run["curve"]]
         tests, base = ([run["test_score"] for run in some if run["test_score"] is not None] for some in (runs, first))
-        widest = statistics.median(max((kl for kl in run["kl"] if kl is not None), default=math.nan) for run in runs)
+        furthest = [max(kl) for run in runs if (kl := [value for value in run["kl"] if value is not None])]
+        widest = statistics.median(furthest) if furthest else math.nan
         found.append(
             [
-                *(label, str(len(runs)), _number(mean(ends)), _number(_deviation(ends)), _number(min(ends))),
+                *(
+                    label,
+                    str(len(runs)),
+                    _number(mean(ends)),
+                    _number(_deviation(ends)),
+                    _number(min(ends, default=math.nan)),
+                ),
                 *(_failures(runs, records), _number(widest, 1)),
                 *_over_seeds(tests, base if runs is not first else []),
             ]
@@ -80,17 +100,22 @@ def plane(records: Sequence[Record], rows: str, columns: str) -> Table:
     """A cell for each pair of settings: the mean of the last prompts, lowest to highest seed, and how many failed."""
 
     def cell(runs: list[Record]) -> str:
-        ends = [last(run) for run in runs]
+        ends = [last(run) for run in runs if run["curve"]]
+        if not ends:
+            return ""
         return f"{mean(ends):.2f} ({min(ends):.2f} to {max(ends):.2f}), failed: {_failures(runs, records)}"
 
     return _crossed(records, rows, columns, cell)
 
 
 def over_time(records: Sequence[Record], rows: str, columns: str, at: Sequence[int]) -> Table:
-    """A cell for each pair of settings: mean scores of sampled prompts around some iterations, over seeds."""
+    """A cell for each pair of settings: mean scores of prompts up to some iterations, over seeds that came that far."""
 
     def cell(runs: list[Record]) -> str:
-        return " / ".join(f"{mean([s for run in runs for s in run['curve'][max(0, n - LAST) : n]]):.2f}" for n in at)
+        curves = [run["curve"] for run in runs]
+        near = [[curve[max(0, n - LAST) : n] for curve in curves if len(curve) >= n] for n in at]
+        means = [_number(mean([score for scores in some for score in scores]), 2) for some in near]
+        return " / ".join(means) if any(means) else ""
 
     return _crossed(records, rows, columns, cell)
 
@@ -150,8 +175,8 @@ def _scores(run: Record) -> list[str]:
 
 def markdown(table: Table) -> str:
     """The table as Markdown, with a line break at the end."""
-    lines = [table[0], ["---"] * len(table[0]), *table[1:]]
-    return "".join("|" + "|".join(f" {cell} " if cell != "---" else cell for cell in line) + "|\n" for line in lines)
+    header, *rows = [[f" {cell} ".replace("|", "\\|") for cell in line] for line in table]
+    return "".join(f"|{'|'.join(line)}|\n" for line in (header, ["---"] * len(header), *rows))
 
 
 def by(records: Iterable[Record], axis: str) -> dict[str, list[Record]]:
@@ -163,8 +188,8 @@ def by(records: Iterable[Record], axis: str) -> dict[str, list[Record]]:
 
 
 def last(run: Record) -> float:
-    """The mean score of what the run wrote at its end; of one without iterations, that of its prompt on test."""
-    return mean(run["curve"][-LAST:]) if run["curve"] else run["test_score"]
+    """The mean score of what the run wrote at its end; NaN of one without iterations."""
+    return mean(run["curve"][-LAST:])
 
 
 def untrained(records: Iterable[Record], task: str) -> float:
@@ -173,7 +198,7 @@ def untrained(records: Iterable[Record], task: str) -> float:
 
 
 def _failures(runs: Sequence[Record], records: Sequence[Record]) -> str:
-    trained = [run for run in runs if run["arm"] in TRAINED]
+    trained = [run for run in runs if run["arm"] in TRAINED and run["curve"]]
     failed = sum(last(run) < untrained(records, run["task"]) + GAIN for run in trained)
     return f"{failed} of {len(trained)}" if trained else ""
 

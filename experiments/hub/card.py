@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from experiments.config import LAB, TRAINED, RunConfig, to_dict
+from experiments.config import INCIDENTAL, LAB, TRAINED, RunConfig, to_dict
 from tasks.catalogue import is_spec_file
 from tasks.meta_prompt import meta_prompt, rewrite_prompt
 from tasks.spec import Example
@@ -27,7 +27,7 @@ CHOSEN = {  # what a run's prompt is
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 PATHS = ("task", "agent", "target", "data")  # keys that may name a file or folder
-OF_THE_MACHINE = ("run", "device", "threads", "checkpoint_every", "tensorboard", "wandb", "trust_remote_code")
+OF_THE_MACHINE = (*INCIDENTAL, "device", "threads")  # what a reader of the card has another of
 
 
 def model_card(config: RunConfig, result: Mapping[str, Any], repo: str, chat: bool, adapter: bool = False) -> str:

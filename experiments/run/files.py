@@ -33,18 +33,17 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a file of text beside its place and moves it there, so that no reader sees half of it.
 
     Raises:
-        OSError: the file cannot be written; its earlier content is unchanged.
+        OSError: the file, which it names, cannot be written; its earlier content is unchanged.
     """
     part = path.with_name(f"{path.name}.part")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(path)
-        except OSError:
-            with suppress(OSError):
-                part.unlink()
-            raise
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise _named(error.errno, path) from error
 
 
 def _named(number: int | None, path: Path, error: OSError | None = None) -> OSError:

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from experiments.terminal.job import is_spokesman
@@ -57,9 +58,45 @@ class Parser(argparse.ArgumentParser):
             options |= {"formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(prog, **options)
 
+    def parse_mixed(self, argv: Sequence[str], *several: str) -> argparse.Namespace:
+        """The options of a command with key=value words among its arguments, as `assignments`.
+
+        Args:
+            argv: the arguments.
+            several: options that take all words that follow, key=value too; the last of each counts, word by word.
+
+        Raises:
+            UsageError: an argument is not as it should be.
+        """
+        options = self.parse_intermixed_args(argv)
+        for name in several:
+            given = getattr(options, name) or [[]]
+            options.assignments += [word for words in given for word in words if "=" in word]
+            words = [word for text in given[-1] if "=" not in text for word in text.split()]
+            if given[-1] and not words:
+                raise UsageError(f"--{name}: expected a value before {given[-1][0]!r}")
+            setattr(options, name, words)
+        return options
+
     def error(self, message: str) -> NoReturn:
         """Raises UsageError."""
         raise UsageError(f"{message}; `{self.prog} --help` lists what can be given")
+
+
+def new_file(text: str) -> Path:
+    """The path of a file that a command is to write when its work is done: the type of such an option.
+
+    Raises:
+        argparse.ArgumentTypeError: it cannot be written.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; expected a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: there is no folder {str(path.parent)!r}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: no permission in {str(path.parent)!r}")
+    return path
 
 
 def in_order(main: Main) -> Program:

@@ -12,18 +12,19 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.config import RunConfig, flat, is_served, to_dict
+from experiments.config import INCIDENTAL, RunConfig, flat, is_served, to_dict
 from experiments.run.folder import CONFIG, RESULT, RunFolderError, stored_config
 from experiments.terminal.command import UNSOUND, UsageError, one_line
 from experiments.terminal.signals import ending_at_once
 
-MAY_DIFFER = {"run", "threads", "checkpoint_every", "tensorboard", "wandb", "trust_remote_code"}
+MAY_DIFFER = {*INCIDENTAL, "threads"}  # --jobs sets one thread each, which changes no more than how sums are rounded
 ROOT = Path(__file__).parents[2]  # of this copy of the code, which the processes run too
 MOST_SEEDS = 1000  # in a range
+OWN = {"seed": "--seeds", "run": "--folder", "arm": "--arms"}  # keys that runs of a table differ in -> their option
 PAUSE = 0.2  # seconds between two looks at the processes
 
 
@@ -146,14 +147,29 @@ def _error(cell: Cell) -> str:
     return told[-1] if told else f"ended without a word; see {_log(cell)}"
 
 
-def seeds_of(word: str) -> range:
-    """The seeds that a word names: one, or a range such as 0-9.
+def seeds_of(words: Iterable[str], where: str = "--seeds") -> list[int]:
+    """The seeds that words name, each once; a word is a number, or a range such as 0-9.
 
     Raises:
-        UsageError: it names none.
+        UsageError: a word names none; the message begins with `where`.
     """
-    ends = re.fullmatch(r"([0-9]{1,20})(?:-([0-9]{1,20}))?", word)
-    first, last = (int(end) for end in (ends[1], ends[2] or ends[1])) if ends else (0, -1)
-    if not 0 <= last - first < MOST_SEEDS:
-        raise UsageError(f"--seeds: {word!r} is no seed; expected whole numbers, or ranges such as 0-9")
-    return range(first, last + 1)
+    found = dict[int, None]()
+    for word in words:
+        ends = re.fullmatch(r"([0-9]{1,20})(?:-([0-9]{1,20}))?", word)
+        first, last = (int(end) for end in (ends[1], ends[2] or ends[1])) if ends else (0, -1)
+        if not 0 <= last - first < MOST_SEEDS:
+            raise UsageError(f"{where}: {word!r} is no seed; expected whole numbers, or ranges such as 0-9")
+        found |= dict.fromkeys(range(first, last + 1))
+    return list(found)
+
+
+def check_assignments(assignments: Iterable[str], own: Iterable[str]) -> None:
+    """Refuses key=value words for all runs that set a key in which the runs differ.
+
+    Raises:
+        UsageError: one of them sets a key in `own`, keys of OWN.
+    """
+    for word in assignments:
+        key = word.partition("=")[0]
+        if key in own:
+            raise UsageError(f"{word!r} would make all runs alike; {OWN[key]} says it for each")

@@ -22,14 +22,17 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
-from experiments.config import build_config
+from experiments.config import build_config, check_keys
 from experiments.config.strict import ConfigError, read_yaml
-from experiments.tuning.cells import Cell, seeds_of
+from experiments.diagnostics.tables import asked
+from experiments.tuning.cells import Cell, check_assignments, seeds_of
+from tasks.errors import shown
 
 STUDIES = Path(__file__).parents[1] / "studies"
 FIELDS = ("question", "seeds", "keys", "axes", "tables")
@@ -40,7 +43,7 @@ class Study:
     """A table of runs.
 
     Attributes:
-        name: of the file.
+        file: that describes it.
         question: what the study is to answer.
         seeds: of each combination.
         keys: key=value of all runs.
@@ -48,7 +51,7 @@ class Study:
         tables: how its runs are shown; see `experiments.diagnostics.tables.view`.
     """
 
-    name: str
+    file: Path
     question: str
     seeds: list[int]
     keys: list[str]
@@ -67,16 +70,52 @@ class Study:
             known = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml")))
             raise ConfigError(f"no study {name!r}; expected one of {known}, or the path of a .yaml file")
         found = read_yaml(path)
-        if set(found) != set(FIELDS) or not isinstance(found["axes"], dict) or not isinstance(found["tables"], list):
-            raise ConfigError(f"{path}: expected {', '.join(FIELDS)}; axes map names to settings, tables are a list")
-        axes = {}
-        for axis, settings in found["axes"].items():
+        try:
+            return cls._of(path, found)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    @classmethod
+    def _of(cls, path: Path, found: Mapping[str, Any]) -> Study:
+        """The study that the keys and values of a file describe; a ValueError names the key that is wrong."""
+        axes, tables, seeds = (found.get(key) for key in ("axes", "tables", "seeds"))
+        if set(found) != set(FIELDS) or not isinstance(axes, dict) or not isinstance(tables, list):
+            raise ValueError(f"expected {', '.join(FIELDS)}; axes map names to settings, tables are a list")
+        for axis, settings in axes.items():
             if not isinstance(settings, dict) or not settings:
-                raise ConfigError(f"{path}: axes.{axis}: expected names of settings, each with its key=value")
-            axes[str(axis)] = {str(label): shlex.split(str(keys or "")) for label, keys in settings.items()}
-        seeds = [seed for word in str(found["seeds"]).split() for seed in seeds_of(word)]
-        keys, tables = shlex.split(str(found["keys"] or "")), [str(table) for table in found["tables"]]
-        return cls(path.stem, str(found["question"]), seeds, keys, axes, tables)
+                raise ValueError(f"axes.{axis}: expected names of settings, each with its key=value")
+            for label in (axis, *settings):
+                if not isinstance(label, str):
+                    raise ValueError(f"axes.{axis}: the name {shown(label)} is no text to YAML; put it in quotes")
+        named = seeds if isinstance(seeds, list) else str(seeds).split()
+        study = cls(
+            path,
+            str(found["question"]),
+            seeds_of(map(str, named), "seeds"),
+            _words(found["keys"], "keys"),
+            {
+                axis: {label: _words(text, f"axes.{axis}.{label}") for label, text in settings.items()}
+                for axis, settings in axes.items()
+            },
+            [str(table) for table in tables],
+        )
+        for table in study.tables:
+            try:
+                asked(table, list(axes))
+            except ValueError as error:
+                raise ValueError(f"tables: {error}") from error
+        taken = dict[str, str]()
+        for name in map(_name, study.combinations()):
+            folder = _folder(name)
+            if folder in taken:
+                raise ValueError(f"axes: {taken[folder]!r} and {name!r} would share a folder; name one differently")
+            taken[folder] = name
+        return study
+
+    @property
+    def name(self) -> str:
+        """That of its file."""
+        return self.file.stem
 
     def combinations(self) -> Iterator[dict[str, str]]:
         """The settings of each row of runs: axis -> name."""
@@ -94,13 +133,38 @@ class Study:
             more: key=value that win over the study's own.
 
         Raises:
-            ConfigError: a setting is none.
+            ConfigError: a run cannot be.
         """
         for seed, labels in product(seeds, self.combinations()):
             set_by_axes = [word for axis, label in labels.items() for word in self.axes[axis][label]]
             assignments = [*self.keys, *set_by_axes, *more]
-            name = ", ".join(labels.values())
-            run = folder / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower()).strip('-')}-{seed}"
-            config = build_config({"seed": seed, "run": str(run)}, assignments=assignments)
-            words = ["--seed", str(seed), "--run", str(run), *assignments]
-            yield labels, Cell(f"{name}, seed {seed}", config, words)
+            name = f"{_name(labels)}, seed {seed}"
+            run = str(folder / f"{_folder(_name(labels))}-{seed}")
+            try:
+                config = build_config({"seed": seed, "run": run}, assignments=assignments)
+            except ConfigError as error:
+                raise ConfigError(f"{self.file}: {name}: {error}") from error
+            yield labels, Cell(name, config, ["--seed", str(seed), "--run", run, *assignments])
+
+
+def _words(text: object, where: str) -> list[str]:
+    """The key=value words in a text of a study's file; a ValueError begins with `where`, the key of the text."""
+    if not isinstance(text, str | None):
+        raise ValueError(f"{where}: expected a text of key=value, found {shown(text)}")
+    try:
+        words = shlex.split(text or "")
+        check_keys(words)
+        check_assignments(words, ("seed", "run"))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return words
+
+
+def _name(labels: Mapping[str, str]) -> str:
+    """What a combination of settings is called."""
+    return ", ".join(labels.values())
+
+
+def _folder(name: str) -> str:
+    """The name of the folders of a combination, without the seed: its letters and digits, of any script."""
+    return re.sub(r"(?:[^\w.]|_)+", "-", name.lower()).strip("-")
