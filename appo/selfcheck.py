@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from appo.anchor import Anchor
 from appo.policy import Policy
 from appo.rollout import Rollout
+from appo.update import ROUNDING
 
 
 class SelfCheckError(RuntimeError):
@@ -29,7 +30,7 @@ def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
         SelfCheckError: one of them does not hold.
     """
     exact = policy.lm.compute_dtype.itemsize >= 4
-    tolerance = 1e-4 if exact else 0.1  # nats: the largest difference; below float32, the root of the mean square
+    tolerance = ROUNDING if exact else 0.1  # nats: the largest difference; below float32, the root of the mean square
 
     def size(difference: Tensor) -> float:
         return (difference.abs().max() if exact else difference.square().mean().sqrt()).item()

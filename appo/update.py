@@ -28,7 +28,7 @@ from appo.rollout import Batch, Scored, minibatches
 MEAN_RATE = 0.1  # of the running mean of scores, per iteration
 MIN_ENTROPY = 0.05  # nats per token; below, the entropy bonus grows no more
 STATS = ("policy_loss", "value_loss", "entropy", "ratio", "clip_fraction", "approx_kl")  # of the losses
-ROUNDING = 1e-4  # nats per token between sampling and a pass of the same weights; as in the self-check
+ROUNDING = 1e-4  # nats per token between sampling and a pass of the same weights, at most; larger is no rounding
 FAULTS = ("nonfinite_reward", "nonfinite_loss", "nonfinite_gradient", "exploded_ratio")  # counted in the statistics
 
 

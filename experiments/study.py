@@ -18,7 +18,7 @@ from pathlib import Path
 
 from experiments.config import RunConfig
 from experiments.diagnostics.records import record_of
-from experiments.diagnostics.tables import markdown, view
+from experiments.diagnostics.tables import markdown, markdown_row, view
 from experiments.run.files import write_whole
 from experiments.run.folder import jsonl_of
 from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order, new_file
@@ -94,15 +94,14 @@ def planned(cells: Sequence[tuple[Mapping[str, str], Cell]]) -> Iterator[str]:
 
     seeds = len({cell.config.seed for _, cell in cells})
     names = [gpu.name for gpu in GPUS]
-    yield f"| runs | agent | target | seeds | GiB | PFLOP a run | {' | '.join(names)} |"
+    yield markdown_row(["runs", "agent", "target", "seeds", "GiB", "PFLOP a run", *names])
     yield "|---" * (6 + len(GPUS)) + "|"
     total, plans = dict.fromkeys(names, 0.0), dict[str, Estimate]()
     for labels, cell in cells:
         if cell.config.seed != cells[0][1].config.seed:
             continue
         models = [Path(getattr(cell.config, role)).name for role in ("agent", "target")]
-        settings = ", ".join(labels.values()).replace("|", "\\|")
-        begun = f"| {settings} | {' | '.join(models)} | {seeds} |"
+        begun = [", ".join(labels.values()), *models, str(seeds)]
         config = _with_shapes(cell.config)
         alike = repr(replace(config, task="", run=None))  # a plan takes seconds, and knows no task
         try:
@@ -110,14 +109,14 @@ def planned(cells: Sequence[tuple[Mapping[str, str], Cell]]) -> Iterator[str]:
                 plans[alike] = Estimate(config, lengths_of(config), Options.of(config))
             plan = plans[alike]
         except ModelError as error:
-            yield f"{begun} no plan: {error} |"
+            yield markdown_row([*begun, f"no plan: {error}"])
             continue
         steps = plan.lengths.steps
         work = sum(line.value for line in plan.work()) * steps / 1e15
         hours = {gpu.name: plan.seconds(gpu) * steps / 3600 for gpu in GPUS}
         total = {name: total[name] + seeds * spent for name, spent in hours.items()}
-        taken = " | ".join(f"{spent:.2g} h" for spent in hours.values())
-        yield f"{begun} {plan.total() / GIB:.1f} | {work:.3g} | {taken} |"
+        taken = [f"{spent:.2g} h" for spent in hours.values()]
+        yield markdown_row([*begun, f"{plan.total() / GIB:.1f}", f"{work:.3g}", *taken])
     yield f"\n{len(cells)} runs, in all: " + ", ".join(f"{spent:.2g} h on {name}" for name, spent in total.items())
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from experiments.config import TRAINED
 from experiments.diagnostics.records import Record, mean
 from experiments.run.statistics import (
+    Interval,
     coefficient_of_variation,
     improvement_interval,
     interquartile_interval,
@@ -76,19 +77,14 @@ def summary(records: Sequence[Record], axis: str) -> Table:
     header = [axis, "runs", f"last {LAST}, mean", "deviation", "worst seed", "failed", "largest KL, median"]
     found = [[*header, "test, interquartile mean", "worst", "variation", f"beats {next(iter(groups))}"]]
     for label, runs in groups.items():
-        ends = [last(run) for run in runs if run["curve"]]
+        ends = _ends(runs)
         tests, base = ([run["test_score"] for run in some if run["test_score"] is not None] for some in (runs, first))
-        furthest = [max(kl) for run in runs if (kl := [value for value in run["kl"] if value is not None])]
+        furthest = [max(kl) for run in runs if (kl := _kl(run))]
         widest = statistics.median(furthest) if furthest else math.nan
         found.append(
             [
-                *(
-                    label,
-                    str(len(runs)),
-                    _number(mean(ends)),
-                    _number(_deviation(ends)),
-                    _number(min(ends, default=math.nan)),
-                ),
+                *(label, str(len(runs)), _number(mean(ends)), _number(_deviation(ends))),
+                _number(min(ends, default=math.nan)),
                 *(_failures(runs, records), _number(widest, 1)),
                 *_over_seeds(tests, base if runs is not first else []),
             ]
@@ -100,7 +96,7 @@ def plane(records: Sequence[Record], rows: str, columns: str) -> Table:
     """A cell for each pair of settings: the mean of the last prompts, lowest to highest seed, and how many failed."""
 
     def cell(runs: list[Record]) -> str:
-        ends = [last(run) for run in runs if run["curve"]]
+        ends = _ends(runs)
         if not ends:
             return ""
         return f"{mean(ends):.2f} ({min(ends):.2f} to {max(ends):.2f}), failed: {_failures(runs, records)}"
@@ -138,7 +134,7 @@ def listed(records: Sequence[Record], axis: str) -> Table:
     header = [axis, "seed", f"first {FIRST}", f"last {LAST // 2}", "KL, mean (most)", "promoted", "rolled back"]
     found = [[*header, "validation", "test (95 % interval)", "manual, test", "prompt"]]
     for run in records:
-        kl = [value for value in run["kl"] if value is not None]
+        kl = _kl(run)
         found.append(
             [
                 *(run["labels"][axis], str(run["seed"])),
@@ -154,11 +150,18 @@ def _over_seeds(tests: Sequence[float], base: Sequence[float]) -> list[str]:
     """Cells of the test scores of some seeds: interquartile mean, lowest, variation, and how often they beat others."""
     if not tests:
         return [""] * 4
-    middle = f"{interquartile_mean(tests):.3f} {_range(*interquartile_interval([tests]))}, n = {len(tests)}"
-    beats = ""
-    if base:
-        beats = f"{probability_of_improvement(tests, base):.2f} {_range(*improvement_interval(tests, base))}"
-    return [middle, _number(min(tests)), _number(coefficient_of_variation(tests)), beats]
+    beats = better(tests, base) if base else ""
+    return [f"{middle(tests)}, n = {len(tests)}", _number(min(tests)), _number(coefficient_of_variation(tests)), beats]
+
+
+def middle(scores: Sequence[float]) -> str:
+    """The interquartile mean of some seeds' scores, with its interval."""
+    return f"{interquartile_mean(scores):.3f} {_range(interquartile_interval([scores]))}"
+
+
+def better(scores: Sequence[float], others: Sequence[float]) -> str:
+    """The probability that a seed beats one of the others, with its interval."""
+    return f"{probability_of_improvement(scores, others):.2f} {_range(improvement_interval(scores, others))}"
 
 
 def _scores(run: Record) -> list[str]:
@@ -175,8 +178,14 @@ def _scores(run: Record) -> list[str]:
 
 def markdown(table: Table) -> str:
     """The table as Markdown, with a line break at the end."""
-    header, *rows = [[f" {cell} ".replace("|", "\\|") for cell in line] for line in table]
-    return "".join(f"|{'|'.join(line)}|\n" for line in (header, ["---"] * len(header), *rows))
+    header, *rows = map(markdown_row, table)
+    return "".join(f"{line}\n" for line in (header, "|---" * len(table[0]) + "|", *rows))
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """A row of a table in Markdown; no | in a cell ends it."""
+    inside = "|".join(f" {cell} ".replace("|", "\\|") for cell in cells)
+    return f"|{inside}|"
 
 
 def by(records: Iterable[Record], axis: str) -> dict[str, list[Record]]:
@@ -190,6 +199,16 @@ def by(records: Iterable[Record], axis: str) -> dict[str, list[Record]]:
 def last(run: Record) -> float:
     """The mean score of what the run wrote at its end; NaN of one without iterations."""
     return mean(run["curve"][-LAST:])
+
+
+def _ends(runs: Sequence[Record]) -> list[float]:
+    """Where the runs that have iterations end."""
+    return [last(run) for run in runs if run["curve"]]
+
+
+def _kl(run: Record) -> list[float]:
+    """The KL of the iterations that have one."""
+    return [value for value in run["kl"] if value is not None]
 
 
 def untrained(records: Iterable[Record], task: str) -> float:
@@ -220,8 +239,8 @@ def _number(value: float, digits: int = 3) -> str:
     return "" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _range(low: float, high: float) -> str:
-    return f"({low:.3f} to {high:.3f})"
+def _range(ends: Interval) -> str:
+    return f"({ends.low:.3f} to {ends.high:.3f})"
 
 
 def _short(text: str, most: int = 60) -> str:

@@ -9,16 +9,12 @@ from pathlib import Path
 
 from experiments.diagnostics.records import mean
 from experiments.diagnostics.results import RunRow, scored
+from experiments.diagnostics.tables import better, middle
 from experiments.page.charts import WINDOW, Band, Curve, Entry, forest, line_chart, running_mean, swatch
 from experiments.page.html import document, figure, table
 from experiments.run.folder import METRICS, read_optional
 from experiments.run.statistics import (
-    Interval,
     coefficient_of_variation,
-    improvement_interval,
-    interquartile_interval,
-    interquartile_mean,
-    probability_of_improvement,
 )
 
 COLOURS = ("one", "two", "three", "four")  # each with dashes of its own
@@ -72,19 +68,13 @@ def summaries(rows: Sequence[RunRow]) -> tuple[Sequence[str], list[Sequence[str]
     first = next(iter(arms), "")
     listed: list[Sequence[str]] = []
     for arm, scores in arms.items():
-        middle = f"{interquartile_mean(scores):.3f} {_range(interquartile_interval([scores]))}"
-        better = probability_of_improvement(scores, arms[first])
-        beats = f"{better:.2f} {_range(improvement_interval(scores, arms[first]))}" if arm != first else ""
+        beats = better(scores, arms[first]) if arm != first else ""
         variation = coefficient_of_variation(scores)
         spread = "" if math.isnan(variation) else f"{variation:.3f}"
-        counted = (f"{mean(scores):.3f}", middle, spread, f"{min(scores):.3f}", f"{max(scores):.3f}")
+        counted = (f"{mean(scores):.3f}", middle(scores), spread, f"{min(scores):.3f}", f"{max(scores):.3f}")
         listed.append((arm, str(len(scores)), *counted, f"{mean(manual[arm]):.3f}", beats))
     header = ("arm", "runs", "test, mean", "interquartile mean", "variation", "lowest", "highest", "manual, test")
     return (*header, f"beats {first}"), listed
-
-
-def _range(ends: Interval) -> str:
-    return f"({ends.low:.3f} to {ends.high:.3f})"
 
 
 def _arms(rows: Sequence[RunRow], metric: str) -> str:

@@ -26,7 +26,8 @@ def spent(run: Run) -> Iterator[str]:
     if plan := plan_of(run):  # which expects prompts of full length
         lengths = replace(plan.lengths, prompt=round(tokens / len(rows) / plan.responses))
         work = {line.name: line.value for line in Estimate(run.config, lengths, plan.options).work()}
-    known = {phase: work.pop(phase, 0.0) for phase in ("sampling", "scoring", "reviews")}
+    work.pop("reviews", None)  # how many were planned is not how many came
+    known = {phase: work.pop(phase, 0.0) for phase in ("sampling", "scoring")}
     known["update"] = sum(work.values())
     rate = measured(run.policy.device, run.policy.lm.compute_dtype).flops * run.policy.ranks.size
     for phase in PHASES:
