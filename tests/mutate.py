@@ -163,7 +163,7 @@ MUTANTS = (
     Mutant("cells: as many different names are enough", "tasks/cells.py", "len(own) == len(set(own)) == count", "len(set(own)) == count", "test_formats.py"),
     Mutant("lm: the head rounds to bfloat16", LM, "if compute_dtype != torch.float32:\n            self.use", "if False:\n            self.use", "test_precision.py"),
     Mutant("collect: bfloat16 ratios do not start at 1", TR, "self.policy.lm.compute_dtype.itemsize < 4", "False", "test_precision.py"),
-    Mutant("self-check: no tolerance in bfloat16", "appo/selfcheck.py", "1e-4 if exact else 0.1", "1e-4 if exact else 100.0", "test_precision.py"),
+    Mutant("self-check: no tolerance in bfloat16", "appo/selfcheck.py", "ROUNDING if exact else 0.1", "1e-4 if exact else 100.0", "test_precision.py"),
     Mutant("statistics: a bootstrap of unpaired rows", "experiments/run/statistics.py", "rng(0).choice(differences, (DRAWS, len(differences)))", "rng(0).choice(np.abs(differences), (DRAWS, len(differences)))", "test_statistics.py"),
     Mutant("report: mended and broken swapped", "experiments/page/answers.py", "else after - before", "else before - after", "test_report.py"),
     Mutant("report: matrix of the other prompt", "experiments/page/answers.py", "counts[right, row[side][\"answer\"]] += 1", "counts[right, row[\"manual\"][\"answer\"]] += 1", "test_report.py"),
