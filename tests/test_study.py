@@ -97,6 +97,11 @@ def test_what_is_wrong_is_said_in_a_line(words: list[str], told: str, capsys: py
             "by referense",
             "tables: 'plane of lr by referense': no axis 'referense'; expected",
         ),
+        (
+            "summary of reference",
+            "summary of lr where reference = nun",
+            "no setting 'nun'; expected one of anchor, none",
+        ),
         ("keys: task", "keys: 'task", "not YAML"),
         ("task=sst2", "task='sst2", "keys: No closing quotation"),
         ("arm=none", 'arm="none', "axes.reference.none: No closing quotation"),
@@ -267,6 +272,13 @@ def test_the_untrained_agent_is_judged_by_first_iterations_of_its_task() -> None
     assert math.isnan(untrained(RUNS, "u"))
 
 
+def test_a_table_leaves_out_what_it_is_not_asked_for() -> None:
+    runs = [*RUNS, record("appo", 0, [0.2] * 40, task="u")]
+    assert view(runs, "summary of arm where task = t") == summary(RUNS, "arm")
+    assert view(runs, "plane of arm by task where arm = none") == plane(RUNS[2:], "arm", "task")
+    assert view(runs, "summary of arm where task = v") == [["arm"]]  # none of its runs is finished yet
+
+
 def test_a_run_that_was_stopped_has_no_scores_in_its_row() -> None:
     stopped = view([record("appo", 0, [0.3] * 9, None)], "runs of arm")[1]
     assert stopped[-3] == "(stopped after 9)"
@@ -278,7 +290,9 @@ def test_nothing_in_a_prompt_ends_a_cell() -> None:
     assert markdown([["a|b"], ["|"]]) == "| a\\|b |\n|---|\n| \\| |\n"
 
 
-@pytest.mark.parametrize("words", ["sums of arm", "plane of arm", "curve of arm by task", "summary of lr"])
+@pytest.mark.parametrize(
+    "words", ["sums of arm", "plane of arm", "curve of arm by task", "summary of lr", "runs of arm where lr = 1"]
+)
 def test_tables_that_there_are_not(words: str) -> None:
     with pytest.raises(ValueError, match=words.split(maxsplit=1)[0]):
         view(RUNS, words)

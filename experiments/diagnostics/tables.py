@@ -5,6 +5,8 @@ runs of AXIS                    a row for each run
 plane of AXIS by AXIS           a cell for each pair of settings: what the agent writes in the end
 curve of AXIS by AXIS at N N    the same at some iterations
 test of AXIS by AXIS            the same for the chosen prompts on test
+
+" where AXIS = SETTING" behind one of them leaves out the other runs.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from experiments.config import TRAINED
 from experiments.diagnostics.records import Record, mean
@@ -30,6 +33,16 @@ FIRST = 5
 GAIN = 0.05  # above the untrained agent; a run that ends with less has failed
 Table = list[list[str]]  # the first row is the header
 VIEW = re.compile(r"(summary|runs) of (.+)|(plane|test) of (.+) by (.+)|(curve) of (.+) by (.+) at ([0-9 ]*[0-9])")
+WHERE = re.compile(r"(.+) where (.+?) = (.+)")
+
+
+class Asked(NamedTuple):
+    """What the words for a table ask for."""
+
+    kind: str
+    axes: list[str]
+    at: list[int]  # iterations of a curve
+    where: tuple[str, str] | None  # the axis and the setting whose runs alone count
 
 
 def view(records: Sequence[Record], words: str) -> Table:
@@ -39,7 +52,11 @@ def view(records: Sequence[Record], words: str) -> Table:
         ValueError: they ask for none, or for an axis that the records lack.
     """
     shared = [axis for axis in records[0]["labels"] if all(axis in record["labels"] for record in records)]
-    kind, axes, at = asked(words, shared)
+    kind, axes, at, where = asked(words, shared)
+    if where:
+        records = by(records, where[0]).get(where[1], [])
+    if not records:
+        return [axes]
     if kind in ("summary", "runs"):
         return (summary if kind == "summary" else listed)(records, *axes)
     rows, columns = axes
@@ -48,21 +65,23 @@ def view(records: Sequence[Record], words: str) -> Table:
     return (plane if kind == "plane" else on_test)(records, rows, columns)
 
 
-def asked(words: str, known: Sequence[str]) -> tuple[str, list[str], list[int]]:
-    """What the words ask for: the kind of table, its axes, and of a curve the iterations.
+def asked(words: str, known: Sequence[str]) -> Asked:
+    """What the words ask for.
 
     Raises:
         ValueError: they ask for no table, or for an axis that is not in `known`.
     """
-    found = VIEW.fullmatch(words)
+    limited = WHERE.fullmatch(words)
+    table, *where = limited.groups() if limited else [words]
+    found = VIEW.fullmatch(table)
     if not found:
         raise ValueError(f"{words!r} is no table; expected such as 'summary of arm' or 'plane of task by arm'")
     kind, *axes = [part for part in found.groups() if part]
     at = [int(n) for n in axes.pop().split()] if kind == "curve" else []
-    for axis in axes:
+    for axis in [*axes, *where[:1]]:
         if axis not in known:
             raise ValueError(f"{words!r}: no axis {axis!r}; expected one of {', '.join(known)}")
-    return kind, axes, at
+    return Asked(kind, axes, at, (where[0], where[1]) if where else None)
 
 
 def summary(records: Sequence[Record], axis: str) -> Table:

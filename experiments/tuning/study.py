@@ -101,9 +101,12 @@ class Study:
         )
         for table in study.tables:
             try:
-                asked(table, list(axes))
+                where = asked(table, list(axes)).where
             except ValueError as error:
                 raise ValueError(f"tables: {error}") from error
+            if where and where[1] not in axes[where[0]]:
+                known = ", ".join(axes[where[0]])
+                raise ValueError(f"tables: {table!r}: no setting {where[1]!r}; expected one of {known}")
         taken = dict[str, str]()
         for name in map(_name, study.combinations()):
             folder = _folder(name)
