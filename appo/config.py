@@ -71,7 +71,7 @@ class APPOConfig:
     max_ratio: float | None = 10.0  # mean probability ratio above which a step is skipped; null: off [TRL]
     target_kl: float | None = None  # stop after an epoch whose mean approx_kl (nats per token) exceeds this; ours
     max_bad_steps: int = 3  # iterations in a row without a sound step: roll back; twice as many: end training; ours
-    whiten_advantages: bool = True  # over all tokens of the rollout [TRL]
+    whiten_advantages: bool = True  # over all tokens of the rollout, if of several responses [TRL]
     leave_one_out: bool = True  # subtract the mean score of the query's other responses; ours, see update.advantages
     scale_scores: bool = False  # divide them by their root mean square among the query's responses, as GRPO does
     reference: ReferenceName = "anchor"  # KL against: anchor (APPO), initial (RLHF), previous (plain PPO), none

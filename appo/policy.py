@@ -64,7 +64,7 @@ class Policy(nn.Module):
         self.model = lm.model
         self.sampling = sampling or SamplingConfig()
         self.ranks = ranks or Ranks()
-        self.value_head = nn.Linear(lm.model.config.get_text_config().hidden_size, 1, device=lm.device)
+        self.value_head = nn.Linear(lm.model.get_output_embeddings().weight.shape[1], 1, device=lm.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         looked_at = range(len(lm.tokenizer)) if self.sampling.nonempty or self.sampling.one_line else ()

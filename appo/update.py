@@ -55,7 +55,7 @@ def advantages(scored: Scored, config: APPOConfig, kl_coef: float, mean_score: f
     kl = kl.masked_fill(kl.abs() < ROUNDING, 0.0)  # alone, whitening would make full steps of it
     rewards = token_rewards(scores, kl, scored.mask, kl_coef)
     estimated, returns = gae(rewards, scored.values, scored.mask, config.gamma, config.lam)
-    if config.whiten_advantages:
+    if config.whiten_advantages and len(scored) > 1:  # a lone response would lose its score with the mean
         estimated = masked_whiten(estimated, scored.mask)
     return estimated, returns
 

@@ -80,6 +80,12 @@ def test_equal_scores_give_no_advantage_to_any_token(
     assert_close(returns, torch.zeros_like(returns), rtol=0, atol=1e-6)
 
 
+def test_a_lone_response_keeps_what_its_score_tells() -> None:
+    given = scored([5], [9.0], [0])
+    found, _ = advantages(given, APPOConfig(), kl_coef=0.0, mean_score=6.0)
+    assert found.tolist() == [[3.0] * 5]
+
+
 def test_without_the_baseline_equal_scores_push_ends_up_and_long_beginnings_down() -> None:
     # The table of the design: score 6, lam .95, lengths 40, 30, 20, 10.
     given = scored([40, 30, 20, 10], [6.0] * 4, [0] * 4)

@@ -12,10 +12,12 @@ import torch
 from experiments.config import build_config
 from experiments.diagnostics.headroom import look
 from experiments.run.run import Run, prepare
+from experiments.run.statistics import NO_VERDICT
 from experiments.train import train
 from rewards.local import LocalTarget
 from rewards.reward import ClassificationReward
 from rewards.target import Remembered
+from tasks.spec import Example
 
 SMALL = ["threads=1", "sampling.max_new_tokens=24", "examples.test_limit=30", "prompts=4"]
 
@@ -58,6 +60,14 @@ def test_a_target_that_does_not_listen_is_called_out(run: Run) -> None:
 def test_an_agent_that_writes_one_prompt_only_is_called_out(run: Run) -> None:
     seen = look(run, 1)
     assert seen.p is None and "has nothing to explore" in seen.verdict
+
+
+def test_scores_that_are_not_numbers_give_no_verdict(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsound(prompts: list[str], rows: list[Example]) -> torch.Tensor:
+        return torch.full((len(prompts), len(rows)), torch.nan)
+
+    monkeypatch.setattr(run.reward, "by_example", unsound)
+    assert look(run, 4).verdict == NO_VERDICT
 
 
 def test_the_look_changes_nothing(run: Run) -> None:

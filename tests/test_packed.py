@@ -241,6 +241,19 @@ def test_sampled_logprobs_equal_the_evaluated_ones(name: str, tokenizer: PreTrai
     assert rollout.logprobs[rollout.mask].std() > 0.1
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_a_mixture_that_is_to_report_its_router_runs_like_any_other(
+    name: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    found = []
+    for report in (False, True):
+        policy = policy_of(build(name, output_router_logits=report), tokenizer, plain_sampling(6))
+        queries = [Query((3, 4, 5)), Query((6,))]
+        rollout = policy.sample(queries, torch.Generator().manual_seed(0), copies=2)
+        found.append(policy.evaluate(rollout).logprobs)
+    assert_close(*found, rtol=0, atol=0)
+
+
 # -- what is built on it, against the plain way ------------------------------------------------------------------
 
 

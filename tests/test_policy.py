@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from torch.testing import assert_close
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from appo.lm import packed
 from appo.lm.ends import clean
 from appo.lm.model import ContextTooLongError
 from appo.policy import Policy
 from appo.rollout import Query, Rollout
-from tests.conftest import plain_sampling, policy_of
+from tests.conftest import SPECIAL_IDS, plain_sampling, policy_of
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
@@ -240,6 +241,27 @@ def test_chat_leaves_the_assistant_turn_open(tiny_llama, tokenizer) -> None:
 def test_plain_query_is_request_newline_opening(tiny_llama, tokenizer) -> None:
     query = policy_of(tiny_llama, tokenizer).query("request", "opening :")
     assert tokenizer.decode(query.tokens) == "request\nopening :"
+
+
+def test_a_tokenizer_that_ends_every_text_leaves_a_query_open(tiny_llama, tokenizer) -> None:
+    query = policy_of(tiny_llama, tokenizer).query("request", "opening :")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    )
+    assert policy_of(tiny_llama, tokenizer).query("request", "opening :").tokens == (
+        tokenizer.bos_token_id,
+        *query.tokens,
+    )
+
+
+def test_the_value_head_is_as_wide_as_what_the_head_reads(tokenizer) -> None:
+    """OPT-350m's layers are wider than its embedding."""
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64, "max_position_embeddings": 64}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    model = OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), **sizes, **layers, **SPECIAL_IDS)).eval()
+    policy = make(model, tokenizer)
+    rollout = policy.sample(ragged_queries(policy), torch.Generator().manual_seed(0))
+    assert policy.evaluate(rollout).values.shape == rollout.values.shape
 
 
 def test_query_that_leaves_no_room_is_refused(tiny_llama, tokenizer) -> None:

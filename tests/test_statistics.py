@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from experiments.run.statistics import (
+    NO_VERDICT,
     coefficient_of_variation,
     compared,
     corrected,
@@ -54,6 +55,12 @@ def test_mcnemar_equals_scipy(only_one: int, only_other: int) -> None:
     one, other = [1.0] * only_one + [0.0] * only_other + [1.0], [0.0] * only_one + [1.0] * only_other + [1.0]
     theirs = stats.binomtest(only_one, only_one + only_other).pvalue if only_one + only_other else 1.0
     assert paired_p(one, other) == pytest.approx(theirs, rel=1e-9)
+
+
+def test_scores_that_are_not_numbers_decide_nothing() -> None:
+    unsound, sound = [math.nan, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]
+    assert math.isnan(paired_p(unsound, sound)) and math.isnan(spread([unsound, sound]).p)
+    assert compared(unsound, sound) == NO_VERDICT
 
 
 @pytest.mark.parametrize("kind", ["binary", "real"])

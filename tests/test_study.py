@@ -177,6 +177,18 @@ def test_an_assignment_is_no_seed_and_a_seed_counts_once(
     assert {(cell.config.steps, cell.config.prompts) for cell in asked} == {(1, 3)}
 
 
+def test_edits_which_have_no_kl_are_recorded_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "edits.yaml"
+    keys = f"task=sst2 {SMALL} steps=1"
+    file.write_text(
+        f"question: What?\nseeds: 0\nkeys: {keys}\naxes: {{arm: {{e: arm=edits}}}}\ntables: [runs of arm]\n"
+    )
+    assert main([str(file), "--folder", str(tmp_path / "runs"), "--record", str(tmp_path / "r.jsonl")]) == 0
+    (found,) = read_jsonl(tmp_path / "r.jsonl")
+    assert (found["kl"], len(found["curve"])) == ([None], 1)
+    assert "| e | 0 |" in capsys.readouterr().out
+
+
 def test_tables_are_printed_even_if_the_record_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,6 +214,7 @@ def test_a_plan_says_what_all_runs_would_take(file: Path, capsys: pytest.Capture
 
 def record(arm: str, seed: int, curve: list[float], test: float | None = 0.5, task: str = "t") -> Record:
     given = {"study": "s", "labels": {"arm": arm, "task": task}, "seed": seed, "task": task, "arm": arm}
+    given |= {"agent": "a", "target": "b"}
     scores = {"test_score": test, "test_interval": [0.4, 0.6], "test_rows": 100, "manual_test_score": 0.45}
     chosen = {"validation_score": 0.5, "validation_rows": 32, "prompt": "a | b"}
     moves = {"kl": [0.0] * len(curve), "promoted": 1, "rolled_back": 0, "iterations": len(curve)}
@@ -267,9 +280,17 @@ def test_a_cell_is_empty_where_a_run_has_no_iteration() -> None:
     assert over_time(short, "arm", "task", [0, 1, 5, 6])[1] == ["appo", " / 0.40 / 0.50 / "]
 
 
-def test_the_untrained_agent_is_judged_by_first_iterations_of_its_task() -> None:
-    assert untrained([*RUNS, record("appo", 0, [0.9], task="u")], "t") == pytest.approx(0.3)
-    assert math.isnan(untrained(RUNS, "u"))
+def test_the_untrained_agent_is_judged_by_first_iterations_with_its_task_and_models() -> None:
+    others = [
+        record("appo", 0, [0.9], task="u"),
+        *(RUNS[0] | {name: "x", "curve": [0.9]} for name in ("agent", "target")),
+    ]
+    assert untrained([*RUNS, *others], RUNS[0]) == pytest.approx(0.3)
+    assert math.isnan(untrained(RUNS, others[0]))
+
+
+def test_the_manual_prompt_that_edits_begin_with_is_not_the_untrained_agents() -> None:
+    assert untrained([*RUNS, record("edits", 0, [0.9] * 40)], RUNS[0]) == pytest.approx(0.3)
 
 
 def test_a_table_leaves_out_what_it_is_not_asked_for() -> None:

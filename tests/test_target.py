@@ -444,6 +444,15 @@ def test_a_bos_is_no_part_of_the_label_words() -> None:
     assert Verbalizer.build(lm_of(tokenizer), "Output :", ["yes", "no"]).tokens == expected
 
 
+def test_an_end_token_behind_every_text_is_no_part_of_the_label_words() -> None:
+    tokenizer = bpe_tokenizer("Ġyes", "Ġno")
+    plain = Verbalizer.build(lm_of(tokenizer), "Output :", ["yes", "no"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    assert Verbalizer.build(lm_of(tokenizer), "Output :", ["yes", "no"]) == plain
+
+
 # -- chat --------------------------------------------------------------------------------------------------------
 
 CHAT_TEMPLATE = (

@@ -70,16 +70,12 @@ def layout_of(
             torch.tensor([of[r] for r in rows], device=CPU)[:, None] for of in (starts, length, asking)
         )
         before = seen[rows[0]]
-        # Padding repeats the last token.
-        own, steps = (
-            torch.arange(int(size.max()), device=CPU).clamp(max=size - 1),
-            torch.arange(int(count.max()), device=CPU),
-        )
+        own = torch.arange(int(size.max()), device=CPU).clamp(max=size - 1)  # padding repeats the last token
+        steps = torch.arange(int(count.max()), device=CPU)
         asked = size - count + steps.clamp(max=count - 1)
         queries = first + asked
-        inherited = torch.tensor([starts[max(parent[r], 0)] for r in rows], device=CPU)[:, None] + torch.arange(
-            before, device=CPU
-        )
+        prefix = torch.tensor([starts[max(parent[r], 0)] for r in rows], device=CPU)[:, None]
+        inherited = prefix + torch.arange(before, device=CPU)
         keys = torch.cat([inherited, first + own], dim=1)
         age = before + asked[:, :, None] - torch.arange(keys.shape[1], device=CPU)
         age[:, :, before:].masked_fill_((torch.arange(own.shape[1], device=CPU) >= size)[:, None, :], -1)

@@ -68,6 +68,8 @@ class CausalLM:
         self.compute_dtype = compute_dtype
         self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.ends = _end_tokens(model, tokenizer)
+        if getattr(model.config, "output_router_logits", False):
+            model.config.output_router_logits = False  # for a loss on a mixture's router, which reads the mask too
         if onednn:
             linear.install(model)
         self.packed = packed.install(model)
@@ -132,10 +134,12 @@ class CausalLM:
 
         A chat template has written its special tokens already. In plain text they are added here, and a special token
         spelt out in a text ("</s>") is read as ordinary characters: requests come from a model and from data, and
-        neither may end the text or open a turn.
+        neither may end the text or open a turn. An end token that the tokenizer puts behind every text is left out:
+        all texts here are to be continued.
         """
         encoded = self.tokenizer(list(texts), add_special_tokens=not self.chat, split_special_tokens=not self.chat)
-        return list(encoded["input_ids"])
+        end = None if self.chat else self.tokenizer.eos_token_id
+        return [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in encoded["input_ids"]]
 
     def encode(self, request: str, opening: str = "") -> tuple[int, ...]:
         """The token ids of a request with the opening of its answer."""

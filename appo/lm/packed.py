@@ -84,12 +84,10 @@ def run(model: PreTrainedModel, batch: Branches, keep: Sequence[int] | None = No
     ends = starts[len(batch.prefixes) + 1 :]
     offsets = [0] * len(batch.prefixes) + [len(batch.prefixes[m]) for m in batch.owner]
     ids = torch.tensor([[token for row in rows for token in row]], device=device)
-    positions = torch.cat([torch.arange(o, o + len(row), device=CPU) for o, row in zip(offsets, rows, strict=True)]).to(
-        device
-    )
-    wanted = torch.cat(
-        [torch.arange(end - count, end, device=CPU) for end, count in zip(ends, counts, strict=True)]
-    ).to(device)
+    places = [torch.arange(o, o + len(row), device=CPU) for o, row in zip(offsets, rows, strict=True)]
+    positions = torch.cat(places).to(device)
+    read = [torch.arange(end - count, end, device=CPU) for end, count in zip(ends, counts, strict=True)]
+    wanted = torch.cat(read).to(device)
     layout = layout_of(batch, starts, [len(row) for row in rows], model.dtype, device)
     reading = layout_of(batch, starts, [0] * len(batch.prefixes) + counts, model.dtype, device)
     unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # a 4-D mask is used as it is

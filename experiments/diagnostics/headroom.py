@@ -6,6 +6,7 @@ prompts differ by no more than chance, training has little to gain, and the verd
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from experiments.arms.fixed import meta_query
 from experiments.arms.result import chance
 from experiments.diagnostics.records import mean
 from experiments.run.run import Run, stream
-from experiments.run.statistics import LEVEL, Interval, interval, spread
+from experiments.run.statistics import LEVEL, NO_VERDICT, Interval, interval, spread
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def look(run: Run, count: int) -> Headroom:
 def _verdict(p: float | None, sampled: Sequence[float], manual: float) -> str:
     if p is None:
         return "the agent wrote one prompt only: it has nothing to explore; raise sampling.temperature"
+    if math.isnan(p):
+        return NO_VERDICT
     if p >= LEVEL:
         return f"prompts hardly matter to this target: all within noise (p = {p:.2g}); expect little from training"
     if max(sampled) <= manual:

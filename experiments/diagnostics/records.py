@@ -38,6 +38,7 @@ def record_of(folder: Path, study: str, labels: Mapping[str, str]) -> Record:
     spec, rows = load_spec(config.task), read_optional(folder / METRICS)
     scores = [row[f"{spec.metric}_mean"] for row in rows]
     decisions = [row["anchor"] for row in rows]
+    distances = [row.get("kl") for row in rows]  # an arm that edits without sampling whole prompts has none
     named = {name: Path(getattr(config, name)).name for name in ("agent", "target")}
     chosen = flat(to_dict(config)).items()
     environment = read_yaml(folder / CONFIG).get("environment", {})
@@ -54,7 +55,7 @@ def record_of(folder: Path, study: str, labels: Mapping[str, str]) -> Record:
         "seconds": round(sum(row["seconds"] for row in rows)),
         "metric": spec.metric,
         "curve": [None if score is None else round(score, DIGITS) for score in scores],
-        "kl": [None if row["kl"] is None else round(row["kl"], 1) for row in rows],
+        "kl": [None if kl is None else round(kl, 1) for kl in distances],
         "promoted": decisions.count("promote"),
         "rolled_back": decisions.count("rollback"),
         **{name: result.get(name) for name in RESULTS},

@@ -230,14 +230,18 @@ def _kl(run: Record) -> list[float]:
     return [value for value in run["kl"] if value is not None]
 
 
-def untrained(records: Iterable[Record], task: str) -> float:
-    """The mean score of what untrained agents write: of all runs' first iterations on the task."""
-    return mean([run["curve"][0] for run in records if run["curve"] and run["task"] == task])
+def untrained(records: Iterable[Record], like: Record) -> float:
+    """The mean score of what the untrained agent of a run writes: of all first iterations with its task and models.
+
+    Edits begin with the manual prompt, not with what the agent writes, so they do not count.
+    """
+    alike = [run for run in records if all(run[name] == like[name] for name in ("task", "agent", "target"))]
+    return mean([run["curve"][0] for run in alike if run["curve"] and run["arm"] != "edits"])
 
 
 def _failures(runs: Sequence[Record], records: Sequence[Record]) -> str:
     trained = [run for run in runs if run["arm"] in TRAINED and run["curve"]]
-    failed = sum(last(run) < untrained(records, run["task"]) + GAIN for run in trained)
+    failed = sum(last(run) < untrained(records, run) + GAIN for run in trained)
     return f"{failed} of {len(trained)}" if trained else ""
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 DRAWS = 2_000  # of a bootstrap or permutation; the standard error of p near 0.05 is about 0.005
 Z = 1.959963984540054  # of a 95 % interval
+NO_VERDICT = "no verdict: some scores are not numbers"
 LEVEL = 0.05  # a difference counts if its p-value is below this
 
 
@@ -29,7 +30,7 @@ class Spread(NamedTuple):
 
     between: float  # standard deviation of the K means
     noise: float  # the same, expected where prompts have no effect
-    p: float
+    p: float  # NaN where a value is NaN
 
 
 def wilson(right: int, n: int) -> Interval:
@@ -53,9 +54,11 @@ def paired_p(one: Sequence[float], other: Sequence[float]) -> float:
     """Two-sided p-value that two prompts score the same, from their values on the same rows.
 
     McNemar's exact test where rows are right or wrong (a binomial test of the rows on which the two differ), else a
-    permutation test that swaps the two prompts row by row.
+    permutation test that swaps the two prompts row by row. NaN where a value is NaN.
     """
     differences = np.asarray(one) - np.asarray(other)
+    if np.isnan(differences).any():
+        return math.nan
     differing = differences[differences != 0]
     n = len(differing)
     if n == 0:
@@ -88,7 +91,8 @@ def spread(table: Sequence[Sequence[float]]) -> Spread:
     rng = np.random.default_rng(0)
     shuffled = np.array([rng.permuted(values, axis=0).mean(1).std() for _ in range(DRAWS)])
     noise = float(np.sqrt(np.square(shuffled).mean()))
-    return Spread(between, noise, float((1 + (shuffled >= between - 1e-9).sum()) / (1 + DRAWS)))
+    p = float((1 + (shuffled >= between - 1e-9).sum()) / (1 + DRAWS))
+    return Spread(between, noise, math.nan if math.isnan(between) else p)
 
 
 def interquartile_mean(values: Sequence[float]) -> float:
@@ -153,6 +157,8 @@ def corrected(table: Sequence[Sequence[float]]) -> float:
 def compared(best: Sequence[float], manual: Sequence[float]) -> str:
     """The verdict on a prompt against the manual one, in words, from their values on the same test rows."""
     p = paired_p(best, manual)
+    if math.isnan(p):
+        return NO_VERDICT
     lead = float(np.mean(best) - np.mean(manual))
     low, high = paired_interval(best, manual)
     found = f"{lead:+.3f}, {low:+.3f} to {high:+.3f}, on {len(best)} test rows; p = {p:.2g}"

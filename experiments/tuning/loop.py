@@ -130,14 +130,8 @@ class Record:
     def _write(self, number: int, step: Step, seconds: float, cost: Mapping[str, float]) -> None:
         prompts, rewarded, review = step.prompts, step.rewarded, step.review
         bare = sum(only_labels(prompt, self.run.target.words) for prompt in prompts) / len(prompts)
-        row: dict[str, Any] = {"iteration": number, **step.stats, "label_list_rate": bare}
-        row |= {
-            "seconds": seconds,
-            **cost,
-            **self._requests(),
-            "tokens": step.tokens,
-            "anchor": None,
-        }
+        row: dict[str, Any] = {"iteration": number, **step.stats, "label_list_rate": bare, "seconds": seconds}
+        row |= {**cost, **self._requests(), "tokens": step.tokens, "anchor": None}
         if review:
             sides = {side: getattr(review, side)._asdict() for side in ("policy_health", "anchor_health")}
             decision = review.decision.value

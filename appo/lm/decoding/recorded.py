@@ -182,9 +182,7 @@ def computes_the_same(model: PreTrainedModel) -> bool:
     begun = Growing(model, [[1, 2, 3, 4]], [0])
     try:
         ours, theirs = Direct(begun, budget=3), begun.spread()
-    except (
-        AttributeError
-    ):  # a part has the name, and not what belongs to it: a norm without a weight, or of another kind
+    except AttributeError:  # a part has the name, but not what belongs to it: a norm without a weight, say
         return False
     for token in (5, 6, 7):
         found, expected = ours.step(), theirs.step()

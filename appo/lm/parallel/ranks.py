@@ -183,10 +183,9 @@ def meeting() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = re.sub(r"^\[\S*\] |\. This is.*", "", str(error).partition("\n")[0])[
-            :100
-        ]  # without gloo's file and guess
-        raise RanksError(f"another process of this job has ended, or does not answer ({reason})") from error
+        line, _, _ = str(error).partition("\n")
+        reason = re.sub(r"^\[\S*\] |\. This is.*", "", line)  # without gloo's file and guess
+        raise RanksError(f"another process of this job has ended, or does not answer ({reason[:100]})") from error
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
