@@ -143,6 +143,10 @@ def main(argv: Sequence[str]) -> int:
     run = open_run(options.run, options.trust_remote_code)
     if parts := changed_since(options.run, run.fingerprint):
         print(f"note: the task is not what the run was made with; changed: {parts}", file=sys.stderr)
+    if run.config.mode == "tte" and read_result(run.folder.path)["prompt"] is not None:
+        print(
+            "note: this run chose the manual prompt; what is scored here are the agent's instructions", file=sys.stderr
+        )
     result = evaluate(run, options.votes, options.vote, options.sampled, options.seed)
     result["changed"] = parts or None
     for name, value in result.items():

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.run.fingerprint import changed_since
 from experiments.run.folder import read_result
-from experiments.terminal.command import Parser, in_order
+from experiments.terminal.command import Parser, in_order, is_utf8
 from experiments.terminal.signals import ending_at_once
 from tasks.cells import Row, column, lettered, text_of
 from tasks.errors import TaskError, printable, shown
@@ -132,7 +132,8 @@ def main(argv: Sequence[str]) -> int:
         for text, prompt, reply in zip(inputs, prompts, replies, strict=True):
             row = {"input": text, "prompt": prompt, **reply}
             line = json.dumps(row, ensure_ascii=False)
-            print(line if line.isprintable() else json.dumps(row))  # escapes an input's control characters
+            plain = line.isprintable() and is_utf8(sys.stdout)
+            print(line if plain else json.dumps(row))  # escapes an input's control characters
         return 0
     print(printable(prompts[0]))
     if options.answer:

@@ -25,6 +25,7 @@ from experiments.config import (
     GIVEN,
     RunConfig,
     flat,
+    idle_keys,
     merged_config,
     on_toys,
     origins,
@@ -150,8 +151,9 @@ def main(argv: Sequence[str]) -> int:
     config = replace(config, run=ranks.gather([config.run])[0])  # a name made of the time differs
     run = prepare(config, asked.resume, ranks)
     print(*header.loaded(run), sep="\n", flush=True)
-    if warning := on_toys(config.task, config.data, config.agent, config.target):
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    for warning in (on_toys(config.task, config.data, config.agent, config.target), idle_keys(config)):
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
     if asked.only == "dry_run":
         print(*trial.trial(run), sep="\n")
         job.leave()

@@ -45,6 +45,7 @@ def shown(value: object) -> str:
 
 
 def listed(names: Iterable[object]) -> str:
-    """Names joined by commas; of many, only the first ones."""
-    first = [str(name)[:QUOTED] for name in islice(names, NAMED + 1)]
+    """Names joined by commas; of many, only the first ones. White space at an end of a name is shown by quotes."""
+    cut = (str(name)[:QUOTED] for name in islice(names, NAMED + 1))
+    first = [text if text and text == text.strip() else repr(text) for text in cut]
     return ", ".join(first[:NAMED]) + (", ..." if len(first) > NAMED else "")

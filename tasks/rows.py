@@ -102,7 +102,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
 def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
     """A list of objects, or an object whose "examples" is such a list or maps keys to objects."""
     data = read_json(path)
-    rows = data.get("examples", []) if isinstance(data, dict) else data
+    rows = data.get("examples") if isinstance(data, dict) else data
     if not isinstance(rows, list | dict):
         raise TaskError(f"{path}: expected a list of objects, or an object with 'examples'")
     for number, row in enumerate(rows.values() if isinstance(rows, dict) else rows, 1):

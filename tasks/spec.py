@@ -52,7 +52,8 @@ class TaskSpec:
         manual_prompt: the instruction a person would write; the baseline.
         label: possible names of the column with the right answer, for a verbalizer or choices. Integers index the
             classes; of scores by label, text or letter (BIG-bench's target_scores), the highest is right.
-        verbalizer: label in the data -> word that the target answers with, in class order.
+        verbalizer: label in the data -> word that the target answers with, in class order. Where a label is a number
+            (stars from 1 to 5), numbers are labels and never indices.
         choices: possible names of the column with the choices: 2 to 26 texts, which may have labels of their own or
             scores. Without such a column, they are the columns A, B, C, ... or the lines (A), (B), ... of the input.
         answers: names of the columns that hold accepted answers; meta-prompts show the first answer found.
@@ -128,18 +129,30 @@ class TaskSpec:
             raise TaskError(f"{where}: {error}") from None
 
     def _labelled(self, value: Any, text: str) -> Example | None:
-        given = cells.told_apart(value) if isinstance(value, Mapping) else [cells.written(value)]
+        given = cells.told_apart(value) if isinstance(value, Mapping) else [self._known(value)]
         if any(label in self.drop_labels for label in given):
             return None
         places = [place for label in given if (place := self._place(label)) is not None]
         if len(places) < len(given):
-            allowed = ", ".join(self.verbalizer)
-            raise TaskError(f"label {shown(value)} is not in the verbalizer; expected one of {allowed}, or its index")
+            expected = f"one of {', '.join(self.verbalizer)}" + ("" if self._numbered else ", or its index")
+            raise TaskError(f"label {shown(value)} is not in the verbalizer; expected {expected}")
         return Example(text, places[0], self.words[places[0]], also=tuple(places[1:]))
 
+    def _known(self, value: Any) -> str | None:
+        """A label as text; a truth value as the verbalizer spells it: true in JSON and YAML, True in a .csv."""
+        if isinstance(value, bool) and str(value) not in self.verbalizer:
+            return str(value).lower()
+        return cells.written(value)
+
+    @property
+    def _numbered(self) -> bool:
+        """Whether labels are numbers themselves, as stars from 1 to 5 are; then no number is an index."""
+        return any(re.fullmatch(r"-?\d+", label) for label in self.verbalizer)
+
     def _place(self, label: str | None) -> int | None:
-        """The class of a label by its name or, if no class has that name, by its index."""
-        for known in (list(self.verbalizer), list(map(str, range(len(self.words))))):
+        """The class of a label by its name or, if no class has that name and names are no numbers, by its index."""
+        indices = [] if self._numbered else list(map(str, range(len(self.words))))
+        for known in (list(self.verbalizer), indices):
             if label in known:
                 return known.index(label)
         return None

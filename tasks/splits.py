@@ -96,7 +96,8 @@ def _balanced(spec: TaskSpec, pool: Sequence[Example], shots: int, split: str) -
         mine = [example for example in pool if example.label == label]
         if len(mine) < shots:
             raise TooFewRowsError(
-                f"{spec.name}: {len(mine)} examples left with label {word!r} for {split}; {shots} shots need {shots}"
+                f"{spec.name}: {len(mine)} different examples left with label {word!r} for {split}; {shots} shots "
+                f"need {shots}"
             )
         chosen += mine[:shots]
     return chosen

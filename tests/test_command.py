@@ -123,6 +123,23 @@ def test_an_output_that_cannot_be_written_to_is_one_line() -> None:
     assert (process.returncode, said) == (74, "error: No space left on device\n")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_command_without_stdout_or_stderr_ends_with_its_own_code(closed: str) -> None:
+    for words, code in (("tasks --list", 0), ("tasks --show nix", 2)):
+        line = f"exec {sys.executable} -m experiments.cli {words} {closed}"
+        done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.returncode, "fault of the program" in done.stderr) == (code, False)
+        assert "error" not in done.stdout
+
+
+def test_text_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+    spec = "name: t\ndescription: Rückmeldung — gut?\nfields: {text: [text]}\nlabel: [label]\ninput: '{text}'\n"
+    (tmp_path / "t.yaml").write_text(f"{spec}verbalizer: {{a: ja, b: nein}}\nmanual_prompt: m\n", encoding="utf-8")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    out, said = started(["-m", "experiments.tasks", "--show", str(tmp_path / "t.yaml")], env=environment).communicate()
+    assert (out.splitlines()[0], said) == ("t: R\\xfcckmeldung \\u2014 gut?", "")
+
+
 # -- appo --------------------------------------------------------------------------------------------------------
 
 

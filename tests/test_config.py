@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from experiments.config import CONFIG_DIR, ConfigError, RunConfig, build_config, to_dict
+from experiments.config import CONFIG_DIR, ConfigError, RunConfig, build_config, idle_keys, to_dict
 from experiments.config.explained import explained, meanings
 
 ROOT = Path(__file__).parents[1]
@@ -533,3 +533,17 @@ def test_values_are_shown_as_the_command_line_takes_them() -> None:
     config = build_config(OTHER, None, ["appo.max_ratio=null", "arm=frozen", "run=runs/a b"])
     shown = [line.partition("  # ")[0].rstrip() for line in explained(config, {}) if "  # " in line]
     assert build_config(None, None, [*shown, "agent=some/model"]) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], None),
+        (["few_shot=2", "race=true", "mode=fixed"], None),
+        (["few_shot=2", "race=true", "mode=tte"], "in mode tte nothing is done with few_shot, race"),
+        (["edit_manual=true"], "in mode fixed nothing is done with edit_manual"),
+        (["edit_manual=true", "mode=tte"], None),
+    ],
+)
+def test_keys_of_the_other_mode_are_warned_of(words: list[str], told: str | None) -> None:
+    assert idle_keys(build_config(assignments=words)) == told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,18 @@ def test_evaluate_scores_and_shows_the_cost(
     votes = int(arguments[1]) if "--votes" in arguments else 1
     assert 0 <= result["test_score"] <= 1
     assert (result["prompts_written"], result["answers_of_the_target"]) == (6 * votes, 6 * votes)
-    assert "milliseconds per input" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "milliseconds per input" in shown.out and "manual" not in shown.err
+
+
+def test_evaluate_says_that_it_does_not_score_the_manual_prompt_that_was_chosen(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    result = json.loads((folder / "best_prompt.json").read_text())
+    (folder / "best_prompt.json").write_text(json.dumps(result | {"prompt": "Say so.", "chosen": "manual"}))
+    assert evaluate_module.main(["--run", str(folder)]) == 0
+    assert "note: this run chose the manual prompt; what is scored here" in capsys.readouterr().err
 
 
 def test_prompt_prints_an_instruction_and_the_answer(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,6 +267,18 @@ def test_prompt_prints_an_instruction_and_the_answer(finished: Path, capsys: pyt
     assert prompt_module.main(arguments) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first and second.startswith("answer: ") and "maybe 0." in second
+
+
+def test_lines_of_json_are_ascii_where_the_output_is_not_utf8(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("premise : ü\n", encoding="utf-8")
+    shown = []
+    for utf8 in (True, False):
+        monkeypatch.setattr(prompt_module, "is_utf8", lambda _, utf8=utf8: utf8)
+        assert prompt_module.main(["--run", str(finished), "--file", str(tmp_path / "a.txt")]) == 0
+        shown.append(capsys.readouterr().out)
+    assert [line.isascii() for line in shown] == [False, True] and json.loads(shown[0]) == json.loads(shown[1])
 
 
 def test_prompt_reads_files_of_inputs(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

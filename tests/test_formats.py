@@ -355,6 +355,10 @@ def test_mmlu_cells_may_hold_several_lines_and_quotes(tmp_path: Path) -> None:
     [
         ("{", "task.json:1: not JSON: "),
         ("3", "task.json: expected a list of objects, or an object with 'examples'"),
+        (
+            '{"data": [{"input": "a", "target": "b"}]}',
+            "task.json: expected a list of objects, or an object with 'examples'",
+        ),
         ('{"examples": 3}', "task.json: expected a list of objects, or an object with 'examples'"),
         ('{"examples": []}', "task.json: the file has no rows"),
         ('{"examples": [{"input": "a", "target": "b"}, 4]}', "task.json:2: expected an object, found int"),

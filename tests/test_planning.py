@@ -129,6 +129,17 @@ def test_a_run_begins_with_its_memory_work_and_time(tmp_path: Path) -> None:
     assert "s an iteration" in said["expected"] or "min an iteration" in said["expected"]
 
 
+def test_batches_are_planned_no_larger_than_the_data(tmp_path: Path) -> None:
+    words = ["threads=1", "examples.shots=2"]  # 4 training rows
+
+    def work(size: int) -> str:
+        given = {"task": "sst2", "run": str(tmp_path / "run")}
+        config = build_config(given, assignments=[*words, f"examples.batch_size={size}", "arm=frozen"])
+        return dict(outlook(prepare(config)))["work"]
+
+    assert work(4) == work(1000)
+
+
 @pytest.mark.parametrize("arm", ["appo", "ppo", "frozen", "edits", "manual"])
 def test_what_is_said_to_be_held_and_done_is_what_the_arm_holds_and_does(arm: str, tmp_path: Path) -> None:
     run = prepare(build_config({"task": "sst2", "run": str(tmp_path / "run")}, assignments=["threads=1", f"arm={arm}"]))

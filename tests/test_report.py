@@ -22,6 +22,7 @@ from experiments.config import GIVEN, ArmName
 from experiments.page.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Curve, Mark, line_chart, shown, ticks
 from experiments.page.html import POLICY, SCRIPT
 from experiments.page.run_page import CURVES, TITLES, render_report
+from experiments.page.use import snippets
 from experiments.run.folder import RunFolderError
 from tasks.catalogue import load_spec
 
@@ -365,6 +366,27 @@ def test_the_code_that_uses_the_labs_target_runs(tmp_path: Path, capsys: pytest.
     exec(compile(html.unescape(block), "snippet", "exec"), {})
     answer = capsys.readouterr().out
     assert answer.split()[0] in load_spec("mnli").verbalizer.values()
+
+
+def test_the_code_fills_a_template_with_other_braces(tmp_path: Path) -> None:
+    result = {"template": '{"a": 1} {prompt} Input : {input}', "prompt": "say {x}", "target": "some/target"}
+    for _, code in snippets(result, "r", False)[1:]:
+        lines = code.splitlines()
+        names: dict[str, str] = {}
+        exec("\n".join(line for line in lines if line.startswith(("template", "text"))), names)
+        assert names["text"] == '{"a": 1} say {x} Input : ...'
+
+
+def test_the_code_asks_a_chat_target_in_a_chat() -> None:
+    result = {"template": "{prompt} {input}", "prompt": "p", "target": "http://host:1"}  # a server with one model only
+    ((_, command), (_, code)) = snippets(result, "my runs/x", True)
+    assert command == "appo prompt --run 'my runs/x' --input \"...\" --answer"
+    assert "model=client.models.list().data[0].id, messages=" in code and "client.chat.completions.create(" in code
+    compile(code, "snippet", "exec")
+    (_, local), (_, served) = snippets(result | {"target": "some/target"}, "r", True)[1:]
+    for block in (local, served):
+        compile(block, "snippet", "exec")
+        assert '[{"role": "user", "content": text}]' in block
 
 
 def test_what_differs_from_the_defaults_comes_first(tmp_path: Path) -> None:

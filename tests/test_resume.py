@@ -219,9 +219,10 @@ def test_resuming_with_another_configuration_is_refused(
     assert rows(undisturbed) == before
 
 
-def test_resuming_with_other_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("arm", ["appo", "manual"])
+def test_resuming_with_other_data_is_refused(arm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = sst2_folder(tmp_path / "data", train=40)
-    assert main(arguments(tmp_path / "run", "steps=2", f"data={data}")) == 0
+    assert main(arguments(tmp_path / "run", "steps=2", f"arm={arm}", f"data={data}")) == 0
     path = next(data.glob("test.*"))
     path.write_text(path.read_text(encoding="utf-8").replace("\t0", "\t1", 1), encoding="utf-8")
     assert main(["--run", str(tmp_path / "run"), "--resume", "--steps", "4"]) == 2

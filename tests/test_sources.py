@@ -261,7 +261,7 @@ def test_shots_and_test_limit_reach_the_splits(
 
 
 def test_too_few_rows_name_where_they_come_from(tmp_path: Path) -> None:
-    expected = f"{tmp_path}: sst2: 4 examples left with label 'no' for train; 16 shots need 16"
+    expected = f"{tmp_path}: sst2: 4 different examples left with label 'no' for train; 16 shots need 16"
     assert complaint("sst2", sst2_folder(tmp_path)) == expected
 
 

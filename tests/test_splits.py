@@ -116,12 +116,14 @@ def test_validation_rows_that_are_in_train_are_left_out() -> None:
 
 def test_too_few_rows_name_label_split_and_numbers() -> None:
     train = [*pool(4), Example("one more", 0, "no")]  # 5 sad ones, 4 happy ones
-    with pytest.raises(TaskError, match="mood: 4 examples left with label 'yes' for train; 5 shots need 5"):
+    with pytest.raises(TaskError, match="mood: 4 different examples left with label 'yes' for train; 5 shots need 5"):
         build_data(TaskSpec(**SPEC), {"train": train, "test": pool(1, "test")}, shots=5)
 
 
 def test_too_few_rows_for_validation_count_what_train_has_left() -> None:
-    with pytest.raises(TaskError, match="mood: 2 examples left with label 'no' for validation; 3 shots need 3"):
+    with pytest.raises(
+        TaskError, match="mood: 2 different examples left with label 'no' for validation; 3 shots need 3"
+    ):
         build_data(TaskSpec(**SPEC), {"train": pool(5), "test": pool(1, "test")}, shots=3)
 
 

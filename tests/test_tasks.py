@@ -170,6 +170,21 @@ def test_boolean_labels_are_names_and_not_numbers(tmp_path: Path) -> None:
     assert spec.example({"text": "t", "label": True}, "row 1") == Example("t", 0, "yes")
 
 
+@pytest.mark.parametrize(("label", "place"), [(True, 1), (False, 0), ("true", 1)])
+def test_boolean_labels_are_found_as_json_and_yaml_spell_them(label: object, place: int, tmp_path: Path) -> None:
+    spec = load_spec(write_spec(tmp_path, verbalizer={"false": "no", "true": "yes"}))
+    assert spec.example({"text": "t", "label": label}, "row 1") == Example("t", place, spec.words[place])
+
+
+@pytest.mark.parametrize("label", [0, "0", 3])
+def test_where_labels_are_numbers_no_number_is_an_index(label: object, tmp_path: Path) -> None:
+    # Stars from 1 on: a 0 must not become the first class, which is that of one star.
+    spec = load_spec(write_spec(tmp_path, verbalizer={"1": "bad", "2": "good"}))
+    with pytest.raises(TaskError) as caught:
+        spec.example({"text": "t", "label": label}, "row 1")
+    assert str(caught.value) == f"row 1: label {label!r} is not in the verbalizer; expected one of 1, 2"
+
+
 @pytest.mark.parametrize("label", ["other", 3, "3", -1, "", 1.5])
 def test_a_label_outside_the_verbalizer_names_row_label_and_what_is_allowed(label: str | float) -> None:
     with pytest.raises(TaskError) as caught:
@@ -196,6 +211,11 @@ def test_a_missing_column_names_row_and_columns() -> None:
         load_spec("rte").example({"sentence1": "s", "label": 0, "idx": 3}, "rows.tsv:4")
     expected = "rows.tsv:4: no column 'sentence2' or 'hypothesis'; the columns are sentence1, label, idx"
     assert str(caught.value) == expected
+
+
+def test_white_space_around_a_columns_name_is_shown() -> None:
+    with pytest.raises(TaskError, match="no column 'label'; the columns are sentence1, sentence2, ' label'"):
+        load_spec("rte").example({"sentence1": "s", "sentence2": "t", " label": 0}, "rows.csv:2")
 
 
 @pytest.mark.parametrize(

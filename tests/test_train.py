@@ -55,6 +55,8 @@ def test_an_arm_without_iterations_ends_well_too(tmp_path: Path, capsys: pytest.
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "manual prompt" in shown and "time:" not in shown
+    assert main(["--run", str(tmp_path / "run"), "--resume"]) == 0  # nothing to restore: it is scored once more
+    assert capsys.readouterr().out.split("answers on test")[1] == shown.split("answers on test")[1]
 
 
 def test_command_line_ends_with_a_table(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

@@ -112,6 +112,7 @@ def described(run: Run) -> dict[str, Any]:
         "verbalizer": spec.verbalizer,
         "metric": run.reward.metric,
         "target": run.config.target,
+        "target_chat": run.config.target_chat,
         "seed": run.config.seed,
         "manual_prompt": spec.manual_prompt,
         "fingerprint": run.fingerprint,

@@ -41,6 +41,7 @@ TRAINED = ("appo", "ppo", "rlhf", "none", "reinforce", "grpo")  # arms that upda
 GIVEN = ("manual", "empty", "few_shot", "step_by_step")  # arms that evaluate one prompt, without any iteration
 MAX_THREADS = 1024  # torch crashes if the system cannot start as many as asked
 REFERENCES = {"ppo": "previous", "rlhf": "initial", "none": "none"}  # arms that differ from appo in this only
+OF_MODE = {"fixed": ("few_shot", "race", "show_best"), "tte": ("edit_manual",)}  # keys of one mode only
 INCIDENTAL = ("run", "checkpoint_every", "trust_remote_code", "tensorboard", "wandb", "shard")  # shape no result
 RESUMABLE = ("steps", "epochs", *INCIDENTAL)  # what may change on a resume: how far it goes, too
 
@@ -317,6 +318,12 @@ def on_toys(task: str, data: str, agent: str, target: str) -> str | None:
         f"{' and '.join(toys)}: toy models that know nothing but the lab's own language; what they make of other data "
         "means nothing. Name real models with --agent and --target"
     )
+
+
+def idle_keys(config: RunConfig) -> str | None:
+    """A warning if keys are set that do nothing in the run's mode; None if there are none."""
+    idle = [key for mode, keys in OF_MODE.items() if config.mode != mode for key in keys if getattr(config, key)]
+    return f"in mode {config.mode} nothing is done with {', '.join(idle)}" if idle else None
 
 
 def _given(options: Mapping[str, Any] | None) -> dict[str, Any]:

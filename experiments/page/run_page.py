@@ -106,7 +106,7 @@ def render_report(folder: Path, metric: str) -> str:
             *([] if edited else _pool(prompts)),
             *([] if given else _reviews(metrics, metric)),
             *_cost(metrics, prompts),
-            *_use(result, str(config.get("run") or folder)),
+            *_use(result, str(config.get("run") or folder), config.get("target_chat") is True),
             *_configuration(config),
         ],
     )
@@ -324,10 +324,10 @@ def _cost(metrics: Sequence[Mapping[str, Any]], prompts: Sequence[object]) -> li
     ]
 
 
-def _use(result: Mapping[str, Any] | None, folder: str) -> list[str]:
+def _use(result: Mapping[str, Any] | None, folder: str, chat: bool) -> list[str]:
     if result is None or "template" not in result:
         return []
-    shown = [f"<h3>{escape(title)}</h3>{code(text)}" for title, text in snippets(result, folder)]
+    shown = [f"<h3>{escape(title)}</h3>{code(text)}" for title, text in snippets(result, folder, chat)]
     return ["<h2>Use it</h2>", *shown]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,22 +12,29 @@ TRANSFORMERS = """from transformers import pipeline
 
 template, prompt = {template!r}, {prompt!r}
 target = pipeline("text-generation", model={target!r})
-text = template.format(prompt=prompt, input="...")
-print(target(text, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"])
+text = template.replace("{{prompt}}", prompt).replace("{{input}}", "...")
+print(target({asked}, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"])
 """
 OPENAI = """from openai import OpenAI
 
 template, prompt = {template!r}, {prompt!r}
 client = OpenAI(base_url={url!r}, api_key="none")
-text = template.format(prompt=prompt, input="...")
-answer = client.completions.create(model={target!r}, prompt=text, max_tokens=8, temperature=0)
-print(answer.choices[0].text)
+text = template.replace("{{prompt}}", prompt).replace("{{input}}", "...")
+answer = client.{ask}, max_tokens=8, temperature=0)
+print(answer.choices[0].{answer})
 """
+TURN = '[{"role": "user", "content": text}]'
 
 
-def snippets(result: Mapping[str, Any], folder: str) -> list[tuple[str, str]]:
-    """(title, code) of each way to use the result; a prompt per input needs the agent, hence `appo prompt` alone."""
-    command = f'appo prompt --run {folder} --input "..." --answer'
+def snippets(result: Mapping[str, Any], folder: str, chat: bool) -> list[tuple[str, str]]:
+    """(title, code) of each way to use the result; a prompt per input needs the agent, hence `appo prompt` alone.
+
+    Args:
+        result: what best_prompt.json holds.
+        folder: of the run.
+        chat: the target was asked in its chat template, so it is to be asked in it again.
+    """
+    command = f'appo prompt --run {shlex.quote(folder)} --input "..." --answer'
     if result["prompt"] is None:
         return [("On the command line", command)]
     target, url = result["target"], "http://localhost:8000"
@@ -35,6 +43,9 @@ def snippets(result: Mapping[str, Any], folder: str) -> list[tuple[str, str]]:
     elif target == LAB:
         target = str(LAB_DIR / "target")
     values = {"template": result["template"], "prompt": result["prompt"], "target": target}
+    values |= {"asked": TURN if chat else "text", "answer": "message.content" if chat else "text"}
+    model = repr(target) if target else "client.models.list().data[0].id"  # the server's only one
+    values["ask"] = f"{'chat.' * chat}completions.create(model={model}, {f'messages={TURN}' if chat else 'prompt=text'}"
     ways = [("On the command line", command)]
     if not is_served(result["target"]):
         ways.append(("With transformers", TRANSFORMERS.format(**values)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -39,9 +40,11 @@ def outlook(run: Run) -> Iterator[tuple[str, str]]:
 def plan_of(run: Run) -> Estimate | None:
     """The plan of a run; None for models that cannot be planned (see `appo plan`), or a target behind a server."""
     bfloat16, recorded = run.policy.lm.compute_dtype == torch.bfloat16, run.policy.device.type == "cuda"
-    options = Options.of(run.config, bfloat16, recorded, run.policy.ranks.size)
+    examples = replace(run.config.examples, batch_size=min(run.config.examples.batch_size, len(run.data.train)))
+    config = replace(run.config, examples=examples)  # no batch is larger than the data
+    options = Options.of(config, bfloat16, recorded, run.policy.ranks.size)
     try:
-        return None if run.served else Estimate(run.config, lengths_of(run), options)
+        return None if run.served else Estimate(config, lengths_of(run), options)
     except ModelError:
         return None
 

@@ -11,7 +11,7 @@ from experiments.config import to_dict
 from experiments.config.strict import ConfigError
 from experiments.run import checkpoint
 from experiments.run.checkpoint import CheckpointError
-from experiments.run.fingerprint import differing
+from experiments.run.fingerprint import changed_since, differing
 from experiments.run.folder import METRICS, OUTCOME, RESULT, SCORED, RunFolderError, read_optional, stored_config
 from experiments.run.run import Run
 
@@ -43,6 +43,8 @@ def begin(run: Run, arm: Stateful, resume: bool) -> tuple[int, list[str]]:
     if resume and _killed_early(run):
         run.folder.clear()
         notes = ["the run was stopped before its first checkpoint, and begins anew"]
+    elif resume and not run.steps:  # no iterations, so no checkpoint: its prompt is scored once more
+        _check_data(changed_since(run.folder.path, run.fingerprint))
     elif resume:
         try:
             done, notes = restore(run, arm)
@@ -121,8 +123,7 @@ def restore(run: Run, arm: Stateful) -> tuple[int, list[str]]:
     if state["iteration"] > run.steps:
         asked = f"steps or epochs ask for {run.steps} iterations in all"
         raise ConfigError(f"{asked}, but the run has done {state['iteration']}; expected at least as many")
-    if parts := differing(state["data"], run.fingerprint):
-        raise CheckpointError(f"the data are not those that the run was begun with; changed: {parts}")
+    _check_data(differing(state["data"], run.fingerprint))
     now, before = run.environment(), state["environment"]
     before = {"processes": 1, "commit": None, **before}
     changed = [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]
@@ -132,6 +133,11 @@ def restore(run: Run, arm: Stateful) -> tuple[int, list[str]]:
     run.target.load_state_dict(state["target"])
     run.folder.truncate(state["log"])
     return state["iteration"], notes
+
+
+def _check_data(changed: str) -> None:
+    if changed:
+        raise CheckpointError(f"the data are not those that the run was begun with; changed: {changed}")
 
 
 def _killed_early(run: Run) -> bool:

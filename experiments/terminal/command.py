@@ -12,8 +12,9 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TextIO
 
 from experiments.terminal.job import is_spokesman
 from experiments.terminal.signals import StoppedError, raise_instead
@@ -105,6 +106,7 @@ def in_order(main: Main) -> Program:
     @wraps(main)
     def ending_in_order(argv: Sequence[str] | None = None) -> int:
         raise_instead()
+        _make_writable()
         try:
             code = main(_text(sys.argv[1:] if argv is None else argv))
             sys.stdout.flush()  # here, where a failure is still reported
@@ -113,6 +115,21 @@ def in_order(main: Main) -> Program:
         return code
 
     return ending_in_order
+
+
+def _make_writable() -> None:
+    """Lets any text be printed: where there is no stdout or stderr (`>&-`) to nowhere, elsewhere escaped if need be."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
+        elif isinstance(stream, TextIOWrapper) and not is_utf8(stream):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def is_utf8(stream: TextIO) -> bool:
+    """Whether a stream can hold any text."""
+    return (stream.encoding or "utf-8").lower().replace("-", "") == "utf8"
 
 
 def exit_code(error: BaseException) -> int | None:
