@@ -87,9 +87,9 @@ class Policy(nn.Module):
         """The token ids of a meta-prompt: `request`, then the `opening` of the answer, which the agent continues."""
         return Query(self.lm.encode(request, opening))
 
-    def check_fits(self, query: Query) -> None:
-        """Raises ContextTooLongError if the query and the longest response to it do not fit into the context."""
-        asked, longest = len(query.tokens), self.sampling.max_new_tokens
+    def check_fits(self, *queries: Query) -> None:
+        """Raises ContextTooLongError if a query and the longest response to it do not fit into the context."""
+        asked, longest = max(len(query.tokens) for query in queries), self.sampling.max_new_tokens
         what = f"a meta-prompt of {asked} tokens and a response of {longest} do not fit into the agent's context"
         self.lm.check_fits(asked + longest, what)
 
@@ -129,7 +129,9 @@ class Policy(nn.Module):
 
         Raises:
             FloatingPointError: the model's logits are not numbers.
+            ContextTooLongError: a query and a response do not fit into the context.
         """
+        self.check_fits(*queries)
         owner = torch.arange(len(queries), device=self.device).repeat_interleave(copies)
         # Response i draws from row i, whichever rank writes it: the same prompts on any number of ranks.
         chances = torch.zeros(len(owner), self.sampling.max_new_tokens, dtype=torch.float64, device=self.device)

@@ -84,8 +84,7 @@ class Updater:
             )
         self.trained = [*weights, *head]
         self.optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0, fused=True)
-        head_rate = config.value_learning_rate or config.learning_rate
-        self.optimizer.add_param_group({"params": head, "lr": head_rate})
+        self.optimizer.add_param_group({"params": head, "lr": config.value_learning_rate or config.learning_rate})
         self.mean_score: float | None = None  # running, over updates
 
     def update(self, scored: Scored, kl_coef: float) -> dict[str, float]:

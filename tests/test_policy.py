@@ -267,8 +267,9 @@ def test_the_value_head_is_as_wide_as_what_the_head_reads(tokenizer) -> None:
 def test_query_that_leaves_no_room_is_refused(tiny_llama, tokenizer) -> None:
     policy = policy_of(tiny_llama, tokenizer, plain_sampling(500))
     policy.check_fits(policy.query("", "x" * 11))  # 12 tokens with the newline and 500 are 512, the context
-    with pytest.raises(ContextTooLongError, match="512"):
-        policy.check_fits(policy.query("", "x" * 12))
+    for refuse in (policy.check_fits, lambda query: policy.sample([query])):
+        with pytest.raises(ContextTooLongError, match="512"):
+            refuse(policy.query("", "x" * 12))
 
 
 def test_decoded_text_is_clean(tiny_llama, tokenizer) -> None:
