@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from experiments.arms.choice.result import NO_BETTER
 from experiments.arms.editing import TestTimeEditing
 from experiments.arms.fixed import FixedPrompt
-from experiments.arms.result import NO_BETTER
 from experiments.config import build_config
 from experiments.lab import grammar
 from experiments.run.run import Run, prepare

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments.arms.pool import PoolEntry, PromptPool
+from experiments.arms.choice.pool import PoolEntry, PromptPool
 from experiments.run.folder import RunExistsError, RunFolder, RunFolderError, read_jsonl
 
 NAN, INFINITY = float("nan"), float("inf")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from experiments.arms.choice.race import race
 from experiments.arms.fixed import FixedPrompt
-from experiments.arms.race import race
 from experiments.config import build_config
 from experiments.run.run import prepare
 from tests.test_anchor_rule import ALIKE, BETWEEN, MEAN

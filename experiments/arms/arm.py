@@ -15,8 +15,8 @@ from appo.rollout import Query
 from appo.selfcheck import SelfCheckError, self_check
 from appo.trainer import AnchorReview, APPOTrainer, Iteration, Rewarded
 from experiments.arms.batches import Batches
-from experiments.arms.pool import PromptPool
-from experiments.arms.result import Outcome
+from experiments.arms.choice.pool import PromptPool
+from experiments.arms.choice.result import Outcome
 from experiments.run.folder import PHASES
 from experiments.run.run import Run, stream
 from rewards.reward import RewardResult

@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 
 from experiments.arms.arm import Arm, Question
+from experiments.arms.choice.result import Outcome, answers, chance, described, predictions, scores
 from experiments.arms.editor import editor_of
-from experiments.arms.result import Outcome, answers, chance, described, predictions, scores
 from experiments.run.run import Run
 from experiments.run.statistics import interval
 from tasks.spec import SPLITS, Example

@@ -14,8 +14,17 @@ from appo.lm.model import ContextTooLongError
 from appo.rollout import Query
 from experiments.arms.arm import Arm, Question, Step
 from experiments.arms.batches import Batches
-from experiments.arms.race import race
-from experiments.arms.result import Outcome, answers, chance, described, predictions, scores, shares, split_scores
+from experiments.arms.choice.race import race
+from experiments.arms.choice.result import (
+    Outcome,
+    answers,
+    chance,
+    described,
+    predictions,
+    scores,
+    shares,
+    split_scores,
+)
 from experiments.run.run import Run, stream
 from experiments.run.statistics import corrected, interval
 from tasks.meta_prompt import as_lines, meta_prompt

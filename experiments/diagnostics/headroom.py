@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from experiments.arms.choice.result import chance
 from experiments.arms.fixed import meta_query
-from experiments.arms.result import chance
 from experiments.diagnostics.records import mean
 from experiments.run.run import Run, stream
 from experiments.run.statistics import LEVEL, NO_VERDICT, Interval, interval, spread
