@@ -186,7 +186,7 @@ FAULTS: list[tuple[str, Callable[[Path], list[str]], list[str]]] = [
     ("24 unbalanced quote", data("test.csv", 'sentence,label\n"a,0\n'), ["test.csv", "not CSV"]),
     ("25 no rows", data("test.tsv", HEADER), ["test.tsv", "no rows"]),
     ("24 two columns of one name", data("test.tsv", "sentence\tlabel\tlabel\n"), ["test.tsv:1", "two columns"]),
-    ("25 too few rows", data("train.tsv", HEADER + "a\t0\nb\t1\n"), ["data: sst2: 1 examples", "examples.shots"]),
+    ("25 too few rows", data("train.tsv", HEADER + "a\t0\nb\t1\n"), ["sst2: 1 different examples", "examples.shots"]),
     ("25 a class is missing", data("train.tsv", HEADER + "a\t0\nb\t0\n"), ["sst2", "label 'no'"]),
     ("33 no such model", options("--target", "./no/such/model"), ["target", "no/such/model"]),
     ("33 a folder without weights", model(lambda f: (f / "model.safetensors").unlink()), ["target", "no weights"]),
