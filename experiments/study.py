@@ -6,11 +6,13 @@
     appo study stability --record docs/results/stability.jsonl
 
 Runs of the same --folder that are finished are taken as they are; --show makes no others. --record writes what came out
-as data, a line for each run; the tables of the documentation are made of such files.
+as data, a line for each run; the tables of the documentation are made of such files. A table `test of AXIS by AXIS` is
+drawn as well, as a heat map in the study's folder.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +21,7 @@ from pathlib import Path
 from experiments.config import RunConfig
 from experiments.diagnostics.records import record_of
 from experiments.diagnostics.tables import markdown, markdown_row, view
+from experiments.page.heat_map import drawn
 from experiments.run.files import write_whole
 from experiments.run.folder import jsonl_of
 from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order, new_file
@@ -54,14 +57,16 @@ def main(argv: Sequence[str]) -> int:
     study = Study.load(options.study)
     seeds = seeds_of(options.seeds) or study.seeds
     alone = ["threads=1"] if options.jobs > 1 else []
-    cells = list(study.cells(options.folder or Path("runs") / study.name, seeds, [*alone, *options.assignments]))
+    folder = options.folder or Path("runs") / study.name
+    cells = list(study.cells(folder, seeds, [*alone, *options.assignments]))
     print(f"{study.question}\n", flush=True)
     if options.dry:
         for line in planned(cells):
             print(line, flush=True)
         return 0
     codes = {} if options.show else made([cell for _, cell in cells], options.jobs)
-    show(study, [(labels, cell) for labels, cell in cells if cell.begun and cell.finished], options.record)
+    finished = [(labels, cell) for labels, cell in cells if cell.begun and cell.finished]
+    show(study, finished, folder, options.record)
     if diverged := [name for name, code in codes.items() if code == UNSOUND]:
         print(f"diverged, and in no table: {'; '.join(diverged)}")
     return max(codes.values(), default=0)
@@ -77,11 +82,18 @@ def made(cells: Sequence[Cell], jobs: int) -> dict[str, int]:
     return codes
 
 
-def show(study: Study, finished: Sequence[tuple[Mapping[str, str], Cell]], record: Path | None) -> None:
-    """Prints the tables of finished runs, and writes these as data if `record` names a file."""
+def show(study: Study, finished: Sequence[tuple[Mapping[str, str], Cell]], folder: Path, record: Path | None) -> None:
+    """Prints the tables of finished runs, and writes these as data if `record` names a file.
+
+    Tables of test scores are drawn too: heat maps in the study's folder, named after their table.
+    """
     records = [record_of(cell.folder, study.name, labels) for labels, cell in finished]
     for words in study.tables if records else []:
         print(f"{words}\n\n{markdown(view(records, words))}", flush=True)
+        if picture := drawn(records, words):
+            path = folder / f"{re.sub(r'[^a-zA-Z0-9]+', '-', words)}.svg"
+            write_whole(path, picture)
+            print(f"as a picture: {path}\n", flush=True)
     if record:
         write_whole(record, jsonl_of(records))
 

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from experiments.config import build_config
 from experiments.diagnostics.records import Record
-from experiments.diagnostics.tables import by, markdown, on_test, over_time, plane, summary, untrained, view
+from experiments.diagnostics.tables import (
+    by,
+    markdown,
+    on_test,
+    over_time,
+    plane,
+    scores_on_test,
+    summary,
+    untrained,
+    view,
+)
+from experiments.page.heat_map import drawn, heat_map
 from experiments.run.folder import jsonl_of, read_jsonl
 from experiments.run.run import current_commit
 from experiments.study import main, show
 from experiments.tuning.cells import Cell
 from experiments.tuning.study import STUDIES, Study
 
+SVG = "{http://www.w3.org/2000/svg}"
 SMALL = "prompts=2 threads=1 sampling.max_new_tokens=8 examples.test_limit=10 pool=2 steps=2 headroom=0"
 FILE = f"""
 question: Does the reference matter?
@@ -197,7 +210,7 @@ def test_tables_are_printed_even_if_the_record_cannot_be_written(
     monkeypatch.setattr("experiments.study.record_of", lambda *given: next(rows))
     study = Study(Path("s.yaml"), "?", [0], [], {}, ["summary of arm"])
     with pytest.raises(OSError, match="directory") as error:
-        show(study, cells, tmp_path)
+        show(study, cells, tmp_path, tmp_path)
     assert error.value.filename == str(tmp_path)  # not that of a .part file
     assert "| appo | 2 |" in capsys.readouterr().out
 
@@ -265,6 +278,31 @@ def test_planes_and_curves_cross_two_axes() -> None:
     ]
     assert over_time(RUNS, "arm", "task", [20, 40])[1] == ["appo", "0.30 / 0.80"]
     assert on_test(RUNS, "arm", "task")[1] == ["appo", "**0.850** (0.800 to 0.900; manual 0.450)"]
+
+
+def test_a_table_of_test_scores_is_a_picture_too() -> None:
+    runs = [*RUNS, record("appo", 0, [0.2] * 40, 0.25, task="u"), record("none", 0, [0.2] * 9, None, task="u")]
+    words = "test of arm by task"
+    assert scores_on_test(runs, words) == {
+        "appo": {"t": pytest.approx(0.85), "u": 0.25},
+        "none": {"t": pytest.approx(0.55)},
+    }
+    assert scores_on_test(runs, f"{words} where arm = none") == {"none": {"t": pytest.approx(0.55)}}
+    assert scores_on_test(runs, "plane of arm by task") is None
+    texts = [text.text for text in ElementTree.fromstring(drawn(runs, words) or "").iter(f"{SVG}text")]
+    assert texts == ["task", "arm", "t", "u", "appo", "0.850", "0.250", "none", "0.550", "score on test, mean of seeds"]
+    assert drawn(runs, "summary of arm") is None
+    assert drawn(runs[-1:], words) is None  # it was stopped
+
+
+def test_a_heat_map_is_darker_where_scores_are_higher_and_safe_whatever_settings_are_called() -> None:
+    odd = '<b>\x1b[31m & "' + "long" * 20
+    picture = ElementTree.fromstring(heat_map("r", "c", {odd: {"x": 0.0, "y": 0.5, "z": 1.0, odd: 1.5}}, "score"))
+    cells = [box.get("fill") for box in picture.iter(f"{SVG}rect")][1:]  # the first is the ground
+    assert cells == ["#ffffff", "#8ba2be", "#17467c", "#17467c"]
+    styles = {text.text: text.get("class") for text in picture.iter(f"{SVG}text")}
+    assert (styles["0.500"], styles["1.000"]) == (None, "light")
+    assert max(len(text) for text in styles if text) <= 18
 
 
 def test_a_cell_is_empty_where_a_run_has_no_iteration() -> None:

@@ -51,10 +51,7 @@ def view(records: Sequence[Record], words: str) -> Table:
     Raises:
         ValueError: they ask for none, or for an axis that the records lack.
     """
-    shared = [axis for axis in records[0]["labels"] if all(axis in record["labels"] for record in records)]
-    kind, axes, at, where = asked(words, shared)
-    if where:
-        records = by(records, where[0]).get(where[1], [])
+    records, (kind, axes, at, _) = _chosen(records, words)
     if not records:
         return [axes]
     if kind in ("summary", "runs"):
@@ -63,6 +60,33 @@ def view(records: Sequence[Record], words: str) -> Table:
     if kind == "curve":
         return over_time(records, rows, columns, at)
     return (plane if kind == "plane" else on_test)(records, rows, columns)
+
+
+def scores_on_test(records: Sequence[Record], words: str) -> dict[str, dict[str, float]] | None:
+    """What a table `test of AXIS by AXIS` shows, as numbers: setting -> setting -> mean score on test.
+
+    Returns:
+        None for other tables.
+
+    Raises:
+        ValueError: as `view`.
+    """
+    records, (kind, axes, *_) = _chosen(records, words)
+    if kind != "test":
+        return None
+    rows, columns = axes
+    finished = [run for run in records if run["test_score"] is not None]
+    return {
+        setting: {name: mean([run["test_score"] for run in some]) for name, some in by(runs, columns).items()}
+        for setting, runs in by(finished, rows).items()
+    }
+
+
+def _chosen(records: Sequence[Record], words: str) -> tuple[Sequence[Record], Asked]:
+    """The runs that a table counts, and what its words ask for."""
+    shared = [axis for axis in records[0]["labels"] if all(axis in record["labels"] for record in records)]
+    found = asked(words, shared)
+    return (by(records, found.where[0]).get(found.where[1], []) if found.where else records), found
 
 
 def asked(words: str, known: Sequence[str]) -> Asked:
