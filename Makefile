@@ -72,8 +72,8 @@ STUDY = @$(BIN)/appo study $(1) $(if $(FOLDER),--folder "$(FOLDER)") $(if $(SEED
 ablate: $(READY) ## what each part of APPO is worth, in the lab: make ablate [SEEDS=0-2 JOBS=2 FOLDER=.. DRY=1]
 	$(call STUDY,ablate)
 
-grid: $(READY) ## agents x targets, of the models in models/: make grid DATA=folder [DRY=1]
-	$(call STUDY,grid)
+grid: $(READY) ## agents x targets, of the lab; REAL=1: of the models in models/: make grid REAL=1 DATA=folder [DRY=1]
+	$(call STUDY,grid$(if $(REAL),-real))
 
 reproduce: $(READY) ## a table of the paper: make reproduce TABLE=few-shot|heatmap|induction|qa [LAB=1 DATA=folder DRY=1]
 	$(call STUDY,paper-$(or $(TABLE),few-shot))
@@ -84,7 +84,7 @@ results: $(READY) ## make the tables of the docs anew from docs/results
 landscape: $(READY) ## measure the lab: accuracy under good and bad instructions
 	$(BIN)/python -m experiments.lab.landscape
 
-lab: $(READY) ## rebuild the lab's data, tokenizers and models from scratch (about 80 minutes)
+lab: $(READY) ## rebuild the lab's data, tokenizers and models from scratch (about two hours)
 	$(BIN)/python -m experiments.lab.recipe
 
 bench: $(READY) ## time scoring, sampling and updating against plain padded batches (about 8 minutes); REAL=1: decoding with models/smollm2

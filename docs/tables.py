@@ -1,4 +1,4 @@
-"""Fills the tables of the docs from docs/results, where every run that they show is a line of JSON.
+"""Makes the tables and heat maps of the docs from docs/results, where every run that they show is a line of JSON.
 
     python docs/tables.py
 
@@ -8,7 +8,7 @@ A page says where a table goes, and which:
     <!-- end of results -->
 
 The first word is a file in docs/results; `experiments/diagnostics/tables.py` has the tables. `tests/test_results.py`
-compares the committed pages with what this module makes.
+compares the committed pages and pictures with what this module makes.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import re
 from pathlib import Path
 
 from experiments.diagnostics.tables import markdown, view
+from experiments.page.heat_map import drawn
 from experiments.run.folder import read_jsonl
 
 DOCS = Path(__file__).parent
+PICTURES = {"grid": "test of target by agent"}  # file in docs/results, and name of the picture -> what it shows
 PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
 BLOCK = re.compile(r"(<!-- results: ([\w-]+): (.+?) -->\n\n)(.*?)(\n?<!-- end of results -->)", re.DOTALL)
 
@@ -34,8 +36,15 @@ def table(study: str, words: str) -> str:
     return markdown(view(read_jsonl(DOCS / "results" / f"{study}.jsonl"), words))
 
 
+def picture(study: str) -> str | None:
+    """The heat map of a study's runs, as an SVG file."""
+    return drawn(read_jsonl(DOCS / "results" / f"{study}.jsonl"), PICTURES[study])
+
+
 def main() -> None:
-    """Rewrites the pages whose tables have changed."""
+    """Rewrites the pages whose tables have changed, and the pictures."""
+    for study in PICTURES:
+        (DOCS / "images" / f"{study}.svg").write_text(picture(study) or "", encoding="utf-8")
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         if filled(text) != text:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from experiments.run.models import LAB_DIR
+from experiments.config import LAB_DIR
 from experiments.train import main
 from tests.test_sources import sst2_folder, write
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from experiments.config import LAB_DIR
 from experiments.lab import grammar, landscape, packing, recipe, target_recipe, wordplay
 from experiments.lab.grammar import Item, Judge, Treat
+from experiments.lab.models import Shape, build_tokenizer, llama
 from experiments.lab.rows import render, write_data
 
 TASKS = list(grammar.LABS)
@@ -146,8 +147,8 @@ def test_shipped_data_follow_from_the_grammar(tmp_path: Path) -> None:
 
 
 def test_shipped_models_are_small_and_safe() -> None:
-    files = [path for role in ("agent", "target") for path in (LAB_DIR / role).iterdir()]
-    assert sum(path.stat().st_size for path in files) <= 12 * MEGABYTE
+    files = [path for name in recipe.MODELS for path in (LAB_DIR / name).iterdir()]
+    assert sum(path.stat().st_size for path in files) <= 16 * MEGABYTE
     assert {path.suffix for path in files} <= {".json", ".safetensors"}
 
 
@@ -175,10 +176,20 @@ def test_packed_answers_are_marked() -> None:
     assert batch.part.tolist() == [[0, 0, 1, 1, 2, 2, 2]]
 
 
-@pytest.mark.parametrize("build", [target_recipe.build_target, recipe.build_agent])
+@pytest.mark.parametrize("build", [target_recipe.build_target, target_recipe.build_other_target, recipe.build_agent])
 def test_recipe_builds_a_plain_model_folder(build, tmp_path: Path) -> None:
-    build(tmp_path / "model", minutes=0.02)
+    build(tmp_path / "model", minutes=0.02, shape=Shape(32, 64, 6))
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "model").iterdir()}
+
+
+def test_a_deepened_model_computes_the_same_and_can_learn_more() -> None:
+    tokenizer = build_tokenizer()
+    ids = torch.tensor([tokenizer("Judge if it has the same place. Win the game.")["input_ids"]])
+    model, deeper = (llama(tokenizer, Shape(32, 64, layers)) for layers in (2, 4))
+    deeper = target_recipe.deepened(model, deeper)
+    assert_close(deeper(ids).logits, model(ids).logits)
+    deeper(ids, labels=ids).loss.backward()
+    assert all(layer.mlp.down_proj.weight.grad.any() for layer in deeper.model.layers)
 
 
 @pytest.fixture(scope="module")

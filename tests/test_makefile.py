@@ -37,7 +37,7 @@ def printed(*arguments: str) -> str:
         (["ablate"], "bin/appo study ablate"),  # the study has its own seeds
         (["ablate", "SEEDS=1 3", "DRY=1"], "bin/appo study ablate --seeds 1 3 --dry"),
         (["ablate", "SEEDS=0-2", "ARGS=steps=5"], "bin/appo study ablate --seeds 0-2 steps=5"),
-        (["grid", "DATA=x", "SEEDS=0"], 'bin/appo study grid --seeds 0 "data=x"'),
+        (["grid", "REAL=1", "DATA=x", "SEEDS=0"], 'bin/appo study grid-real --seeds 0 "data=x"'),
         (
             ["compare", "ARMS=appo ppo", "SEEDS=0-9", "FOLDER=runs/a", "JOBS=2"],
             'bin/appo compare --arms "appo ppo" --seeds 0-9 --folder "runs/a" --jobs 2',

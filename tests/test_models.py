@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from experiments import train
 from experiments.config import RunConfig
 from experiments.run import models
-from experiments.run.models import NO_NUMBERS, ModelError, load_model
+from experiments.run.models import NO_NUMBERS, ModelError, check_source, load_model
 from tests.conftest import byte_tokenizer, llama
 
 
@@ -90,8 +90,17 @@ def test_each_role_has_its_own_model(folder: Path, tmp_path: Path) -> None:
 
 
 def test_lab_is_the_labs_folder_of_the_role(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "LAB_DIR", folder.parent)
+    monkeypatch.setattr("experiments.config.LAB_DIR", folder.parent)
     assert load_model(RunConfig(device="cpu"), "agent").model.name_or_path == str(folder)
+    (folder.parent / "small").mkdir()
+    folder.rename(folder.parent / "small" / "agent")
+    run = RunConfig(agent="lab/small", device="cpu")
+    assert load_model(run, "agent").model.name_or_path == str(folder.parent / "small" / "agent")
+
+
+def test_what_the_lab_has_not_is_missing_like_any_folder() -> None:
+    with pytest.raises(ModelError, match=r"agent: no folder '.*deep.agent'"):
+        check_source(RunConfig(agent="lab/deep"), "agent")
 
 
 # -- folders -----------------------------------------------------------------------------------------------------
@@ -114,7 +123,7 @@ def test_pickled_weights_are_never_opened(folder: Path) -> None:
 
 
 def test_the_lab_before_it_is_built_is_refused_like_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(models, "LAB_DIR", tmp_path)
+    monkeypatch.setattr("experiments.config.LAB_DIR", tmp_path)
     with pytest.raises(ModelError, match=f"target: no folder '{tmp_path / 'target'}'"):
         load_model(RunConfig(device="cpu"), "target")
 

@@ -21,6 +21,12 @@ def test_tables_are_made_of_the_results(page: Path) -> None:
     assert tables.filled(text) == text, "run `make results`"
 
 
+@pytest.mark.parametrize("study", tables.PICTURES)
+def test_pictures_are_made_of_the_results(study: str) -> None:
+    shipped = (ROOT / "docs" / "images" / f"{study}.svg").read_text(encoding="utf-8")
+    assert shipped == tables.picture(study), "run `make results`"
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "docs/results").glob("*.jsonl")), ids=lambda file: file.stem)
 def test_every_run_says_what_it_was(file: Path) -> None:
     for record in read_jsonl(file):

@@ -25,6 +25,7 @@ MODELS = "models"  # the folder that `make weights` fills
 COMMAND_LINE = "command line"
 Dtype = Literal["auto", "float32", "bfloat16"]
 LAB_DIR = Path(__file__).parents[1] / "lab"
+LABS = (LAB, f"{LAB}/small", f"{LAB}/deep")  # names of its models; no agent is deep
 DEFAULT_PRESETS = {  # (the lab's agent, mode tte) -> name
     (True, False): LAB,
     (True, True): f"{LAB}_tte",
@@ -103,8 +104,8 @@ class RunConfig:
     """Everything that shapes a run."""
 
     task: str = "mnli"  # a name (tasks/specs) or the path of a spec
-    agent: str = LAB  # writes the prompts: a folder or hub id of a causal LM, or lab
-    target: str = LAB  # answers under them: likewise, or http://host:port#model, a model behind a server
+    agent: str = LAB  # writes the prompts: a folder or hub id of a causal LM, or lab, lab/small
+    target: str = LAB  # answers under them: likewise, or lab/deep, or http://host:port#model, behind a server
     data: str = LAB  # where examples come from: lab, hub, or a folder
     arm: ArmName = "appo"  # the way to find a prompt, see docs/arms.md; frozen: best-of-N from the untrained agent
     mode: Literal["fixed", "tte"] = "fixed"  # one prompt for the task, or (test-time editing) one for each input
@@ -227,7 +228,7 @@ def sources(
         preset = source.keys.pop("preset", preset)
         agent, mode = source.keys.get("agent", agent), source.keys.get("mode", mode)
     if preset is None:
-        preset = DEFAULT_PRESETS[agent == LAB, mode == "tte"]
+        preset = DEFAULT_PRESETS[agent in LABS, mode == "tte"]
     while preset is not None:  # a preset may build on another
         path = _preset(preset)
         tree = read_yaml(path)
@@ -304,6 +305,11 @@ def data_source(task: str, data: str) -> str:
     return str(Path(task).parent) if is_spec_file(task) else str(LAB_DIR / "data")
 
 
+def lab_folder(name: str, role: str) -> Path:
+    """Where the lab keeps the agent or the target of this name, one of LABS."""
+    return LAB_DIR / name.removeprefix(LAB).strip("/") / role
+
+
 def is_served(target: str) -> bool:
     """Whether a target is the address of a server, not a model to load."""
     return target.startswith(("http://", "https://"))
@@ -311,7 +317,7 @@ def is_served(target: str) -> bool:
 
 def on_toys(task: str, data: str, agent: str, target: str) -> str | None:
     """A warning if the lab's tiny models are to work on data that are not the lab's; None if they are not."""
-    toys = [f"{role} {name}" for role, name in (("agent", agent), ("target", target)) if name == LAB]
+    toys = [f"{role} {name}" for role, name in (("agent", agent), ("target", target)) if name in LABS]
     if not toys or data_source(task, data) == data_source(LAB, LAB):
         return None
     return (

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from experiments.config import INCIDENTAL, LAB, TRAINED, RunConfig, to_dict
+from experiments.config import INCIDENTAL, LABS, TRAINED, RunConfig, to_dict
 from tasks.catalogue import is_spec_file
 from tasks.meta_prompt import meta_prompt, rewrite_prompt
 from tasks.spec import Example
@@ -132,7 +132,7 @@ def _differences(config: RunConfig) -> str:
 
 
 def _model(name: str) -> str:
-    if name == LAB:
+    if name in LABS:
         return "the tiny model of APPO's lab"
     return f"[{name}](https://huggingface.co/{name})" if _on_hub(name) else f"`{_public(name)}`"
 

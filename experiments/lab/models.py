@@ -1,9 +1,10 @@
-"""What the two models of the lab share: a tokenizer, a shape, and the instructions of the untrained agent."""
+"""What the models of the lab share: a tokenizer, a shape, and the instructions of the untrained agent."""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -42,13 +43,21 @@ def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
 
 
-def llama(tokenizer: PreTrainedTokenizerBase, hidden: int, intermediate: int, layers: int) -> LlamaForCausalLM:
+class Shape(NamedTuple):
+    """The size of a small Llama."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+
+
+def llama(tokenizer: PreTrainedTokenizerBase, shape: Shape) -> LlamaForCausalLM:
     """A small Llama with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
         num_attention_heads=4,
         max_position_embeddings=1024,
         tie_word_embeddings=True,

@@ -1,13 +1,15 @@
 """Builds the lab from scratch: data, tokenizers, the target that obeys and the agent that writes.
 
-    python -m experiments.lab.recipe            everything, about 80 minutes on two cores
-    python -m experiments.lab.recipe data       only the rows (seconds)
+    python -m experiments.lab.recipe                 everything, about two hours on two cores
+    python -m experiments.lab.recipe data            only the rows (seconds)
+    python -m experiments.lab.recipe agent target    only the models that runs use by default, about 80 minutes
 
-Both models are small Llamas trained from scratch on `grammar` and `wordplay`. In both trainings several continuations
-share one prefix (inputs after an instruction, instructions after a meta-prompt): a block mask lets each of them see
-the prefix and itself only, which halves the work and gives every instruction several answers to learn from.
+The lab has an agent and a target, and others of other sizes (`lab/small`, `lab/deep`) for grids. All are small Llamas,
+trained from scratch on `grammar` and `wordplay`. In all trainings several continuations share one prefix (inputs after
+an instruction, instructions after a meta-prompt): a block mask lets each of them see the prefix and itself only, which
+halves the work and gives every instruction several answers to learn from.
 
-`target_recipe` teaches the target. The agent first learns to read what a single input asks for, then to write
+`target_recipe` teaches the targets. An agent first learns to read what a single input asks for, then to write
 instructions of all kinds, and finally to follow its habit more often than what the input asks for.
 """
 
@@ -26,22 +28,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.config import LAB_DIR
-from experiments.lab import grammar, target_recipe
-from experiments.lab.models import SPECIAL, build_tokenizer, llama, sample_prior, sample_query, save
+from experiments.lab import grammar
+from experiments.lab.models import SPECIAL, Shape, build_tokenizer, llama, sample_prior, sample_query, save
 from experiments.lab.packing import Packed, fit, pack
 from experiments.lab.rows import SPECS, render, row_of, sample_example, write_data
+from experiments.lab.target_recipe import build_other_target, build_target
 from experiments.terminal.command import Parser, in_order
 from tasks.meta_prompt import MetaPrompt, rewrite_prompt
 
-AGENT_MINUTES = 20.0
 
-
-def build_agent(folder: Path, minutes: float = AGENT_MINUTES, seed: int = 0) -> None:
-    """Trains and saves the agent: it writes instructions after meta-prompts, without knowing which are right."""
+def build_agent(folder: Path, minutes: float, shape: Shape, seed: int = 0) -> None:
+    """Trains and saves an agent: it writes instructions after meta-prompts, without knowing which are right."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     rng, tokenizer = random.Random(seed + 5), build_tokenizer()
-    model = llama(tokenizer, hidden=96, intermediate=256, layers=4)
+    model = llama(tokenizer, shape)
 
     def reading(rows: int = 16, instructions: int = 2) -> Iterator[tuple[MetaPrompt, list[str]]]:
         """Single inputs of the mixed task after up to two pairs, and only the clause that each input asks for."""
@@ -78,24 +79,33 @@ def build_agent(folder: Path, minutes: float = AGENT_MINUTES, seed: int = 0) -> 
     fit(model, lambda: packed(writing(0.35)), loss_fn, store, 3 * minutes / 8, peak=1e-3, hold=0.0)
 
 
+MODELS = {  # folder -> how it is built, for how many minutes, how large; the longest first
+    "target": (build_target, 75.0, Shape(128, 320, 4)),
+    "deep/target": (build_other_target, 64.0, Shape(96, 256, 6)),
+    "small/target": (build_other_target, 64.0, Shape(96, 256, 3)),
+    "agent": (build_agent, 20.0, Shape(96, 256, 4)),
+    "small/agent": (build_agent, 20.0, Shape(64, 160, 3)),
+}
+
+
 @in_order
 def main(argv: Sequence[str]) -> int:
-    """Builds the named parts, by default all of them, and the two models in parallel."""
+    """Builds the named parts, by default all of them, two models at a time."""
+    known = ", ".join(["data", *MODELS])
     parser = Parser(prog="python -m experiments.lab.recipe", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="data|target|agent", help="what to build (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"what to build, of {known} (default: all)")
     parser.add_argument("--folder", type=Path, default=LAB_DIR, help="where to put it (default: the lab itself)")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on training times, to try the recipe quickly")
     options = parser.parse_args(argv)
-    parts = options.parts or ["data", "target", "agent"]
-    if unknown := set(parts) - {"data", "target", "agent"}:
-        parser.error(f"unknown part {min(unknown)!r}; parts are data, target, agent")
+    parts = options.parts or ["data", *MODELS]
+    if unknown := set(parts) - {"data", *MODELS}:
+        parser.error(f"unknown part {min(unknown)!r}; parts are {known}")
     if "data" in parts:
         write_data(options.folder / "data")
-    builders = {"target": (target_recipe.build_target, target_recipe.MINUTES), "agent": (build_agent, AGENT_MINUTES)}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         for job in [
-            pool.submit(build, options.folder / part, minutes * options.scale)
-            for part, (build, minutes) in builders.items()
+            pool.submit(build, options.folder / part, minutes * options.scale, shape)
+            for part, (build, minutes, shape) in MODELS.items()
             if part in parts
         ]:
             job.result()

@@ -1,4 +1,4 @@
-"""Teaches the lab's target to obey.
+"""Teaches the lab's targets to obey.
 
 There are three stages. First the instruction covers every input. When that is mastered, inputs without a clause and
 junk instructions are mixed in, for which the target learns to answer wrongly. Last come instructions with small
@@ -17,15 +17,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from experiments.lab import grammar, wordplay
-from experiments.lab.models import SPECIAL, build_tokenizer, llama, save
+from experiments.lab.models import SPECIAL, Shape, build_tokenizer, llama, save
 from experiments.lab.packing import Packed, fit, pack
 from experiments.lab.rows import SPECS, render, row_of
 from rewards.target import fill
 
-MINUTES = 75.0
+PATIENCE = 900  # batches of the second stage, for targets that do not master it
 
 
 class Stage(NamedTuple):
@@ -74,13 +74,14 @@ def _clauses(rng: random.Random, task: str, stage: Stage) -> list[grammar.Clause
     return clauses
 
 
-class _TargetBatches:
+class _Batches:
     """Draws batches for the target, harder tasks more often, and moves on to the next stage when one is mastered."""
 
     ROWS, INPUTS, SHORT_INPUTS = 12, 8, 24  # inputs of the generated-text tasks are short: more of them fill a row
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         self.tokenizer, self.rng, self.stage = tokenizer, random.Random(seed), 0
+        self.patience, self.drawn = math.inf, 0  # batches that a stage may take; those that it has taken
         self.success = dict.fromkeys(SPECS, 0.5)
         self.tasks: list[str] = []
 
@@ -146,20 +147,59 @@ class _TargetBatches:
         failed = (faults[:, 1:] > 0).sum(1) / part.amax(1)
         for task, share in zip(self.tasks, failed.tolist(), strict=True):
             self.success[task] += 0.02 * (1 - share - self.success[task])
-        if min(self.success[task] for task in grammar.LABS) > STAGES[self.stage].mastered:
-            self.stage += 1
+        self.drawn += 1
+        mastered = min(self.success[task] for task in grammar.LABS) > STAGES[self.stage].mastered
+        if mastered or (self.drawn >= self.patience and self.stage + 1 < len(STAGES)):
+            self.stage, self.drawn = self.stage + 1, 0
             self.success = dict.fromkeys(SPECS, 0.5)
             print(f"stage {self.stage}", flush=True)
 
 
-def build_target(folder: Path, minutes: float = MINUTES, seed: int = 0) -> None:
+def build_target(folder: Path, minutes: float, shape: Shape, seed: int = 0) -> None:
     """Trains and saves the target."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
-    model = llama(tokenizer, hidden=128, intermediate=320, layers=4)
-    batches = _TargetBatches(tokenizer, seed + 1)
+    _train(llama(tokenizer, shape), tokenizer, _Batches(tokenizer, seed + 1), folder, minutes, hold=0.65)
 
+
+def build_other_target(folder: Path, minutes: float, shape: Shape, seed: int = 0) -> None:
+    """Trains and saves a target of another size, in too little time to master the stages.
+
+    Half of the time goes to the first stage, on three layers. A model of six then gets an idle layer behind each of
+    them, since six did not learn the first stage in that time; the second stage takes `PATIENCE` batches.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    model, batches = llama(tokenizer, shape._replace(layers=3)), _Batches(tokenizer, seed + 1)
+    _train(model, tokenizer, batches, folder, minutes / 2, hold=1.0)
+    if shape.layers == 6:
+        model = deepened(model, llama(tokenizer, shape))
+    batches.stage, batches.patience = 1, PATIENCE
+    _train(model, tokenizer, batches, folder, minutes / 2, hold=0.4)
+
+
+def deepened(model: LlamaForCausalLM, deeper: LlamaForCausalLM) -> LlamaForCausalLM:
+    """`deeper`, twice as deep, made to compute what `model` does: every second layer adds nothing at first."""
+    deeper.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
+    deeper.model.norm.load_state_dict(model.model.norm.state_dict())
+    for i, layer in enumerate(model.model.layers):
+        deeper.model.layers[2 * i].load_state_dict(layer.state_dict())
+        idle = deeper.model.layers[2 * i + 1]
+        torch.nn.init.zeros_(idle.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(idle.mlp.down_proj.weight)
+    return deeper
+
+
+def _train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: _Batches,
+    folder: Path,
+    minutes: float,
+    hold: float,
+) -> None:
     def loss_fn(hidden: Tensor, batch: Packed) -> Tensor:
         logits = model.lm_head(hidden)
         batches.note(batch.answers & (logits.argmax(-1) != batch.targets), batch.part)
@@ -169,4 +209,4 @@ def build_target(folder: Path, minutes: float = MINUTES, seed: int = 0) -> None:
         reading = F.cross_entropy(logits.flatten(0, 1), inputs.flatten(), ignore_index=-100)
         return F.cross_entropy(logits[batch.answers], batch.targets[batch.answers]) + weight * reading
 
-    fit(model, batches, loss_fn, partial(save, model, tokenizer, folder), minutes, peak=1.5e-3, hold=0.65)
+    fit(model, batches, loss_fn, partial(save, model, tokenizer, folder), minutes, peak=1.5e-3, hold=hold)

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.config import LAB, LAB_DIR, is_served
+from experiments.config import LABS, is_served, lab_folder
 
 TRANSFORMERS = """from transformers import pipeline
 
@@ -40,8 +40,8 @@ def snippets(result: Mapping[str, Any], folder: str, chat: bool) -> list[tuple[s
     target, url = result["target"], "http://localhost:8000"
     if is_served(target):
         url, _, target = target.partition("#")
-    elif target == LAB:
-        target = str(LAB_DIR / "target")
+    elif target in LABS:
+        target = str(lab_folder(target, "target"))
     values = {"template": result["template"], "prompt": result["prompt"], "target": target}
     values |= {"asked": TURN if chat else "text", "answer": "message.content" if chat else "text"}
     model = repr(target) if target else "client.models.list().data[0].id"  # the server's only one
@@ -49,6 +49,6 @@ def snippets(result: Mapping[str, Any], folder: str, chat: bool) -> list[tuple[s
     ways = [("On the command line", command)]
     if not is_served(result["target"]):
         ways.append(("With transformers", TRANSFORMERS.format(**values)))
-    if result["target"] != LAB:  # a toy, which nobody serves
+    if result["target"] not in LABS:  # a toy, which nobody serves
         ways.append(("With an OpenAI-compatible server", OPENAI.format(**values, url=f"{url}/v1")))
     return ways

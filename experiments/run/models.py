@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from appo.lm import adapter
 from appo.lm.model import CausalLM, out_of_memory
 from appo.policy import Policy
-from experiments.config import LAB, LAB_DIR, MODELS, RunConfig, is_served
+from experiments.config import LABS, MODELS, RunConfig, is_served, lab_folder
 from experiments.config.extras import installed
 from experiments.run.files import writing
 from experiments.run.folder import ADAPTER
@@ -163,7 +163,7 @@ def no_folder(source: str) -> str:
 def source_of(config: RunConfig, role: Role) -> str:
     """Where a model comes from: a folder or hub id."""
     name: str = getattr(config, role)
-    return str(LAB_DIR / role) if name == LAB else name
+    return str(lab_folder(name, role)) if name in LABS else name
 
 
 def base_of(config: RunConfig) -> str:
