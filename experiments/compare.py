@@ -186,8 +186,8 @@ def _lines(cells: Sequence[Cell], codes: Mapping[str, int]) -> Iterator[str]:
             yield f"| {arm} | {seed} | | | | | {what} | | | | |"
         else:
             result = measured(cell)
-            found.append([result[column] for column in COLUMNS])
             numbers = " | ".join(_cell(result, column) for column in COLUMNS)
+            found.append([math.nan if result[column] is None else result[column] for column in COLUMNS])
             cost = f"{result['prompts']} | {result['answers']:.0f}"
             yield f"| {arm} | {seed} | {cost} | {numbers} | {result['seconds']:.0f} |"
         if found and (number + 1 == len(cells) or cells[number + 1].folder.name.rsplit("-", 1)[0] != arm):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -243,6 +244,35 @@ def test_a_page_without_a_finished_run_says_so(made: dict[str, Path], tmp_path: 
     assert main(["--runs", str(tmp_path / "run"), "--page", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<p>No run is finished.</p>" in page and "<polyline" in page
+
+
+def test_a_metric_that_a_file_names_is_escaped(made: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made["appo"], tmp_path / "run"))
+    result = (folder / "best_prompt.json").read_text(encoding="utf-8")
+    (folder / "best_prompt.json").write_text(result.replace('"accuracy"', '"<b>"'), encoding="utf-8")
+    metrics = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    (folder / "metrics.jsonl").write_text(metrics.replace("accuracy_mean", "<b>_mean"), encoding="utf-8")
+    assert main(["--runs", str(folder), "--page", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "&lt;b&gt;" in page and "<b>" not in page
+
+
+@pytest.mark.parametrize("lacking", [["test"], ["manual_test"], ["test", "manual_test"]])
+def test_a_score_that_is_no_number_leaves_its_places_empty(
+    lacking: list[str], made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(made["random"], tmp_path / "frozen-0"))  # as a run whose target gave no number
+    found = read_result(folder) | {f"{name}_score": None for name in lacking}
+    found |= {f"{name}_interval": [None, None] for name in lacking}
+    (folder / "best_prompt.json").write_text(json.dumps(found), encoding="utf-8")
+    page = ["--page", str(tmp_path / "page.html")]
+    assert main(["--runs", str(folder), *page]) == 0
+    assert ("frozen, seed 0</text>" in (tmp_path / "page.html").read_text(encoding="utf-8")) == ("test" not in lacking)
+    capsys.readouterr()
+    assert main(arguments(tmp_path, "--arms", "frozen", "--seeds", "0", *SMALL, "headroom=0", *page)) == 0
+    run, mean = rows(capsys.readouterr().out)
+    for cells in (run, mean):
+        assert [cells[7] == "", cells[8] == ""] == ["test" in lacking, "manual_test" in lacking]
 
 
 def test_a_run_that_is_not_finished_is_marked(

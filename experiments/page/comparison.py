@@ -87,7 +87,7 @@ def _arms(rows: Sequence[RunRow], metric: str) -> str:
 
 
 def _forest(arms: Mapping[str, Sequence[RunRow]], styles: Mapping[str, str], metric: str) -> str:
-    """Every finished run's score with its interval, and the manual prompt's."""
+    """Every finished run's score with its interval, and the manual prompt's; nothing if no score is a number."""
     entries = [
         Entry(f"{arm}, seed {row.seed}", row.test_score, row.test_low, row.test_high, styles[arm])
         for arm, rows in arms.items()
@@ -96,9 +96,10 @@ def _forest(arms: Mapping[str, Sequence[RunRow]], styles: Mapping[str, str], met
     ]
     manual = [row.manual_test_score for rows in arms.values() for row in rows if row.manual_test_score is not None]
     title = f"{metric} of the chosen prompts on test, with 95 % intervals"
-    chart = forest(title, metric, entries, mean(manual))
-    note = "dashed: the manual prompt, mean"
-    return figure(title, note, chart)
+    if not entries:
+        return ""
+    note = "dashed: the manual prompt, mean" if manual else ""
+    return figure(title, note, forest(title, metric, entries, mean(manual)))
 
 
 def _curves(arms: Mapping[str, Sequence[RunRow]], styles: Mapping[str, str], metric: str) -> str:
