@@ -15,10 +15,11 @@ import pytest
 
 from appo.trainer import APPOTrainer, DivergedError, Iteration
 from experiments import train
-from experiments.compare import COLUMNS, main, parse_args
+from experiments.compare import COLUMNS, cells_of, main, parse_args
 from experiments.config import build_config
 from experiments.diagnostics.results import arm_of
 from experiments.run.folder import read_result, stored_config
+from experiments.tuning.cells import make
 
 SMALL = ["prompts=2", "threads=1", "sampling.max_new_tokens=8", "examples.test_limit=10", "pool=2", "steps=2"]
 
@@ -147,7 +148,8 @@ def test_a_stopped_cell_resumes_and_a_finished_one_is_not_run_again(
     monkeypatch.setattr(APPOTrainer, "step", stopping)
     asked = arguments(tmp_path, "--arms", "appo manual", "--seeds", "0", *SMALL, "headroom=0")
     assert main(asked) == 130 and len(taken) == 1
-    assert main(asked) == 0 and len(taken) == 2  # the second of two iterations
+    assert main([*asked, "checkpoint_every=7"]) == 0 and len(taken) == 2  # the second of two iterations
+    assert stored_config(tmp_path / "appo-0").checkpoint_every == 7  # what shapes no result may change
     shown = capsys.readouterr().out
     assert [row[:3] for row in rows(shown[shown.rindex("| arm | seed |") :])][::2] == [
         ["appo", "0", "4"],
@@ -171,6 +173,24 @@ def test_cells_run_side_by_side_in_processes_of_their_own(tmp_path: Path, capsys
     assert read_result(tmp_path / "empty-3")["chosen"] == "empty" and (tmp_path / "empty-3.log").is_file()
     arms_table = found.partition("\n\n")[2]
     assert "| interquartile mean |" in arms_table and "| beats manual |" in arms_table
+
+
+def test_a_process_that_goes_on_takes_from_this_call_what_shapes_no_result(tmp_path: Path) -> None:
+    (cell,) = cells_of(parse_args(["--arms", "manual", "--seeds", "0", "--folder", str(tmp_path), "--jobs", "2"]))
+    assert cell.going_on == ["--run", str(tmp_path / "manual-0"), "--resume"]
+    asked = ["--arms", "manual", "--seeds", "0", "--folder", str(tmp_path), "--jobs", "2", "trust_remote_code=true"]
+    (cell,) = cells_of(parse_args([*asked, "prompts=2"]))
+    assert cell.going_on == ["--run", str(tmp_path / "manual-0"), "--resume", "trust_remote_code=true"]
+
+
+def test_a_process_that_ends_without_a_word_is_not_given_the_error_of_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cell,) = cells_of(parse_args(["--arms", "manual", "--seeds", "0", "--folder", str(tmp_path), "--jobs", "2"]))
+    (tmp_path / "manual-0.log").write_text("error: the disk was full\n", encoding="utf-8")
+    monkeypatch.setattr("sys.executable", shutil.which("false"))
+    ((_, code, error),) = make([cell], 2)
+    assert code == 1 and error == f"ended without a word; see {tmp_path / 'manual-0.log'}"
 
 
 @pytest.mark.parametrize(
