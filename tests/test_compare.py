@@ -168,6 +168,7 @@ def test_cells_run_side_by_side_in_processes_of_their_own(tmp_path: Path, capsys
     assert main(arguments(tmp_path, *arms)) == 0
     found = capsys.readouterr().out
     assert [row[:3] for row in rows(found)][::2] == [["manual", "3", "0"], ["empty", "3", "0"]]
+    assert [row[9] for row in rows(found)] == [""] * 4  # no prompts were ranked by training reward
     config = stored_config(tmp_path / "empty-3")
     assert (config.threads, config.arm, config.seed) == (1, "empty", 3)
     assert read_result(tmp_path / "empty-3")["chosen"] == "empty" and (tmp_path / "empty-3.log").is_file()
