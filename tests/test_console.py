@@ -92,6 +92,13 @@ def test_what_goes_into_a_file_is_plain_lines(capsys: pytest.CaptureFixture[str]
     assert lines == [f"   {n}/5  {expected}" for n in range(1, 6)]
 
 
+def test_a_prompt_that_quotes_data_cannot_control_the_terminal_either(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(5)
+    progress.show(1, STATS, "best 1.00  Say\n\x1b[2J yes.")
+    progress.close()
+    assert capsys.readouterr().err == "   1/5  reward 1.00  accuracy 0.50  kl 0.10  best 1.00  Say\\n\\x1b[2J yes.\n"
+
+
 def test_a_quiet_run_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(5, quiet=True)
     for iteration in range(1, 6):

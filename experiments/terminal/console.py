@@ -47,6 +47,7 @@ class Progress:
 
     def show(self, iteration: int, stats: Mapping[str, float], best: str = "") -> None:
         """Moves on to `iteration`; `best` says which prompt is the best so far."""
+        best = printable(best)
         if not self._quiet:
             self._warn(iteration, stats)
         numbers = {"reward": stats["reward_mean"], self._metric: stats[f"{self._metric}_mean"]}
