@@ -296,6 +296,16 @@ def test_a_score_that_is_no_number_leaves_its_places_empty(
         assert [cells[7] == "", cells[8] == ""] == ["test" in lacking, "manual_test" in lacking]
 
 
+def test_seeds_that_share_no_iteration_have_no_curve(made: dict[str, Path], tmp_path: Path) -> None:
+    first, second = (made["random"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    runs = [shutil.copytree(made["random"], tmp_path / name) for name in ("begun", "late")]
+    (runs[0] / "metrics.jsonl").write_text(first, encoding="utf-8")
+    (runs[1] / "metrics.jsonl").write_text(second, encoding="utf-8")
+    page = tmp_path / "page.html"
+    assert main(["--runs", str(made["appo"]), *map(str, runs), "--page", str(page)]) == 0
+    assert page.read_text(encoding="utf-8").count("<polyline") == 1
+
+
 def test_a_run_that_is_not_finished_is_marked(
     made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,13 +107,13 @@ def _curves(arms: Mapping[str, Sequence[RunRow]], styles: Mapping[str, str], met
     curves, bands, legend = [], [], []
     for arm, rows in arms.items():
         runs = [smooth for row in rows if (smooth := _smooth(Path(row.run), f"{metric}_mean"))]
-        if not runs:
+        shared = sorted(set.intersection(*(set(run) for run in runs))) if runs else []
+        if not shared:
             continue
-        shared = sorted(set.intersection(*(set(run) for run in runs)))
         curves.append(Curve([(x, mean([run[x] for run in runs])) for x in shared], arm, f"line {styles[arm]}"))
         bands.append(Band([(x, min(r[x] for r in runs), max(r[x] for r in runs)) for x in shared], styles[arm]))
         legend.append(f"<span>{swatch(f'line {styles[arm]}')}{escape(arm)} ({len(runs)} runs)</span>")
-    if not any(curve.points for curve in curves):
+    if not curves:
         return "<p>Nothing was measured.</p>"
     title = f"{metric} of sampled prompts"
     caption = f"mean over the last {WINDOW} iterations and over seeds; bands: lowest to highest seed"
