@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
-from experiments.config import ArmName, build_config
+from experiments.config import GIVEN, ArmName, build_config
 from experiments.diagnostics.results import RunRow, grouped, read_row, scored, write_csv
 from experiments.page.comparison import render_comparison, summaries
 from experiments.run.files import write_whole
@@ -64,12 +64,13 @@ def cells_of(options: Namespace) -> list[Cell]:
 def measured(cell: Cell) -> dict[str, Any]:
     """The result of a finished run with the mean scores of sampled prompts in its first and last iterations."""
     result, rows = read_result(cell.folder), read_optional(cell.folder / METRICS)
+    ranked = {} if cell.config.arm in GIVEN else result.get("paper_protocol", {})  # mode tte has none either
     scores = [math.nan if (score := row[f"{result['metric']}_mean"]) is None else score for row in rows]
     return result | {
         "first": _mean(scores[:EDGE]),
         "last": _mean(scores[-EDGE:]),
-        "top": result.get("paper_protocol", {}).get("test_score", math.nan),  # mode tte has none
-        "top_interval": result.get("paper_protocol", {}).get("test_interval"),
+        "top": ranked.get("test_score", math.nan),
+        "top_interval": ranked.get("test_interval"),
         "seconds": sum(row["seconds"] for row in rows),
         "prompts": len(read_optional(cell.folder / PROMPTS)),
         "answers": sum(row["answers"] for row in rows),
@@ -186,8 +187,8 @@ def _lines(cells: Sequence[Cell], codes: Mapping[str, int]) -> Iterator[str]:
             yield f"| {arm} | {seed} | | | | | {what} | | | | |"
         else:
             result = measured(cell)
-            found.append([result[column] for column in COLUMNS])
             numbers = " | ".join(_cell(result, column) for column in COLUMNS)
+            found.append([math.nan if result[column] is None else result[column] for column in COLUMNS])
             cost = f"{result['prompts']} | {result['answers']:.0f}"
             yield f"| {arm} | {seed} | {cost} | {numbers} | {result['seconds']:.0f} |"
         if found and (number + 1 == len(cells) or cells[number + 1].folder.name.rsplit("-", 1)[0] != arm):

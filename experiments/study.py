@@ -12,7 +12,6 @@ drawn as well, as a heat map in the study's folder.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from experiments.run.files import write_whole
 from experiments.run.folder import jsonl_of
 from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order, new_file
 from experiments.tuning.cells import Cell, check_assignments, make, seeds_of
-from experiments.tuning.study import STUDIES, Study
+from experiments.tuning.study import STUDIES, Study, file_name
 
 SHAPES = STUDIES / "shapes"  # configurations of models of the paper, for plans without a hub
 
@@ -91,7 +90,7 @@ def show(study: Study, finished: Sequence[tuple[Mapping[str, str], Cell]], folde
     for words in study.tables if records else []:
         print(f"{words}\n\n{markdown(view(records, words))}", flush=True)
         if picture := drawn(records, words):
-            path = folder / f"{re.sub(r'[^a-zA-Z0-9]+', '-', words)}.svg"
+            path = folder / f"{file_name(words)}.svg"
             write_whole(path, picture)
             print(f"as a picture: {path}\n", flush=True)
     if record:

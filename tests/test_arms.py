@@ -18,7 +18,8 @@ from experiments.arms.edits import PhraseEdits, phrases
 from experiments.arms.paraphrase import Paraphrase
 from experiments.config import GIVEN, REFERENCES, RunConfig, build_config
 from experiments.config.strict import ConfigError
-from experiments.run.folder import METRICS, PREDICTIONS, PROMPTS, read_candidates, read_jsonl, read_result
+from experiments.planning.spent import spent
+from experiments.run.folder import METRICS, PREDICTIONS, PROMPTS, RunFolder, read_candidates, read_jsonl, read_result
 from experiments.run.run import Run, prepare, stream
 from experiments.terminal.console import summary
 from experiments.train import train
@@ -169,6 +170,15 @@ def test_edits_begin_with_the_manual_prompt_and_keep_what_scores_best(under: Und
     for base, step, following in zip(bases, steps, bases[1:], strict=False):
         scores = step.rewarded.scores.tolist()
         assert step.prompts[0] == base and following == step.prompts[scores.index(max(scores))]
+
+
+def test_the_sampling_of_phrases_is_not_measured_by_a_plan_for_prompts(under: Under, tmp_path: Path) -> None:
+    run = replace(under("edits"), folder=RunFolder(tmp_path / "run"))
+    phases = {"seconds": 2.0, "sampling_seconds": 1e-5, "scoring_seconds": 1.0, "tokens": 0}
+    run.folder.append(METRICS, [phases, phases])  # nothing was paraphrased
+    _, sampling, scoring = spent(run)
+    assert "0 tokens a second" in sampling and "machine's rate" not in sampling
+    assert scoring.endswith("of the machine's rate")
 
 
 # -- GRPO ------------------------------------------------------------------------------------------------------------

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from experiments.arms.choice.result import NO_BETTER
+from experiments.arms.choice.result import NO_BETTER, chance
 from experiments.arms.editing import TestTimeEditing
 from experiments.arms.fixed import FixedPrompt
 from experiments.config import build_config
 from experiments.lab import grammar
 from experiments.run.run import Run, prepare
+from tasks.spec import Example
 
 SMALL = ["threads=1", "sampling.max_new_tokens=24", "examples.test_limit=60", "prompts=4"]
 JUNK = ["Sing.", "Do nothing."]
@@ -71,6 +72,12 @@ def test_the_difference_carries_its_interval(run: Run, better: str) -> None:
     assert 0 < low <= result["difference"] <= high and result["p"] < 0.05
     labels = [example.answer for example in run.data.test]
     assert result["chance"] == max(map(labels.count, run.data.words)) / len(labels)
+
+
+def test_a_constant_answer_is_right_wherever_it_is_among_the_right_ones() -> None:
+    rows = [Example("a", 0, "A", also=(1,)), Example("b", 1, "B"), Example("c", 0, "A", also=(1, 2))]
+    assert chance(rows) == 1.0  # B is always right, though A comes first in two rows
+    assert chance([Example("d", None, "text", answers=("text",))]) is None
 
 
 def test_candidates_and_predictions_add_up_to_the_scores(run: Run, better: str) -> None:

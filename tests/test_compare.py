@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -14,10 +15,11 @@ import pytest
 
 from appo.trainer import APPOTrainer, DivergedError, Iteration
 from experiments import train
-from experiments.compare import COLUMNS, main, parse_args
+from experiments.compare import COLUMNS, cells_of, main, parse_args
 from experiments.config import build_config
 from experiments.diagnostics.results import arm_of
 from experiments.run.folder import read_result, stored_config
+from experiments.tuning.cells import make
 
 SMALL = ["prompts=2", "threads=1", "sampling.max_new_tokens=8", "examples.test_limit=10", "pool=2", "steps=2"]
 
@@ -146,7 +148,8 @@ def test_a_stopped_cell_resumes_and_a_finished_one_is_not_run_again(
     monkeypatch.setattr(APPOTrainer, "step", stopping)
     asked = arguments(tmp_path, "--arms", "appo manual", "--seeds", "0", *SMALL, "headroom=0")
     assert main(asked) == 130 and len(taken) == 1
-    assert main(asked) == 0 and len(taken) == 2  # the second of two iterations
+    assert main([*asked, "checkpoint_every=7"]) == 0 and len(taken) == 2  # the second of two iterations
+    assert stored_config(tmp_path / "appo-0").checkpoint_every == 7  # what shapes no result may change
     shown = capsys.readouterr().out
     assert [row[:3] for row in rows(shown[shown.rindex("| arm | seed |") :])][::2] == [
         ["appo", "0", "4"],
@@ -165,11 +168,30 @@ def test_cells_run_side_by_side_in_processes_of_their_own(tmp_path: Path, capsys
     assert main(arguments(tmp_path, *arms)) == 0
     found = capsys.readouterr().out
     assert [row[:3] for row in rows(found)][::2] == [["manual", "3", "0"], ["empty", "3", "0"]]
+    assert [row[9] for row in rows(found)] == [""] * 4  # no prompts were ranked by training reward
     config = stored_config(tmp_path / "empty-3")
     assert (config.threads, config.arm, config.seed) == (1, "empty", 3)
     assert read_result(tmp_path / "empty-3")["chosen"] == "empty" and (tmp_path / "empty-3.log").is_file()
     arms_table = found.partition("\n\n")[2]
     assert "| interquartile mean |" in arms_table and "| beats manual |" in arms_table
+
+
+def test_a_process_that_goes_on_takes_from_this_call_what_shapes_no_result(tmp_path: Path) -> None:
+    (cell,) = cells_of(parse_args(["--arms", "manual", "--seeds", "0", "--folder", str(tmp_path), "--jobs", "2"]))
+    assert cell.going_on == ["--run", str(tmp_path / "manual-0"), "--resume"]
+    asked = ["--arms", "manual", "--seeds", "0", "--folder", str(tmp_path), "--jobs", "2", "trust_remote_code=true"]
+    (cell,) = cells_of(parse_args([*asked, "prompts=2"]))
+    assert cell.going_on == ["--run", str(tmp_path / "manual-0"), "--resume", "trust_remote_code=true"]
+
+
+def test_a_process_that_ends_without_a_word_is_not_given_the_error_of_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cell,) = cells_of(parse_args(["--arms", "manual", "--seeds", "0", "--folder", str(tmp_path), "--jobs", "2"]))
+    (tmp_path / "manual-0.log").write_text("error: the disk was full\n", encoding="utf-8")
+    monkeypatch.setattr("sys.executable", shutil.which("false"))
+    ((_, code, error),) = make([cell], 2)
+    assert code == 1 and error == f"ended without a word; see {tmp_path / 'manual-0.log'}"
 
 
 @pytest.mark.parametrize(
@@ -243,6 +265,45 @@ def test_a_page_without_a_finished_run_says_so(made: dict[str, Path], tmp_path: 
     assert main(["--runs", str(tmp_path / "run"), "--page", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<p>No run is finished.</p>" in page and "<polyline" in page
+
+
+def test_a_metric_that_a_file_names_is_escaped(made: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made["appo"], tmp_path / "run"))
+    result = (folder / "best_prompt.json").read_text(encoding="utf-8")
+    (folder / "best_prompt.json").write_text(result.replace('"accuracy"', '"<b>"'), encoding="utf-8")
+    metrics = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    (folder / "metrics.jsonl").write_text(metrics.replace("accuracy_mean", "<b>_mean"), encoding="utf-8")
+    assert main(["--runs", str(folder), "--page", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "&lt;b&gt;" in page and "<b>" not in page
+
+
+@pytest.mark.parametrize("lacking", [["test"], ["manual_test"], ["test", "manual_test"]])
+def test_a_score_that_is_no_number_leaves_its_places_empty(
+    lacking: list[str], made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(made["random"], tmp_path / "frozen-0"))  # as a run whose target gave no number
+    found = read_result(folder) | {f"{name}_score": None for name in lacking}
+    found |= {f"{name}_interval": [None, None] for name in lacking}
+    (folder / "best_prompt.json").write_text(json.dumps(found), encoding="utf-8")
+    page = ["--page", str(tmp_path / "page.html")]
+    assert main(["--runs", str(folder), *page]) == 0
+    assert ("frozen, seed 0</text>" in (tmp_path / "page.html").read_text(encoding="utf-8")) == ("test" not in lacking)
+    capsys.readouterr()
+    assert main(arguments(tmp_path, "--arms", "frozen", "--seeds", "0", *SMALL, "headroom=0", *page)) == 0
+    run, mean = rows(capsys.readouterr().out)
+    for cells in (run, mean):
+        assert [cells[7] == "", cells[8] == ""] == ["test" in lacking, "manual_test" in lacking]
+
+
+def test_seeds_that_share_no_iteration_have_no_curve(made: dict[str, Path], tmp_path: Path) -> None:
+    first, second = (made["random"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    runs = [shutil.copytree(made["random"], tmp_path / name) for name in ("begun", "late")]
+    (runs[0] / "metrics.jsonl").write_text(first, encoding="utf-8")
+    (runs[1] / "metrics.jsonl").write_text(second, encoding="utf-8")
+    page = tmp_path / "page.html"
+    assert main(["--runs", str(made["appo"]), *map(str, runs), "--page", str(page)]) == 0
+    assert page.read_text(encoding="utf-8").count("<polyline") == 1
 
 
 def test_a_run_that_is_not_finished_is_marked(

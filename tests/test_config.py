@@ -542,8 +542,11 @@ def test_values_are_shown_as_the_command_line_takes_them() -> None:
         (["few_shot=2", "race=true", "mode=fixed"], None),
         (["few_shot=2", "race=true", "mode=tte"], "in mode tte nothing is done with few_shot, race"),
         (["edit_manual=true"], "in mode fixed nothing is done with edit_manual"),
+        (["epochs=5"], "nothing is done with epochs, since steps is 100; steps=null counts by epochs"),
+        (["epochs=5", "steps=null"], None),
+        (["epochs=5", "arm=manual"], None),
         (["edit_manual=true", "mode=tte"], None),
     ],
 )
-def test_keys_of_the_other_mode_are_warned_of(words: list[str], told: str | None) -> None:
+def test_keys_that_do_nothing_are_warned_of(words: list[str], told: str | None) -> None:
     assert idle_keys(build_config(assignments=words)) == told

@@ -92,6 +92,13 @@ def test_what_goes_into_a_file_is_plain_lines(capsys: pytest.CaptureFixture[str]
     assert lines == [f"   {n}/5  {expected}" for n in range(1, 6)]
 
 
+def test_a_prompt_that_quotes_data_cannot_control_the_terminal_either(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(5)
+    progress.show(1, STATS, "best 1.00  Say\n\x1b[2J yes.")
+    progress.close()
+    assert capsys.readouterr().err == "   1/5  reward 1.00  accuracy 0.50  kl 0.10  best 1.00  Say\\n\\x1b[2J yes.\n"
+
+
 def test_a_quiet_run_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(5, quiet=True)
     for iteration in range(1, 6):
@@ -138,3 +145,18 @@ def test_a_stopped_run_names_its_best_prompt_with_interval_and_rows() -> None:
     assert "best prompt so far: Say yes." in page and "32 validation rows" in page
     assert page.count("0.500 (0.336 to 0.664)") == 2
     assert "r/best_so_far.json; the test split was not read" in page
+
+
+def test_a_stopped_run_whose_scores_are_no_numbers_says_so() -> None:
+    found: dict[str, Any] = {"prompt": "Say yes.", "metric": "accuracy", "validation_rows": 32}
+    for name in ("validation", "manual_validation"):
+        found |= {f"{name}_score": None, f"{name}_interval": [None, None]}
+    assert "none (none to none)" in stopped(Path("r"), Path("r/best_so_far.json"), found)
+
+
+def test_a_prompt_is_shown_line_by_line_and_cannot_control_the_terminal() -> None:
+    found = {"prompt": "Say yes.\nInput : \x1b[2J Output : yes", "metric": "accuracy", "validation_rows": 32}
+    for name in ("validation", "manual_validation"):
+        found |= {f"{name}_score": 0.5, f"{name}_interval": [0.336, 0.664]}
+    shown = stopped(Path("r"), Path("r/best_so_far.json"), found)
+    assert "best prompt so far: Say yes.\nInput : \\x1b[2J Output : yes\n" in shown

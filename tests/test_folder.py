@@ -54,6 +54,18 @@ def test_a_refused_folder_is_left_as_it_was(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"best_prompt.json": b"mine"}
 
 
+def test_a_run_that_another_process_made_in_the_meantime_is_not_overwritten(tmp_path: Path) -> None:
+    one, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")  # both find nothing there
+    with one.lock():
+        one.write_config({})
+    before = contents(tmp_path)
+    with pytest.raises(RunExistsError, match="exists and is not empty"), other.lock():
+        pass
+    assert contents(tmp_path) == before
+    with one.lock():  # it is its own
+        pass
+
+
 def test_an_empty_folder_will_do(tmp_path: Path) -> None:
     RunFolder(tmp_path).write_text("a.txt", "a")
     assert contents(tmp_path) == {"a.txt": b"a"}

@@ -359,6 +359,13 @@ def test_the_code_that_uses_the_result_compiles(tmp_path: Path) -> None:
         assert repr(text) in block
 
 
+def test_the_command_that_uses_the_result_names_the_folder_where_the_run_lies_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONFIG, "run", "runs/where-it-was-made")
+    assert f"appo prompt --run {tmp_path} --input" in html.unescape(render(tmp_path))
+
+
 def test_the_code_that_uses_the_labs_target_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = load_spec("mnli").manual_prompt
     page = render(tmp_path, prompt=text, target="lab")

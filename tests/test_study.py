@@ -225,9 +225,11 @@ def test_a_plan_says_what_all_runs_would_take(file: Path, capsys: pytest.Capture
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def record(arm: str, seed: int, curve: list[float], test: float | None = 0.5, task: str = "t") -> Record:
+def record(
+    arm: str, seed: int, curve: list[float], test: float | None = 0.5, task: str = "t", mode: str = "fixed"
+) -> Record:
     given = {"study": "s", "labels": {"arm": arm, "task": task}, "seed": seed, "task": task, "arm": arm}
-    given |= {"agent": "a", "target": "b"}
+    given |= {"agent": "a", "target": "b", "config": {"arm": arm, "mode": mode}}
     scores = {"test_score": test, "test_interval": [0.4, 0.6], "test_rows": 100, "manual_test_score": 0.45}
     chosen = {"validation_score": 0.5, "validation_rows": 32, "prompt": "a | b"}
     moves = {"kl": [0.0] * len(curve), "promoted": 1, "rolled_back": 0, "iterations": len(curve)}
@@ -329,6 +331,32 @@ def test_the_untrained_agent_is_judged_by_first_iterations_with_its_task_and_mod
 
 def test_the_manual_prompt_that_edits_begin_with_is_not_the_untrained_agents() -> None:
     assert untrained([*RUNS, record("edits", 0, [0.9] * 40)], RUNS[0]) == pytest.approx(0.3)
+
+
+def test_an_agent_that_edits_is_trained_too_and_judged_by_what_it_edited_at_first() -> None:
+    editing = [record("appo", seed, [0.6] * 40, mode="tte") | {"arm": "tte"} for seed in range(2)]
+    assert summary([*RUNS, *editing], "arm")[1][5] == "2 of 4"
+    assert untrained([*RUNS, *editing], RUNS[0]) == pytest.approx(0.3)
+    assert untrained([*RUNS, *editing], editing[0]) == pytest.approx(0.6)
+
+
+def test_nothing_in_a_prompt_controls_the_terminal() -> None:
+    assert "*\\x1b[2J Say yes.*" in markdown(view([RUNS[0] | {"prompt": "\x1b[2J\nSay yes."}], "runs of arm"))
+
+
+def test_tables_with_names_in_any_script_are_pictures_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [record("appo", 0, [0.5], task=task) for task in ("κ", "λ")]
+    cells = [(run["labels"], Cell(str(run["seed"]), build_config({"run": "r"}), [])) for run in runs]
+    rows = iter(runs)
+    monkeypatch.setattr("experiments.study.record_of", lambda *given: next(rows))
+    tables = [f"test of arm by task where task = {task}" for task in ("κ", "λ")]
+    show(Study(Path("s.yaml"), "?", [0], [], {}, tables), cells, tmp_path, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "test-of-arm-by-task-where-task-κ.svg",
+        "test-of-arm-by-task-where-task-λ.svg",
+    ]
 
 
 def test_a_table_leaves_out_what_it_is_not_asked_for() -> None:

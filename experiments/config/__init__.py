@@ -327,9 +327,12 @@ def on_toys(task: str, data: str, agent: str, target: str) -> str | None:
 
 
 def idle_keys(config: RunConfig) -> str | None:
-    """A warning if keys are set that do nothing in the run's mode; None if there are none."""
+    """A warning if keys are set that do nothing in the run's mode, or beside its steps; None if there are none."""
     idle = [key for mode, keys in OF_MODE.items() if config.mode != mode for key in keys if getattr(config, key)]
-    return f"in mode {config.mode} nothing is done with {', '.join(idle)}" if idle else None
+    found = [f"in mode {config.mode} nothing is done with {', '.join(idle)}"] if idle else []
+    if config.steps and config.epochs != RunConfig.epochs and config.arm not in GIVEN:  # a preset may have set steps
+        found.append(f"nothing is done with epochs, since steps is {config.steps}; steps=null counts by epochs")
+    return "; ".join(found) or None
 
 
 def _given(options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from experiments.run.statistics import (
     interquartile_mean,
     probability_of_improvement,
 )
+from tasks.errors import printable
 
 LAST = 20  # iterations at the end of a run, whose prompts show where it has come to
 FIRST = 5
@@ -257,14 +258,19 @@ def _kl(run: Record) -> list[float]:
 def untrained(records: Iterable[Record], like: Record) -> float:
     """The mean score of what the untrained agent of a run writes: of all first iterations with its task and models.
 
-    Edits begin with the manual prompt, not with what the agent writes, so they do not count.
+    In mode tte the agent is asked for something else, so a mode counts by itself. Edits of phrases begin with the
+    manual prompt, not with what the agent writes, so they do not count.
     """
-    alike = [run for run in records if all(run[name] == like[name] for name in ("task", "agent", "target"))]
+
+    def asked_for(run: Record) -> tuple[str, ...]:
+        return (run["task"], run["agent"], run["target"], run["config"]["mode"])
+
+    alike = [run for run in records if asked_for(run) == asked_for(like)]
     return mean([run["curve"][0] for run in alike if run["curve"] and run["arm"] != "edits"])
 
 
 def _failures(runs: Sequence[Record], records: Sequence[Record]) -> str:
-    trained = [run for run in runs if run["arm"] in TRAINED and run["curve"]]
+    trained = [run for run in runs if run["config"]["arm"] in TRAINED and run["curve"]]
     failed = sum(last(run) < untrained(records, run) + GAIN for run in trained)
     return f"{failed} of {len(trained)}" if trained else ""
 
@@ -291,6 +297,6 @@ def _range(ends: Interval) -> str:
 
 
 def _short(text: str, most: int = 60) -> str:
-    """The beginning of a prompt, in italics; nothing in it ends the cell."""
-    text = " ".join(text.replace("|", "/").replace("*", "").replace("_", " ").replace("`", "'").split())
+    """The beginning of a prompt, in italics; nothing in it ends the cell or controls the terminal."""
+    text = printable(" ".join(text.replace("|", "/").replace("*", "").replace("_", " ").replace("`", "'").split()))
     return f"*{text if len(text) <= most else text[: most - 3].rstrip() + '...'}*" if text else "(empty)"

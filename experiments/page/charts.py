@@ -153,17 +153,18 @@ def strip_chart(
 
 
 def forest(name: str, unit: str, entries: Sequence[Entry], line: float) -> str:
-    """Scores with their intervals, one below the other, and a dashed line to compare them with."""
-    names, row, top = 190, 20, 8
+    """Scores with their intervals, one below the other, and a dashed line, if it is a number, to compare them with."""
+    names, row, top, named = 190, 20, 8, escape(unit)
     height = top + row * len(entries) + 44
-    across = ticks(min(line, *(entry.low for entry in entries)), max(line, *(entry.high for entry in entries)))
+    lines = [] if math.isnan(line) else [line]
+    across = ticks(min([*lines, *(entry.low for entry in entries)]), max([*lines, *(entry.high for entry in entries)]))
     low, high = across[0], across[-1]
 
     def at(value: float) -> float:
         return round(names + (value - low) / (high - low) * (WIDTH - names - RIGHT - 10), 1)
 
     foot = height - 44
-    out = [f'<line class="rule" x1="{at(line)}" x2="{at(line)}" y1="{top}" y2="{foot}"/>']
+    out = [f'<line class="rule" x1="{at(x)}" x2="{at(x)}" y1="{top}" y2="{foot}"/>' for x in lines]
     for value in across:
         out.append(f'<text x="{at(value)}" y="{foot + 18}" text-anchor="middle">{shown(value, across[1] - low)}</text>')
         out.append(f'<line class="grid" x1="{at(value)}" x2="{at(value)}" y1="{top}" y2="{foot}"/>')
@@ -172,7 +173,7 @@ def forest(name: str, unit: str, entries: Sequence[Entry], line: float) -> str:
         out.append(f'<text x="{names - 10}" y="{y + 4}" text-anchor="end">{escape(clip(entry.name, 32))}</text>')
         out.append(f'<line class="mean {entry.style}" x1="{at(entry.low)}" x2="{at(entry.high)}" y1="{y}" y2="{y}"/>')
         out.append(f'<circle class="dot {entry.style}" cx="{at(entry.score)}" cy="{y}" r="4"/>')
-    out.append(f'<text class="axis" x="{(names + WIDTH) / 2}" y="{height - 8}" text-anchor="middle">{unit}</text>')
+    out.append(f'<text class="axis" x="{(names + WIDTH) / 2}" y="{height - 8}" text-anchor="middle">{named}</text>')
     label = escape(f"{name}: " + "; ".join(f"{entry.name} {entry.score:.3f}" for entry in entries))
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{"".join(out)}</svg>'
 
@@ -206,11 +207,11 @@ def _axes(points: Sequence[tuple[float, float]], unit: str) -> tuple[Scale, str]
     for value in (tick for tick in across if scale.low_x <= tick <= scale.high_x and tick == round(tick)):
         x, _ = scale.place(value, scale.low_y)
         out.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{value:.0f}</text>')
-    middle = (TOP + HEIGHT - BOTTOM) / 2
+    middle, named = (TOP + HEIGHT - BOTTOM) / 2, escape(unit)
     out.append(
         f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">iteration</text>'
     )
-    out.append(f'<text class="axis" transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{unit}</text>')
+    out.append(f'<text class="axis" transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{named}</text>')
     return scale, "".join(out)
 
 

@@ -87,7 +87,7 @@ def _arms(rows: Sequence[RunRow], metric: str) -> str:
 
 
 def _forest(arms: Mapping[str, Sequence[RunRow]], styles: Mapping[str, str], metric: str) -> str:
-    """Every finished run's score with its interval, and the manual prompt's."""
+    """Every finished run's score with its interval, and the manual prompt's; nothing if no score is a number."""
     entries = [
         Entry(f"{arm}, seed {row.seed}", row.test_score, row.test_low, row.test_high, styles[arm])
         for arm, rows in arms.items()
@@ -96,9 +96,10 @@ def _forest(arms: Mapping[str, Sequence[RunRow]], styles: Mapping[str, str], met
     ]
     manual = [row.manual_test_score for rows in arms.values() for row in rows if row.manual_test_score is not None]
     title = f"{metric} of the chosen prompts on test, with 95 % intervals"
-    chart = forest(title, metric, entries, mean(manual))
-    note = "dashed: the manual prompt, mean"
-    return figure(title, note, chart)
+    if not entries:
+        return ""
+    note = "dashed: the manual prompt, mean" if manual else ""
+    return figure(title, note, forest(title, metric, entries, mean(manual)))
 
 
 def _curves(arms: Mapping[str, Sequence[RunRow]], styles: Mapping[str, str], metric: str) -> str:
@@ -106,13 +107,13 @@ def _curves(arms: Mapping[str, Sequence[RunRow]], styles: Mapping[str, str], met
     curves, bands, legend = [], [], []
     for arm, rows in arms.items():
         runs = [smooth for row in rows if (smooth := _smooth(Path(row.run), f"{metric}_mean"))]
-        if not runs:
+        shared = sorted(set.intersection(*(set(run) for run in runs))) if runs else []
+        if not shared:
             continue
-        shared = sorted(set.intersection(*(set(run) for run in runs)))
         curves.append(Curve([(x, mean([run[x] for run in runs])) for x in shared], arm, f"line {styles[arm]}"))
         bands.append(Band([(x, min(r[x] for r in runs), max(r[x] for r in runs)) for x in shared], styles[arm]))
         legend.append(f"<span>{swatch(f'line {styles[arm]}')}{escape(arm)} ({len(runs)} runs)</span>")
-    if not any(curve.points for curve in curves):
+    if not curves:
         return "<p>Nothing was measured.</p>"
     title = f"{metric} of sampled prompts"
     caption = f"mean over the last {WINDOW} iterations and over seeds; bands: lowest to highest seed"

@@ -106,7 +106,7 @@ def render_report(folder: Path, metric: str) -> str:
             *([] if edited else _pool(prompts)),
             *([] if given else _reviews(metrics, metric)),
             *_cost(metrics, prompts),
-            *_use(result, str(config.get("run") or folder), config.get("target_chat") is True),
+            *_use(result, str(folder), config.get("target_chat") is True),
             *_configuration(config),
         ],
     )

@@ -28,6 +28,8 @@ def spent(run: Run) -> Iterator[str]:
         work = {line.name: line.value for line in Estimate(run.config, lengths, plan.options).work()}
     work.pop("reviews", None)  # how many were planned is not how many came
     known = {phase: work.pop(phase, 0.0) for phase in ("sampling", "scoring")}
+    if run.config.arm == "edits":  # the agent is asked for some phrases, where the plan expects prompts
+        known["sampling"] = 0.0
     known["update"] = sum(work.values())
     rate = measured(run.policy.device, run.policy.lm.compute_dtype).flops * run.policy.ranks.size
     for phase in PHASES:

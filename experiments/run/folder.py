@@ -67,18 +67,23 @@ class RunFolder:
     written = True
 
     def __init__(self, path: Path, new: bool = True) -> None:
-        if new and path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= UNBEGUN):
+        self.path, self._new = path, new
+        self._check_new()
+
+    def _check_new(self) -> None:
+        """Raises RunExistsError if this is the folder of a new run and holds something."""
+        path = self.path
+        if self._new and path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= UNBEGUN):
             stopped = (path / CONFIG).is_file() and not (path / RESULT).is_file()
             way = "--resume goes on with the run in it, or name" if stopped else "name"
             raise RunExistsError(f"{str(path)!r} exists and is not empty; {way} another run folder")
-        self.path = path
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keeps other processes from writing here while a block runs; if this process dies, the system frees the lock.
 
         Raises:
-            RunExistsError: another process is using the folder.
+            RunExistsError: another process is using the folder, or made a run in it while this one was loading.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / LOCK).open("a+", encoding="utf-8") as file:
@@ -91,6 +96,8 @@ class RunFolder:
             file.write(f"process {os.getpid()} on {platform.node()}")
             file.flush()
             try:
+                self._check_new()
+                self._new = False
                 yield
             finally:
                 (self.path / LOCK).unlink(missing_ok=True)

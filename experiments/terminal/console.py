@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tasks.errors import printable
+
 WARNINGS = (  # statistic, lowest value to warn of, warning
     ("empty_rate", 0.9, "nearly all prompts are empty; the agent has collapsed: lower appo.learning_rate"),
     ("duplicate_rate", 0.9, "nearly all prompts are the same; the agent no longer explores: lower appo.learning_rate"),
@@ -45,6 +47,7 @@ class Progress:
 
     def show(self, iteration: int, stats: Mapping[str, float], best: str = "") -> None:
         """Moves on to `iteration`; `best` says which prompt is the best so far."""
+        best = printable(best)
         if not self._quiet:
             self._warn(iteration, stats)
         numbers = {"reward": stats["reward_mean"], self._metric: stats[f"{self._metric}_mean"]}
@@ -123,10 +126,10 @@ def summary(result: Mapping[str, Any], folder: Path, given: bool = False) -> str
     if (protocol := result.get("paper_protocol")) and not given:
         lines.append(f"paper's protocol ({protocol['name']}): {_number(protocol['test_score'])}")
     if result["prompt"] is None:
-        lines += [f"for {edit['input']!r}:\n    {edit['prompt']}" for edit in result["edits"][:2]]
+        lines += [f"for {edit['input']!r}:\n    {_lines(edit['prompt'])}" for edit in result["edits"][:2]]
         lines.append(f"agent:       {folder / 'agent'}")
     else:
-        lines.append(f"prompt:      {result['prompt']}")
+        lines.append(f"prompt:      {_lines(result['prompt'])}")
     lines.append(f"report:      {folder / 'report.html'}")
     lines += ["", "use it, and look at the report:"]
     lines.append(f"  {our_command('prompt', '--run', str(folder), '--input', 'TEXT', '--answer')}")
@@ -140,7 +143,7 @@ def stopped(folder: Path, kept: Path, found: Mapping[str, Any] | None) -> str:
     if found:
         scores = " and ".join(_score(found, f"{which}validation") for which in ("", "manual_"))
         rows = f"{found['validation_rows']} validation rows"
-        lines.append(f"best prompt so far: {found['prompt']}")
+        lines.append(f"best prompt so far: {_lines(found['prompt'])}")
         lines.append(f"  its {found['metric']} on {rows}, and that of the manual prompt: {scores}")
         lines.append(f"  kept in {kept}; the test split was not read")
     lines.append(f"to go on: {our_command('train', '--run', str(folder), '--resume')}")
@@ -177,5 +180,11 @@ def _answers(result: Mapping[str, Any]) -> list[str]:
     return [f"answers on test: {shares['best']} (right: {shares['right']})"] if shares else []
 
 
-def _number(score: float) -> str:
-    return f"{score:.3f}" if math.isfinite(score) else "none"
+def _number(score: float | None) -> str:
+    """Three decimals; a score that is no number, which a file holds as null, is none."""
+    return f"{score:.3f}" if score is not None and math.isfinite(score) else "none"
+
+
+def _lines(prompt: str) -> str:
+    """A prompt on its own lines; it may quote data, and a terminal obeys control characters, so they are escaped."""
+    return "\n".join(map(printable, prompt.split("\n")))

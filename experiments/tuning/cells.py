@@ -13,10 +13,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.config import INCIDENTAL, RunConfig, flat, is_served, to_dict
+from experiments.config import INCIDENTAL, RunConfig, flat, is_served, resumed_config, to_dict
 from experiments.run.folder import CONFIG, RESULT, RunFolderError, stored_config
 from experiments.terminal.command import UNSOUND, UsageError, one_line
 from experiments.terminal.signals import ending_at_once
@@ -50,6 +50,16 @@ class Cell:
     def finished(self) -> bool:
         """Whether its result is there."""
         return (self.folder / RESULT).is_file()
+
+    @property
+    def incidental(self) -> list[str]:
+        """Those of its key=value words that shape no result: they hold for a run that goes on, too."""
+        return [word for word in self.words if word.partition("=")[0] in INCIDENTAL]
+
+    @property
+    def going_on(self) -> list[str]:
+        """What `appo train` takes to go on with it."""
+        return ["--run", str(self.folder), "--resume", *self.incidental]
 
     @property
     def begun(self) -> bool:
@@ -92,7 +102,9 @@ def _one_by_one(cells: Sequence[Cell]) -> Iterator[tuple[Cell, int, str]]:
         from experiments.tuning.loop import train
     for cell in cells:
         begun = cell.begun
-        config = replace(stored_config(cell.folder), run=cell.config.run) if begun else cell.config
+        config = cell.config
+        if begun:
+            config = resumed_config(stored_config(cell.folder), {"run": config.run}, None, cell.incidental)
         run = prepare(config, begun)
         try:
             with run.folder.lock():
@@ -104,27 +116,28 @@ def _one_by_one(cells: Sequence[Cell]) -> Iterator[tuple[Cell, int, str]]:
 
 
 def _side_by_side(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, int, str]]:
-    waiting, running = deque(cells), list[tuple[Cell, subprocess.Popen[bytes]]]()
+    waiting, running = deque(cells), list[tuple[Cell, int, subprocess.Popen[bytes]]]()
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 cell = waiting.popleft()
-                running.append((cell, _started(cell)))
-            for cell, process in list(running):
+                said = _log(cell).stat().st_size if _log(cell).is_file() else 0  # by earlier ones
+                running.append((cell, said, _started(cell)))
+            for cell, said, process in list(running):
                 if (code := process.poll()) is not None:
-                    running.remove((cell, process))
-                    yield cell, code if code >= 0 else 128 - code, _error(cell) if code else ""
+                    running.remove((cell, said, process))
+                    yield cell, code if code >= 0 else 128 - code, _error(cell, said) if code else ""
             time.sleep(PAUSE)
     finally:  # a signal came: each finishes its iteration and writes a checkpoint
-        for _, process in running:
+        for *_, process in running:
             process.send_signal(signal.SIGTERM)
-        for _, process in running:
+        for *_, process in running:
             process.wait()
 
 
 def _started(cell: Cell) -> subprocess.Popen[bytes]:
     """A process that makes a cell. It has a session of its own, so that a Ctrl-C does not reach it twice."""
-    words = ["--run", str(cell.folder), "--resume"] if cell.begun else cell.words
+    words = cell.going_on if cell.begun else cell.words
     cell.folder.parent.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     surroundings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
@@ -140,9 +153,9 @@ def _log(cell: Cell) -> Path:
     return cell.folder.with_name(f"{cell.folder.name}.log")
 
 
-def _error(cell: Cell) -> str:
-    """The error that a cell's process ended with."""
-    lines = _log(cell).read_text(encoding="utf-8", errors="replace").splitlines()
+def _error(cell: Cell, said: int) -> str:
+    """The error that a cell's process ended with; the first `said` bytes of its log are those of earlier ones."""
+    lines = _log(cell).read_bytes()[said:].decode(errors="replace").splitlines()
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return told[-1] if told else f"ended without a word; see {_log(cell)}"
 

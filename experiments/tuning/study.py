@@ -109,7 +109,7 @@ class Study:
                 raise ValueError(f"tables: {table!r}: no setting {where[1]!r}; expected one of {known}")
         taken = dict[str, str]()
         for name in map(_name, study.combinations()):
-            folder = _folder(name)
+            folder = file_name(name)
             if folder in taken:
                 raise ValueError(f"axes: {taken[folder]!r} and {name!r} would share a folder; name one differently")
             taken[folder] = name
@@ -142,7 +142,7 @@ class Study:
             set_by_axes = [word for axis, label in labels.items() for word in self.axes[axis][label]]
             assignments = [*self.keys, *set_by_axes, *more]
             name = f"{_name(labels)}, seed {seed}"
-            run = str(folder / f"{_folder(_name(labels))}-{seed}")
+            run = str(folder / f"{file_name(_name(labels))}-{seed}")
             try:
                 config = build_config({"seed": seed, "run": run}, assignments=assignments)
             except ConfigError as error:
@@ -168,6 +168,6 @@ def _name(labels: Mapping[str, str]) -> str:
     return ", ".join(labels.values())
 
 
-def _folder(name: str) -> str:
-    """The name of the folders of a combination, without the seed: its letters and digits, of any script."""
+def file_name(name: str) -> str:
+    """A name as that of a file or folder: its letters and digits, of any script."""
     return re.sub(r"(?:[^\w.]|_)+", "-", name.lower()).strip("-")

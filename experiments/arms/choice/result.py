@@ -98,7 +98,7 @@ def split_scores(split: str, best: Tensor, manual: Tensor) -> dict[str, Any]:
 
 def chance(examples: Sequence[Example]) -> float | None:
     """The score of the best constant answer; None where answers are text."""
-    labels = Counter(example.label for example in examples if example.label is not None)
+    labels = Counter(label for e in examples if e.label is not None for label in (e.label, *e.also))
     return max(labels.values()) / len(examples) if labels else None
 
 
