@@ -53,10 +53,12 @@ PACKING = {
     "mistral": {"sliding_window": 8},
     "mixtral": EXPERTS,
 }
-PLAIN = {  # attention of their own, convolutions over neighbours, attention sinks
+PLAIN = {  # attention of their own, convolutions over neighbours, attention sinks, windows that only the mask knows
     "bloom": {"n_layer": 3, "n_head": 4},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8},
     "gpt_oss": EXPERTS | {"sliding_window": 8},
+    "phimoe": EXPERTS | {"sliding_window": 12},
+    "llama4_text": EXPERTS | {"attention_chunk_size": 12, "no_rope_layers": [1, 0, 1]},
 }
 IDS = st.lists(st.integers(0, VOCABULARY - 1), max_size=20)
 SCORED = ["The film", "a much longer input , of many words", "x"]
