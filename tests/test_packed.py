@@ -126,6 +126,15 @@ def test_models_that_cannot_be_packed_are_left_as_they_are(name: str) -> None:
     assert_close(packed.run(model, BATCH).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_of_few_tokens_is_tried_with_those_that_it_has() -> None:
+    model = build("llama", vocab_size=3)
+    batch = Branches([[1, 0]], [[2, 2], [0]], [0, 0])
+    expected = alone(model, batch)
+    assert packed.install(model)
+    assert recorded.computes_the_same(model)
+    assert_close(packed.run(model, batch).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 @settings(max_examples=30, deadline=None)
 @given(prefixes=st.lists(IDS, min_size=1, max_size=4), data=st.data())
 def test_packed_equals_padded_for_any_lengths(prefixes: list[list[int]], data: st.DataObject) -> None:

@@ -23,6 +23,7 @@ from appo.lm.attention import CPU, NAME, Branches, Layout, layout_of
 
 WINDOWS = ("sliding_window", "attention_chunk_size")  # what models and their configurations call them
 NARROW = 3  # tokens
+TRIAL = [[1, 2, 3, 4], [5]], [[6, 7, 8], [9], [3, 2]]  # prefixes and branches
 
 
 class Output(NamedTuple):
@@ -42,7 +43,9 @@ def install(model: PreTrainedModel) -> bool:
     if is_installed(model) or not model._supports_attention_backend:
         return is_installed(model)
     before = model.config._attn_implementation
-    trial = Branches([[1, 2, 3, 4], [5]], [[6, 7, 8], [9], [3, 2]], [0, 0, 1])
+    size = len(model.get_output_embeddings().weight)  # a toy may know fewer tokens than the trial has
+    prefixes, branches = ([[i % size for i in row] for row in rows] for rows in TRIAL)
+    trial = Branches(prefixes, branches, [0, 0, 1])
     counts = [len(branch) for branch in trial.branches]
     model.set_attn_implementation("eager")  # the model's definition; SDPA may silently leave out a soft cap
     with _narrow_windows(model):
@@ -69,7 +72,7 @@ def _narrow_windows(model: PreTrainedModel) -> Iterator[None]:
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or torch.inf
     owners = {id(owner): owner for module in model.modules() for owner in (module, getattr(module, "config", module))}
-    found = [(o, name, getattr(o, name, None)) for o in owners.values() for name in WINDOWS]
+    found = [(o, name, getattr(o, "__dict__", {}).get(name)) for o in owners.values() for name in WINDOWS]
     wide = [(owner, name, size) for owner, name, size in found if isinstance(size, int) and NARROW < size < context]
     for owner, name, _ in wide:
         setattr(owner, name, NARROW)
