@@ -186,6 +186,6 @@ class Policy(nn.Module):
     def _read(self, output: Output) -> tuple[Tensor, Tensor]:
         """Logits / temperature [*, V] and values [*]."""
         logits, temperature = output.logits, self.sampling.temperature
-        if temperature != 1:
+        if temperature != 1 or logits.dtype == torch.float64:
             logits = logits.float() / temperature
         return logits, self.value_head(output.hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()

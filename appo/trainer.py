@@ -235,10 +235,10 @@ class APPOTrainer:
         """
         config = self.anchor_config
         prompts, policy_health = self._written(queries, copies)
-        policy_scores = list(score_fn(prompts))
+        policy_scores = _rewarded(score_fn(prompts), len(prompts), "score", torch.float64).scores.tolist()
         with self.anchor.in_place():
             prompts, anchor_health = self._written(queries, copies)
-        anchor_scores = list(score_fn(prompts))
+        anchor_scores = _rewarded(score_fn(prompts), len(prompts), "score", torch.float64).scores.tolist()
         thresholds = (0.0, 0.0) if self.far else (config.promote_threshold, config.rollback_threshold)
         policy_mean, anchor_mean = (sum(scores) / len(scores) for scores in (policy_scores, anchor_scores))
         decision = decide(policy_mean, anchor_mean, *thresholds)
@@ -301,14 +301,14 @@ def _stream(parent: torch.Generator | None, name: str, device: torch.device) -> 
     return torch.Generator(device).manual_seed(random.Random(f"{parent.initial_seed()} {name}").getrandbits(63))
 
 
-def _rewarded(found: Rewarded | Tensor | Sequence[float], count: int) -> Rewarded:
-    """What a reward function returned, checked to have a number for each prompt."""
+def _rewarded(found: Any, count: int, what: str = "reward", dtype: torch.dtype = torch.float32) -> Rewarded:
+    """What a reward function (or that of another `what`) returned, checked to have a number for each prompt."""
     try:
-        scores = torch.as_tensor(getattr(found, "scores", found), dtype=torch.float32, device="cpu")
+        scores = torch.as_tensor(getattr(found, "scores", found), dtype=dtype, device="cpu")
     except (TypeError, ValueError) as error:
-        raise TypeError(f"the reward function gave {found!r:.80}, not a number for each of {count} prompts") from error
+        raise TypeError(f"the {what} function gave {found!r:.80}, not a number for each of {count} prompts") from error
     if scores.shape != (count,):
-        raise ValueError(f"the reward function gave rewards of shape {tuple(scores.shape)}, not [{count}]")
+        raise ValueError(f"the {what} function gave {what}s of shape {tuple(scores.shape)}, not [{count}]")
     return Scores(scores, getattr(found, "metrics", {}))
 
 

@@ -53,10 +53,12 @@ PACKING = {
     "mistral": {"sliding_window": 8},
     "mixtral": EXPERTS,
 }
-PLAIN = {  # attention of their own, convolutions over neighbours, attention sinks
+PLAIN = {  # attention of their own, convolutions over neighbours, attention sinks, windows that only the mask knows
     "bloom": {"n_layer": 3, "n_head": 4},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8},
     "gpt_oss": EXPERTS | {"sliding_window": 8},
+    "phimoe": EXPERTS | {"sliding_window": 12},
+    "llama4_text": EXPERTS | {"attention_chunk_size": 12, "no_rope_layers": [1, 0, 1]},
 }
 IDS = st.lists(st.integers(0, VOCABULARY - 1), max_size=20)
 SCORED = ["The film", "a much longer input , of many words", "x"]
@@ -122,6 +124,15 @@ def test_models_that_cannot_be_packed_are_left_as_they_are(name: str) -> None:
     assert not packed.install(model)
     assert model.config._attn_implementation == before
     assert_close(packed.run(model, BATCH).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_of_few_tokens_is_tried_with_those_that_it_has() -> None:
+    model = build("llama", vocab_size=3)
+    batch = Branches([[1, 0]], [[2, 2], [0]], [0, 0])
+    expected = alone(model, batch)
+    assert packed.install(model)
+    assert recorded.computes_the_same(model)
+    assert_close(packed.run(model, batch).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=30, deadline=None)

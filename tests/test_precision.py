@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from appo.config import APPOConfig
+from appo.config import APPOConfig, SamplingConfig
 from appo.lm.attention import Branches
 from appo.selfcheck import SelfCheckError, self_check
 from appo.trainer import APPOTrainer
@@ -107,6 +108,25 @@ def test_the_head_does_not_round_to_bfloat16() -> None:
     assert (logits != logits.bfloat16().float()).float().mean() > 0.9
     logits.sum().backward()
     assert model.get_output_embeddings().weight.grad.dtype == torch.float32
+
+
+def test_a_copy_of_a_policy_computes_with_the_head_that_was_copied() -> None:
+    trainer = make()
+    rollout = trainer.policy.sample(queries(trainer), torch.Generator().manual_seed(0), copies=2)
+    copied = copy.deepcopy(trainer.policy)
+    with torch.no_grad():
+        trainer.policy.model.get_output_embeddings().weight.normal_()
+    assert_close(copied.measure(rollout).logprobs, rollout.logprobs, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("nonempty", [True, False])
+def test_a_float64_agent_has_float32_log_probabilities_at_temperature_1(nonempty: bool) -> None:
+    tokenizer = byte_tokenizer()
+    policy = policy_of(llama(len(tokenizer)).double(), tokenizer, SamplingConfig(4, 1.0, nonempty))
+    rollout = policy.sample([policy.query("", "one")], torch.Generator().manual_seed(0), copies=4)
+    now = policy.evaluate(rollout)
+    assert {column.dtype for column in now} == {torch.float32}
+    assert_close(now.logprobs, rollout.logprobs, rtol=0, atol=1e-5)
 
 
 def test_ratios_start_at_1_and_the_kl_at_0_in_bfloat16() -> None:

@@ -339,6 +339,23 @@ def test_review_compares_agent_and_anchor(first: float, second: float, decision:
     assert torch.equal(flat(trainer), before) == (decision is not AnchorDecision.ROLLBACK)
 
 
+def test_scores_of_a_review_may_come_in_any_form_that_rewards_may() -> None:
+    trainer = make()
+    review = trainer.review_anchor(queries(trainer), lambda prompts: torch.full([len(prompts)], 0.5), 4)
+    assert review.policy_scores == review.anchor_scores == [0.5] * 8
+    assert {type(score) for score in review.policy_scores} == {float}
+
+
+@pytest.mark.parametrize(("given", "error"), [([0.5], ValueError), ([0.5] * 9, ValueError), (None, TypeError)])
+def test_another_number_of_scores_than_prompts_is_refused(given: Any, error: type[Exception]) -> None:
+    trainer = make()
+    step(trainer)
+    before = flat(trainer)
+    with pytest.raises(error, match="the score function gave "):
+        trainer.review_anchor(queries(trainer), lambda prompts: given, 4)
+    assert torch.equal(flat(trainer), before)
+
+
 @pytest.mark.parametrize(
     ("lead", "max_kl", "decision"),
     [

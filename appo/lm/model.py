@@ -9,6 +9,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -252,14 +253,12 @@ def _float32_head(model: PreTrainedModel) -> nn.Module:
 
 def _exempt_from_autocast(head: nn.Module) -> None:
     """Lets the head compute in the dtype of its weights, whatever autocast says around it."""
-    forward = head.forward
+    head.forward = partial(_without_autocast, head, head.forward)  # bound to the head, so that a deep copy has its own
 
-    def exempt(hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits: Tensor = forward(hidden.to(next(head.parameters()).dtype))
-        return logits
 
-    head.forward = exempt
+def _without_autocast(head: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        return forward(hidden.to(next(head.parameters()).dtype))
 
 
 def _make_dense(weight: Tensor) -> None:

@@ -21,6 +21,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from appo.lm.attention import CPU, NAME, Branches, Layout, layout_of
 
+WINDOWS = ("sliding_window", "attention_chunk_size")  # what models and their configurations call them
+NARROW = 3  # tokens
+TRIAL = [[1, 2, 3, 4], [5]], [[6, 7, 8], [9], [3, 2]]  # prefixes and branches
+
 
 class Output(NamedTuple):
     """Logits [n, V] of the kept tokens, and the hidden states [n, H] that the head read."""
@@ -39,13 +43,17 @@ def install(model: PreTrainedModel) -> bool:
     if is_installed(model) or not model._supports_attention_backend:
         return is_installed(model)
     before = model.config._attn_implementation
-    trial = Branches([[1, 2, 3, 4], [5]], [[6, 7, 8], [9], [3, 2]], [0, 0, 1])
+    size = len(model.get_output_embeddings().weight)  # a toy may know fewer tokens than the trial has
+    prefixes, branches = ([[i % size for i in row] for row in rows] for rows in TRIAL)
+    trial = Branches(prefixes, branches, [0, 0, 1])
     counts = [len(branch) for branch in trial.branches]
     model.set_attn_implementation("eager")  # the model's definition; SDPA may silently leave out a soft cap
-    defined = _run_padded(model, trial, counts).logits
+    with _narrow_windows(model):
+        defined = _run_padded(model, trial, counts).logits
     model.set_attn_implementation(NAME)
     if is_installed(model):
-        padded, packed = _run_padded(model, trial, counts).logits, run(model, trial).logits
+        with _narrow_windows(model):
+            padded, packed = _run_padded(model, trial, counts).logits, run(model, trial).logits
         # In standard deviations: bfloat16 moves single rows of eager attention by 0.4, most by 0.07; a wrong layout
         # moves most rows by 0.5. The same attention, packed and padded, differs by 0.02 at most.
         loose = 0.05 if model.dtype.itemsize >= 4 else 0.25
@@ -53,6 +61,26 @@ def install(model: PreTrainedModel) -> bool:
         if not same:
             model.set_attn_implementation(before)
     return is_installed(model)
+
+
+@contextmanager
+def _narrow_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Lets every token see a few others only, where the model has windows: a short trial would lie within them.
+
+    Some models apply a window in the usual mask alone and do not tell the attention function, so that a packed pass
+    would see beyond it. Windows as wide as the context hide nothing, and stay.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or torch.inf
+    owners = {id(owner): owner for module in model.modules() for owner in (module, getattr(module, "config", module))}
+    found = [(o, name, getattr(o, "__dict__", {}).get(name)) for o in owners.values() for name in WINDOWS]
+    wide = [(owner, name, size) for owner, name, size in found if isinstance(size, int) and NARROW < size < context]
+    for owner, name, _ in wide:
+        setattr(owner, name, NARROW)
+    try:
+        yield
+    finally:
+        for owner, name, size in wide:
+            setattr(owner, name, size)
 
 
 def _apart(some: Tensor, others: Tensor) -> Tensor:
