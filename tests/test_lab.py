@@ -208,3 +208,11 @@ def test_shipped_task_is_not_saturated_by_the_manual_prompt(measured: dict[str, 
 @pytest.mark.parametrize("kind", ["vague", "empty", "shuffled", "gibberish"])
 def test_junk_does_not_pay_on_the_shipped_target(measured: dict[str, float], kind: str) -> None:
     assert measured[kind] <= 1 / 3 + 0.05
+
+
+@pytest.mark.parametrize("name", ["small", "deep"])
+def test_shipped_targets_of_other_sizes_obey_too(name: str) -> None:
+    data, reward = landscape.load_reward("mnli", LAB_DIR / name)
+    prompts = [landscape.KINDS[kind](random.Random(0), "mnli") for kind in ("best", "manual", "empty")]
+    best, manual, empty = reward(prompts, data.test[:100]).metrics["accuracy"].tolist()
+    assert best >= 0.9 and 0.3 <= manual <= best - 0.1 and empty <= 0.1
