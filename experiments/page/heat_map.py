@@ -36,7 +36,7 @@ def heat_map(rows: str, columns: str, scores: Mapping[str, Mapping[str, float]],
         unit: what the scores are.
     """
     across = list(dict.fromkeys(name for cells in scores.values() for name in cells))
-    width, height = NAMES + CELL * len(across), TOP + ROW * len(scores) + BOTTOM
+    width, height = NAMES + CELL * len(across) + 10, TOP + ROW * len(scores) + BOTTOM
     middle = NAMES + CELL * len(across) / 2
     out = [_text(middle, 18, _short(columns), "axis"), _text(NAMES - 12, 42, _short(rows), "axis", "end")]
     out += [_text(NAMES + CELL * (i + 0.5), 42, _short(name)) for i, name in enumerate(across)]
