@@ -100,7 +100,7 @@ def test_one_prompt_that_leads_the_mean_but_not_the_best_is_a_collapse(
 ) -> None:
     trainer, before = collapsed
     scores = iter([[0.625] * 8, [0.75, *[0.5] * 7]])  # 0.625 against a mean of 0.531, and a best of 0.75
-    review = trainer.review_anchor(QUERIES, lambda prompts: next(scores))
+    review = trainer.review_anchor(QUERIES, lambda prompts: next(scores), COPIES)
     assert review.decision is AnchorDecision.ROLLBACK and "collapsed" in review.reason
     assert torch.equal(weights(trainer), before)
 
