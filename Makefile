@@ -78,7 +78,7 @@ grid: $(READY) ## agents x targets, of the lab; REAL=1: of the models in models/
 reproduce: $(READY) ## a table of the paper: make reproduce TABLE=few-shot|heatmap|induction|qa [LAB=1 DATA=folder DRY=1]
 	$(call STUDY,paper-$(or $(TABLE),few-shot))
 
-results: $(READY) ## make the tables of the docs anew from docs/results
+results: $(READY) ## make the tables and heat maps of the docs anew from docs/results
 	$(BIN)/python docs/tables.py
 
 landscape: $(READY) ## measure the lab: accuracy under good and bad instructions

@@ -75,7 +75,7 @@ def _clauses(rng: random.Random, task: str, stage: Stage) -> list[grammar.Clause
 
 
 class _Batches:
-    """Draws batches for the target, harder tasks more often, and moves on to the next stage when one is mastered."""
+    """Draws batches for a target, harder tasks more often; a stage ends when mastered, or out of patience."""
 
     ROWS, INPUTS, SHORT_INPUTS = 12, 8, 24  # inputs of the generated-text tasks are short: more of them fill a row
 
@@ -168,6 +168,12 @@ def build_other_target(folder: Path, minutes: float, shape: Shape, seed: int = 0
 
     Half of the time goes to the first stage, on three layers. A model of six then gets an idle layer behind each of
     them, since six did not learn the first stage in that time; the second stage takes `PATIENCE` batches.
+
+    Args:
+        folder: where the model is saved.
+        minutes: of processor time, in all.
+        shape: of three or six layers.
+        seed: of weights and batches.
     """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
