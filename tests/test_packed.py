@@ -20,11 +20,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from appo.lm import attention, packed
+from appo.lm import attention, packed, trial
 from appo.lm.attention import NAME, Branches
 from appo.lm.decoding import recorded
 from appo.lm.decoding.cache import RoomyLayer, new_cache, surviving_rows
+from appo.lm.model import CausalLM
 from appo.lm.packed import Output
+from appo.lm.trial import UnsupportedModelError
 from appo.rollout import Batch, Query, Scored
 from appo.trainer import APPOTrainer
 from experiments.bench.plain import as_plain, plain_loss, plain_sample, plain_scores
@@ -60,6 +62,11 @@ PLAIN = {  # attention of their own, convolutions over neighbours, attention sin
     "phimoe": EXPERTS | {"sliding_window": 12},
     "llama4_text": EXPERTS | {"attention_chunk_size": 12, "no_rope_layers": [1, 0, 1]},
 }
+RECURRENT = {  # two read the padding too, one does not take the cache
+    "rwkv": {"attention_hidden_size": 32},
+    "mamba": {"state_size": 8},
+    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 16, "block_types": ("recurrent", "attention")},
+}
 IDS = st.lists(st.integers(0, VOCABULARY - 1), max_size=20)
 SCORED = ["The film", "a much longer input , of many words", "x"]
 TEMPLATE, WORDS = "{prompt} Input : {input} Output : ", ("y", "n", "m")
@@ -67,7 +74,7 @@ TEMPLATE, WORDS = "{prompt} Input : {input} Output : ", ("y", "n", "m")
 
 def build(name: str, **changes: object) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **(SIZES | (PACKING | PLAIN)[name] | changes))
+    config = AutoConfig.for_model(name, **(SIZES | (PACKING | PLAIN | RECURRENT)[name] | changes))
     # Eager attention is the model's definition; older versions of transformers' SDPA leave the soft cap out.
     return sharpen(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
 
@@ -124,6 +131,29 @@ def test_models_that_cannot_be_packed_are_left_as_they_are(name: str) -> None:
     assert not packed.install(model)
     assert model.config._attn_implementation == before
     assert_close(packed.run(model, BATCH).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["rwkv", "recurrent_gemma"])
+def test_a_model_that_reads_padding_is_refused(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"'{name}' cannot run several texts at a time: in padded rows"):
+        CausalLM(build(name), tokenizer)
+
+
+def test_a_model_that_does_not_take_the_cache_is_refused_when_it_is_to_decode(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    lm = CausalLM(build("mamba"), tokenizer)
+    assert_close(lm.run(BATCH).logits, alone(lm.model, BATCH), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UnsupportedModelError, match="'mamba' cannot run several texts at a time: token by token"):
+        lm.decode([[1, 2]], lambda output, alive: (alive, alive > 0), budget=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PLAIN)
+def test_models_of_padded_rows_pass_their_trials(name: str, dtype: torch.dtype) -> None:
+    model = build(name).to(dtype)
+    trial.check_padding(model)
+    trial.check_decoding(model)
 
 
 def test_a_model_of_few_tokens_is_tried_with_those_that_it_has() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from appo.lm import adapter, linear, packed
+from appo.lm import adapter, linear, packed, trial
 from appo.lm.attention import Branches
 from appo.lm.decoding.growing import Growing
 from appo.lm.decoding.recorded import Recordings
@@ -47,6 +47,9 @@ class CausalLM:
         gradient_checkpointing: keep only the layers' inputs for the backward pass; less memory, a third more time.
         onednn: use oneDNN for large matrix products on CPUs where it is faster.
 
+    Raises:
+        UnsupportedModelError: the model cannot run several texts at a time; a trial of a few tokens tells.
+
     Attributes:
         context: the most tokens that the model can see; None if its configuration does not say.
         ends: tokens that end a text.
@@ -74,6 +77,9 @@ class CausalLM:
         if onednn:
             linear.install(model)
         self.packed = packed.install(model)
+        if not self.packed:
+            trial.check_padding(model)
+        self._decodes = self.packed  # until a trial has shown it
         self.bare = False
         self._recordings = Recordings()
         if compute_dtype != torch.float32:
@@ -193,7 +199,13 @@ class CausalLM:
             choose: called with the model's output for the responses that go on; see `Choose`.
             budget: most tokens in a response.
             owner: which context each response is to; default: one response to each.
+
+        Raises:
+            UnsupportedModelError: the model cannot decode several texts at a time; the first call tells, by a trial.
         """
+        if not self._decodes:
+            trial.check_decoding(self.model)
+            self._decodes = True
         with self._adapting(), self._computing():
             with _only_rows(self.model, [0]):  # nobody reads the logits of the contexts: one column is enough
                 begun = Growing(self.model, contexts, range(len(contexts)) if owner is None else owner)

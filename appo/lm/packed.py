@@ -57,7 +57,7 @@ def install(model: PreTrainedModel) -> bool:
         # In standard deviations: bfloat16 moves single rows of eager attention by 0.4, most by 0.07; a wrong layout
         # moves most rows by 0.5. The same attention, packed and padded, differs by 0.02 at most.
         loose = 0.05 if model.dtype.itemsize >= 4 else 0.25
-        same = _apart(packed, padded).max() <= 0.05 and _apart(padded, defined).median() <= loose  # False for NaN
+        same = apart(packed, padded).max() <= 0.05 and apart(padded, defined).median() <= loose  # False for NaN
         if not same:
             model.set_attn_implementation(before)
     return is_installed(model)
@@ -83,7 +83,7 @@ def _narrow_windows(model: PreTrainedModel) -> Iterator[None]:
             setattr(owner, name, size)
 
 
-def _apart(some: Tensor, others: Tensor) -> Tensor:
+def apart(some: Tensor, others: Tensor) -> Tensor:
     """RMS distance of each row of logits [n, V] from the others', in standard deviations of all the others: [n]."""
     return (some - others).float().square().mean(-1).sqrt() / others.float().std()
 
