@@ -58,7 +58,7 @@ class Config:
     """Values for the lab's tiny agent; comments give the paper's where they differ."""
 
     iterations: int = 40
-    prompts: int = 16  # K, sampled in each iteration; paper: 4
+    prompts: int = 16  # K, sampled in each iteration, two or more; paper: 4
     examples: int = 16  # on which each prompt is scored
     max_new_tokens: int = 64  # longest prompt; paper: 150
     accuracy_weight: float = 10.0  # c_a of Eq. 13
@@ -146,7 +146,7 @@ class Target:
     @torch.no_grad()
     def logits(self, prompt: str, examples: list[Example]) -> Tensor:
         """Logits [N, C] of the label words behind each filled template."""
-        texts = [TEMPLATE.replace("{prompt}", prompt).replace("{input}", example.input) for example in examples]
+        texts = [TEMPLATE.replace("{input}", example.input).replace("{prompt}", prompt) for example in examples]
         batch = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")  # all end in one column
         mask = batch["attention_mask"]
         positions = (mask.cumsum(1) - 1).clamp(min=0)

@@ -137,7 +137,7 @@ def compare_runs(folders: Sequence[Path], separate: bool) -> list[RunRow]:
     Raises:
         UsageError: the runs were not scored on the same test, and are not to be separate.
     """
-    rows = [read_row(folder) for folder in folders]
+    rows = [read_row(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]  # each once
     groups = grouped(rows)
     if len(groups) > 1 and not separate:
         one, other = groups[0][0], groups[1][0]

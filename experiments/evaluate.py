@@ -130,12 +130,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--votes", type=int, default=1, metavar="K", help="prompts per input (default: 1)")
     parser.add_argument("--sampled", action="store_true", help="sample the prompt instead of taking the likeliest")
-    parser.add_argument("--vote", choices=["majority", "margin"], default="majority", help="how votes are counted")
+    parser.add_argument("--vote", choices=["majority", "margin"], help="how votes are counted (default: majority)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
     options = parser.parse_args(argv)
     if options.votes < 1:
         raise UsageError(f"--votes is {options.votes}; expected at least 1")
+    if options.vote and options.votes == 1:
+        raise UsageError("--vote says how --votes are counted; give --votes 2 or more")
     if not 0 <= options.seed <= LARGEST[int]:
         raise UsageError(f"--seed is {options.seed}; expected 0 to {LARGEST[int]}")
     with ending_at_once():
@@ -147,7 +149,7 @@ def main(argv: Sequence[str]) -> int:
         print(
             "note: this run chose the manual prompt; what is scored here are the agent's instructions", file=sys.stderr
         )
-    result = evaluate(run, options.votes, options.vote, options.sampled, options.seed)
+    result = evaluate(run, options.votes, options.vote or "majority", options.sampled, options.seed)
     result["changed"] = parts or None
     for name, value in result.items():
         if value is None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.hub.upload import CARD, upload, write_card
+from experiments.run.folder import RESULT
 from experiments.terminal.command import Parser, in_order
 from tasks.errors import printable
 
@@ -36,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
 
         save_merged(options.run / "agent", agent)
     kept = "" if write_card(options.run, agent, options.repo) else "; it was there already, and is left as it is"
+    if kept and (agent / CARD).stat().st_mtime < (options.run / RESULT).stat().st_mtime:
+        kept += ", though the run has a newer result: delete the card to have it written anew"
     print(f"card: {printable(str(agent / CARD))}{kept}", file=sys.stderr)
     if options.dry_run:
         for path in sorted(path for path in agent.rglob("*") if path.is_file()):

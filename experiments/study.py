@@ -52,6 +52,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if options.jobs < 1:
         raise UsageError(f"--jobs is {options.jobs}; expected at least 1")
+    if options.dry and (options.show or options.record):
+        raise UsageError("--dry makes and shows no run; it goes without --show and --record")
     check_assignments(options.assignments, ("seed", "run"))
     study = Study.load(options.study)
     seeds = seeds_of(options.seeds) or study.seeds

@@ -348,6 +348,11 @@ def test_runs_are_shown_in_the_order_given_and_grouped_where_they_belong(
     assert [[Path(row[0]).name for row in rows(table)] for table in tables] == [["appo", "random"], ["mnli"]]
 
 
+def test_a_run_that_is_named_twice_counts_once(made: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert compared(made, "appo", "random", "appo") == 0
+    assert [Path(row[0]).name for row in rows(capsys.readouterr().out)] == ["appo", "random"]
+
+
 @pytest.mark.parametrize(
     ("given", "fragment"),
     [

@@ -322,6 +322,7 @@ def test_a_text_task_can_be_edited_and_voted_on(tmp_path: Path) -> None:
     [
         (evaluate_module, ["--run", "nowhere"], "'nowhere' holds no config.yaml"),
         (evaluate_module, ["--run", "{run}", "--votes", "0"], "--votes is 0; expected at least 1"),
+        (evaluate_module, ["--run", "{run}", "--vote", "margin"], "give --votes 2 or more"),
         (prompt_module, ["--run", "nowhere", "--input", "x"], "'nowhere' holds no config.yaml"),
         (prompt_module, ["--run", "{run}", "--file", "none.txt"], "no file 'none.txt'"),
         (prompt_module, ["--run", "{run}", "--file", "{empty}"], "the file has no inputs"),

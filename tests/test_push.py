@@ -23,6 +23,7 @@ from experiments.run.folder import read_result, stored_config
 ROOT = Path(__file__).parents[1]
 SMALL = ["prompts=2", "threads=1", "sampling.max_new_tokens=8", "examples.test_limit=10", "pool=2", "headroom=0"]
 REPO = "me/an-agent"
+LATER = 4_000_000_000  # seconds since 1970
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,10 @@ def test_a_card_that_is_there_is_left_as_it_is(folder: Path, capsys: pytest.Capt
     card_of(folder)
     (folder / "agent" / "README.md").write_text("mine", encoding="utf-8")
     assert card_of(folder) == "mine"
-    assert "it was there already, and is left as it is" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("it was there already, and is left as it is\n")
+    os.utime(folder / "best_prompt.json", (LATER, LATER))  # as a resumed run leaves it
+    card_of(folder)
+    assert "the run has a newer result: delete the card to have it written anew" in capsys.readouterr().err
 
 
 # -- the card ----------------------------------------------------------------------------------------------------

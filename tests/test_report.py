@@ -376,12 +376,12 @@ def test_the_code_that_uses_the_labs_target_runs(tmp_path: Path, capsys: pytest.
 
 
 def test_the_code_fills_a_template_with_other_braces(tmp_path: Path) -> None:
-    result = {"template": '{"a": 1} {prompt} Input : {input}', "prompt": "say {x}", "target": "some/target"}
+    result = {"template": '{"a": 1} {prompt} Input : {input}', "prompt": "say {x}, {input}", "target": "some/target"}
     for _, code in snippets(result, "r", False)[1:]:
         lines = code.splitlines()
         names: dict[str, str] = {}
         exec("\n".join(line for line in lines if line.startswith(("template", "text"))), names)
-        assert names["text"] == '{"a": 1} say {x} Input : ...'
+        assert names["text"] == '{"a": 1} say {x}, {input} Input : ...'
 
 
 def test_the_code_asks_a_chat_target_in_a_chat() -> None:

@@ -222,6 +222,15 @@ def test_a_plan_says_what_all_runs_would_take(file: Path, capsys: pytest.Capture
     assert lines[-1].startswith("12 runs, in all: ")
 
 
+@pytest.mark.parametrize("more", [["--show"], ["--record", "r.jsonl"]])
+def test_a_plan_shows_and_records_no_run(
+    more: list[str], file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([str(file), "--dry", *more]) == 2
+    assert "it goes without --show and --record" in capsys.readouterr().err
+
+
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,7 @@ def check_padding(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def check_decoding(model: PreTrainedModel) -> None:
-    """Decodes answers to two texts token by token, each a step longer than the one before, and runs each text with its answer alone.
+    """Decodes answers to two texts token by token, which end one after the other, and runs each text and answer alone.
 
     Raises:
         UnsupportedModelError: the logits differ, or the model does not take the cache.

@@ -12,14 +12,14 @@ TRANSFORMERS = """from transformers import pipeline
 
 template, prompt = {template!r}, {prompt!r}
 target = pipeline("text-generation", model={target!r})
-text = template.replace("{{prompt}}", prompt).replace("{{input}}", "...")
+text = template.replace("{{input}}", "...").replace("{{prompt}}", prompt)  # a prompt may hold {{input}}
 print(target({asked}, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"])
 """
 OPENAI = """from openai import OpenAI
 
 template, prompt = {template!r}, {prompt!r}
 client = OpenAI(base_url={url!r}, api_key="none")
-text = template.replace("{{prompt}}", prompt).replace("{{input}}", "...")
+text = template.replace("{{input}}", "...").replace("{{prompt}}", prompt)  # a prompt may hold {{input}}
 answer = client.{ask}, max_tokens=8, temperature=0)
 print(answer.choices[0].{answer})
 """
