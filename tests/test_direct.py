@@ -30,7 +30,7 @@ KINDS = {
 
 def build(kind: str, **changes: object) -> PreTrainedModel:
     torch.manual_seed(0)
-    name = kind if kind in ("qwen2", "qwen3", "granite", "gemma", "olmo", "gpt2") else "llama"
+    name = kind if kind in ("qwen2", "qwen3", "ministral3", "granite", "gemma", "olmo", "gpt2") else "llama"
     config = AutoConfig.for_model(name, **(SIZES | KINDS.get(kind, {}) | changes))
     model = sharpen(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval())
     for parameter in model.parameters():
@@ -119,7 +119,18 @@ def test_an_adapter_counts_unless_it_is_left_out(tokenizer: PreTrainedTokenizerB
     assert seen[0] != seen[1]
 
 
-@pytest.mark.parametrize(("kind", "changes"), [("granite", {"embedding_multiplier": 3.0}), ("gemma", {}), ("olmo", {})])
+LATE = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16}  # scales queries from there on
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("granite", {"embedding_multiplier": 3.0}),
+        ("gemma", {}),
+        ("olmo", {}),
+        ("ministral3", {"sliding_window": None, "rope_parameters": LATE | {"rope_type": "default", "rope_theta": 1e4}}),
+    ],
+)
 def test_a_model_that_only_looks_alike_is_decoded_by_its_own_code(kind: str, changes: dict[str, object]) -> None:
     lookalike = build(kind, **changes)
     begun = Growing(lookalike, CONTEXTS, [0, 1, 2])
