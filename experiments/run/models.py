@@ -34,7 +34,7 @@ from experiments.config.extras import installed
 from experiments.run.files import writing
 from experiments.run.folder import ADAPTER
 from rewards.connection import Connection
-from rewards.served import address_of, find_server
+from rewards.served import ServerError, address_of, find_server
 from rewards.servers import Server
 
 OWN_CODE = (
@@ -216,10 +216,13 @@ def reach_server(config: RunConfig) -> Server:
     """The server that `config.target` names, after a trial. Its key comes from the environment and goes nowhere else.
 
     Raises:
-        ServerError: no such address, nothing there, or not what a target needs.
+        ServerError: no such address, no key that a request can carry, nothing there, or not what a target needs.
     """
     url, model = address_of(config.target)
-    return find_server(Connection(url, os.environ.get(KEY, "")), model, config.target_chat)
+    key = os.environ.get(KEY, "").strip()  # as read from a file, with its line break
+    if not (key.isascii() and key.isprintable()):
+        raise ServerError(f"{KEY} holds characters that no key can have; expected printable ASCII")
+    return find_server(Connection(url, key), model, config.target_chat)
 
 
 def save_agent(policy: Policy, folder: Path) -> None:
