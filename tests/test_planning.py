@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,22 @@ def test_batches_are_planned_no_larger_than_the_data(tmp_path: Path) -> None:
         return dict(outlook(prepare(config)))["work"]
 
     assert work(4) == work(1000)
+
+
+def test_a_review_in_mode_tte_is_planned_as_a_prompt_for_each_input(tmp_path: Path) -> None:
+    given = {"task": "mixed", "mode": "tte", "run": str(tmp_path / "run")}
+    run = prepare(build_config(given, assignments=["threads=1", "examples.shots=8"]))
+    lengths = lengths_of(run)
+    plan = Estimate(run.config, lengths, Options.of(run.config, bfloat16=False))
+    question = arm_of(run).ask_for_review(random.Random(0))
+    prompts = 2 * len(question.queries) * question.copies  # the agent's and the anchor's, and an answer under each
+    assert prompts == 2 * len(run.data.validation)
+    ends = 2 * plan.agent.in_layers * (lengths.query + lengths.prompt)
+    ends += 2 * plan.target.in_layers * (lengths.prompt + lengths.example)
+    (planned,) = (line.value for line in plan.work() if line.name == "reviews")
+    assert planned == pytest.approx(prompts * ends / (run.config.anchor.period * run.steps_per_epoch))
+    longest = max(len(query.tokens) for query in question.queries)
+    assert abs(lengths.query - longest) <= 0.2 * longest  # a meta-prompt of this mode, with an input of its own
 
 
 @pytest.mark.parametrize("arm", ["appo", "ppo", "frozen", "edits", "manual"])

@@ -31,10 +31,13 @@ def add(
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: no layer has such a name.
+        ValueError: no layer has one of the names.
     """
     from peft import LoraConfig
 
+    named = [] if isinstance(targets, str) else targets
+    if absent := [end for end in named if not any(f".{name}".endswith(f".{end}") for name, _ in model.named_modules())]:
+        raise ValueError(f"no layer is named {', '.join(absent)}")  # peft is content if one of several is there
     model.requires_grad_(False)
     wanted = targets if isinstance(targets, str) else list(targets)
     scale: Any = 2 * rank if alpha is None else alpha  # annotated as int by peft, which takes any number

@@ -282,8 +282,10 @@ class Estimate:
     def _reviews(self) -> Line:
         """A review samples on both sides and scores on the validation rows, as many as there are training rows."""
         t, config = self.lengths, self.config
-        all_rows, prompts = 2 * config.examples.shots, 2 * config.anchor.prompts
-        rows = min(config.examples.review_rows or all_rows, all_rows)
+        all_rows = 2 * config.examples.shots
+        prompts, rows = 2 * config.anchor.prompts, min(config.examples.review_rows or all_rows, all_rows)
+        if config.mode == "tte":  # a prompt for each input
+            prompts, rows = 2 * all_rows, 1
         period = config.anchor.period * max(1, all_rows // config.examples.batch_size)
         read = 2.0 * self.agent.in_layers * (t.query + t.prompt)
         scored = 2.0 * self.target.in_layers * (t.prompt + rows * t.example)
