@@ -24,6 +24,7 @@ from experiments.config import TRAINED, build_config
 from experiments.planning.estimate import Estimate, Lengths, Machine, Options
 from experiments.planning.outlook import lengths_of, outlook
 from experiments.planning.shadow import LiveBytes, Shadow
+from experiments.run.models import ModelError
 from experiments.run.run import prepare
 from experiments.tuning.loop import arm_of
 from tasks.meta_prompt import meta_prompt
@@ -67,18 +68,26 @@ def scored() -> Scored:
     return Scored.of(rollout, torch.arange(float(RESPONSES)), next(numbers))
 
 
-@pytest.mark.parametrize("name", ["llama", "large vocabulary"])
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("llama", adapter.ALL_LINEAR),
+        ("llama", ("q_proj", "v_proj")),
+        ("gpt2", adapter.ALL_LINEAR),
+        ("large vocabulary", adapter.ALL_LINEAR),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_memory_of_an_adapters_update_is_within_15_percent_of_the_plan(
-    name: str, dtype: torch.dtype, tmp_path: Path
+    name: str, targets: str | tuple[str, ...], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     pytest.importorskip("peft")
     folder = folder_of(name, tmp_path)
     model = model_of(folder).to(dtype)
-    adapter.add(model, 8)
+    adapter.add(model, 8, targets=targets)
     lm = CausalLM(model, byte_tokenizer(), None, dtype, onednn=False)
     updater = Updater(Policy(lm, plain_sampling(LENGTH)), APPOConfig(max_ratio=None))
-    shadow = Shadow(folder, dtype, dtype, trained=True, rank=8)
+    shadow = Shadow(folder, dtype, dtype, trained=True, rank=8, targets=targets)
     measured = measured_update(updater)
     planned = shadow.update([QUERY - 1], [LENGTH] * RESPONSES, [0] * RESPONSES, scaled=False)
     assert planned == pytest.approx(measured, rel=0.15)
@@ -98,6 +107,13 @@ def measured_update(updater: Updater) -> int:
     with measured:
         updater.optimizer_step(batch)
     return measured.peak
+
+
+def test_layers_that_are_not_there_are_refused_in_a_plan(tmp_path: Path) -> None:
+    folder = folder_of("llama", tmp_path)
+    config = build_config({"agent": folder, "target": folder}, assignments=["lora.rank=8", "lora.targets=q_proj,wrong"])
+    with pytest.raises(ModelError, match="agent: no adapter fits .*: no layer is named wrong"):
+        Estimate(config, Lengths(8, 8, 8, 1), Options.of(config))
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -178,6 +178,12 @@ def rank_of(config: RunConfig) -> int | None:
     return rank
 
 
+def targets_of(config: RunConfig) -> str | tuple[str, ...]:
+    """The layers of the agent's adapter, as `appo.lm.adapter` takes them; of one in a folder, those that it has."""
+    names = _adapter(source_of(config, "agent")).get("target_modules", config.lora.layers)
+    return adapter.ALL_LINEAR if names == [adapter.ALL_LINEAR] else names if isinstance(names, str) else tuple(names)
+
+
 def _base(source: str) -> str | None:
     """What the adapter in a folder was added to; None if the folder holds no adapter."""
     return _adapter(source).get("base_model_name_or_path")
@@ -207,9 +213,8 @@ def _adapt(config: RunConfig, model: PreTrainedModel) -> None:
     if rank is None or adapter.is_in(model):
         adapter.make_trainable(model)
         return
-    targets = adapter.ALL_LINEAR if config.lora.layers == [adapter.ALL_LINEAR] else config.lora.layers
     with _explaining(f"agent: no adapter fits {config.agent!r} with lora.targets={config.lora.targets}"):
-        adapter.add(model, rank, alpha, targets)
+        adapter.add(model, rank, alpha, targets_of(config))
 
 
 def reach_server(config: RunConfig) -> Server:
