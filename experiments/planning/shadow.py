@@ -267,7 +267,7 @@ def _adapt(layer: nn.Linear | Conv1D, rank: int) -> list[nn.Parameter]:
         found = forward(x)
         return (found + F.linear(F.linear(x.to(down.dtype), down), up) * 2.0).to(found.dtype)
 
-    layer.forward = adapted  # type: ignore[method-assign,assignment]
+    layer.forward = adapted  # type: ignore[method-assign]
     return [down, up]
 
 
