@@ -112,7 +112,7 @@ def measured_update(updater: Updater) -> int:
 def test_layers_that_are_not_there_are_refused_in_a_plan(tmp_path: Path) -> None:
     folder = folder_of("llama", tmp_path)
     config = build_config({"agent": folder, "target": folder}, assignments=["lora.rank=8", "lora.targets=q_proj,wrong"])
-    with pytest.raises(ModelError, match="agent: no adapter fits .*: no layer is named wrong"):
+    with pytest.raises(ModelError, match=r"agent: no adapter fits .*: no layer is named wrong"):
         Estimate(config, Lengths(8, 8, 8, 1), Options.of(config))
 
 
