@@ -138,9 +138,9 @@ class Connection:
                 if reply.status_code not in AGAIN and reply.status_code < 500:
                     raise AnswerError(f"{self.url}{path} refuses a request with {why}")
                 told = _told_pause(reply.headers.get("retry-after"))
-            except http.TransportError as error:
+            except http.RequestError as error:
                 why = self._clean(f"{type(error).__name__} {error}")
-                if isinstance(error, http.ConnectError) and body is None:
+                if isinstance(error, http.ConnectError | http.ConnectTimeout) and body is None:
                     raise AnswerError(f"no server at {self.url} ({why})") from error
             except ValueError:
                 why = "the answer is no JSON"

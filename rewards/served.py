@@ -76,7 +76,7 @@ def find_server(connection: Connection, model: str, chat: bool = False) -> Serve
     if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
         raise ServerError(f"target: {connection.url}/v1/models lists no models; expected a server for language models")
     names = [str(card["id"]) for card in cards]
-    wanted = [card for card in cards if model in (card["id"], *card.get("aliases", []))] if model else cards
+    wanted = [card for card in cards if model in (card["id"], *(card.get("aliases") or []))] if model else cards
     if len(wanted) != 1:
         what = f"no model {model!r}" if model else f"{len(names)} models"
         raise ServerError(

@@ -77,7 +77,7 @@ class Server(ABC):
 
     def _found(self, known: Mapping[int, float], wanted: Sequence[int], among: str) -> list[float]:
         """The wanted ones of the known log-probabilities; a missing one is an error, never a zero."""
-        missing = [token for token in wanted if not isinstance(known.get(token), int | float)]
+        missing = [t for t in wanted if not isinstance(known.get(t), int | float) or not sound([known[t]])]
         if missing:
             raise AnswerError(f"{self.name} gave no log-probability of the tokens {missing}: they are not {among}")
         return [float(known[token]) for token in wanted]
@@ -161,7 +161,7 @@ class LlamaCpp(Server):
 
     def __init__(self, connection: Connection, card: Mapping[str, Any], chat: bool) -> None:
         super().__init__(connection, card, chat)
-        self._vocabulary = int((card.get("meta") or {}).get("n_vocab") or 0)
+        self._vocabulary = _in_meta(card, "n_vocab") or 0
 
     def tokens(self, request: str, answer: str = "") -> Ids:
         if self.chat:
@@ -248,5 +248,12 @@ def _ids(found: object) -> Ids:
 
 def _context(card: Mapping[str, Any]) -> int | None:
     """The context that a list of models names: vLLM's and SGLang's field, or llama.cpp's, which is that of a slot."""
-    found = card.get("max_model_len") or (card.get("meta") or {}).get("n_ctx")
+    found = card.get("max_model_len")
+    return found if isinstance(found, int) else _in_meta(card, "n_ctx")
+
+
+def _in_meta(card: Mapping[str, Any], name: str) -> int | None:
+    """A number that llama.cpp names in its list of models; None if it names none."""
+    meta = card.get("meta")
+    found = meta.get(name) if isinstance(meta, Mapping) else None
     return found if isinstance(found, int) else None

@@ -55,6 +55,7 @@ class Serving:
     Attributes:
         url: where it is.
         seen: (path, body) of every request, faulty ones included.
+        card: what else its list of models says about the model.
         scored: the prompts whose log-probabilities were told.
         most: most requests that were under way at once.
     """
@@ -72,6 +73,7 @@ class Serving:
         self.lm, self.kind, self.name, self.fault = lm, kind, name, fault
         self.top, self.key, self.drops = top, key, drops
         self.seen: list[tuple[str, dict[str, Any]]] = []
+        self.card: dict[str, Any] = {}
         self.scored: list[tuple[int, ...]] = []  # with, for llama.cpp, how many tokens were told
         self.most, self._now = 0, 0
         self._lock, self._model = threading.Lock(), threading.Lock()
@@ -149,7 +151,7 @@ class Serving:
                 card["meta"] = {"n_ctx": self.lm.context, "n_vocab": self.lm.vocabulary}
             elif self.kind != "plain":
                 card["max_model_len"] = self.lm.context
-            return 200, {"object": "list", "data": [card]}
+            return 200, {"object": "list", "data": [card | self.card]}
         if body.get("model", self.name) != self.name:
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
         answer = {

@@ -305,8 +305,9 @@ def test_values_that_make_no_sense_are_refused(given: str, said: str) -> None:
 
 
 def test_names_of_no_layer_are_one_line() -> None:
-    with pytest.raises(ModelError, match=r"agent: no adapter fits .* with lora.targets=wrong_proj"):
-        load_model(shared(**{"lora.targets": "wrong_proj"}), "agent")
+    for wrong in ("wrong_proj", "q_proj,wrong_proj", "all-linear,wrong_proj"):
+        with pytest.raises(ModelError, match=rf"agent: no adapter fits .* with lora.targets={wrong}: .*wrong_proj"):
+            load_model(shared(**{"lora.targets": wrong}), "agent")
 
 
 def test_an_adapter_without_its_base_is_one_line(tmp_path: Path) -> None:

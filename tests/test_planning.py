@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from experiments.config import TRAINED, build_config
 from experiments.planning.estimate import Estimate, Lengths, Machine, Options
 from experiments.planning.outlook import lengths_of, outlook
 from experiments.planning.shadow import LiveBytes, Shadow
+from experiments.run.models import ModelError
 from experiments.run.run import prepare
 from experiments.tuning.loop import arm_of
 from tasks.meta_prompt import meta_prompt
@@ -66,18 +68,26 @@ def scored() -> Scored:
     return Scored.of(rollout, torch.arange(float(RESPONSES)), next(numbers))
 
 
-@pytest.mark.parametrize("name", ["llama", "large vocabulary"])
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("llama", adapter.ALL_LINEAR),
+        ("llama", ("q_proj", "v_proj")),
+        ("gpt2", adapter.ALL_LINEAR),
+        ("large vocabulary", adapter.ALL_LINEAR),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_memory_of_an_adapters_update_is_within_15_percent_of_the_plan(
-    name: str, dtype: torch.dtype, tmp_path: Path
+    name: str, targets: str | tuple[str, ...], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     pytest.importorskip("peft")
     folder = folder_of(name, tmp_path)
     model = model_of(folder).to(dtype)
-    adapter.add(model, 8)
+    adapter.add(model, 8, targets=targets)
     lm = CausalLM(model, byte_tokenizer(), None, dtype, onednn=False)
     updater = Updater(Policy(lm, plain_sampling(LENGTH)), APPOConfig(max_ratio=None))
-    shadow = Shadow(folder, dtype, dtype, trained=True, rank=8)
+    shadow = Shadow(folder, dtype, dtype, trained=True, rank=8, targets=targets)
     measured = measured_update(updater)
     planned = shadow.update([QUERY - 1], [LENGTH] * RESPONSES, [0] * RESPONSES, scaled=False)
     assert planned == pytest.approx(measured, rel=0.15)
@@ -97,6 +107,13 @@ def measured_update(updater: Updater) -> int:
     with measured:
         updater.optimizer_step(batch)
     return measured.peak
+
+
+def test_layers_that_are_not_there_are_refused_in_a_plan(tmp_path: Path) -> None:
+    folder = folder_of("llama", tmp_path)
+    config = build_config({"agent": folder, "target": folder}, assignments=["lora.rank=8", "lora.targets=q_proj,wrong"])
+    with pytest.raises(ModelError, match=r"agent: no adapter fits .*: no layer is named wrong"):
+        Estimate(config, Lengths(8, 8, 8, 1), Options.of(config))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -138,6 +155,22 @@ def test_batches_are_planned_no_larger_than_the_data(tmp_path: Path) -> None:
         return dict(outlook(prepare(config)))["work"]
 
     assert work(4) == work(1000)
+
+
+def test_a_review_in_mode_tte_is_planned_as_a_prompt_for_each_input(tmp_path: Path) -> None:
+    given = {"task": "mixed", "mode": "tte", "run": str(tmp_path / "run")}
+    run = prepare(build_config(given, assignments=["threads=1", "examples.shots=8"]))
+    lengths = lengths_of(run)
+    plan = Estimate(run.config, lengths, Options.of(run.config, bfloat16=False))
+    question = arm_of(run).ask_for_review(random.Random(0))
+    prompts = 2 * len(question.queries) * question.copies  # the agent's and the anchor's, and an answer under each
+    assert prompts == 2 * len(run.data.validation)
+    ends = 2 * plan.agent.in_layers * (lengths.query + lengths.prompt)
+    ends += 2 * plan.target.in_layers * (lengths.prompt + lengths.example)
+    (planned,) = (line.value for line in plan.work() if line.name == "reviews")
+    assert planned == pytest.approx(prompts * ends / (run.config.anchor.period * run.steps_per_epoch))
+    longest = max(len(query.tokens) for query in question.queries)
+    assert abs(lengths.query - longest) <= 0.2 * longest  # a meta-prompt of this mode, with an input of its own
 
 
 @pytest.mark.parametrize("arm", ["appo", "ppo", "frozen", "edits", "manual"])

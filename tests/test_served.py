@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from functools import partial
@@ -19,7 +20,7 @@ from experiments.config import build_config
 from experiments.evaluate import main as evaluate
 from experiments.prompt import main as prompt
 from experiments.run.folder import SCORED, read_jsonl
-from experiments.run.models import KEY, load_model
+from experiments.run.models import KEY, load_model, reach_server
 from experiments.train import main
 from rewards.connection import AnswerError, Connection
 from rewards.functional import accuracy, softmax_margin
@@ -294,6 +295,22 @@ def test_nothing_there_or_another_model_is_one_error(lab: CausalLM) -> None:
         assert find_server(quick(serving.url), "").model == "lab"
 
 
+@pytest.mark.parametrize("meta", [True, {"n_vocab": "many", "n_ctx": []}])
+def test_an_odd_card_in_the_list_of_models_says_nothing(meta: object, lab: CausalLM) -> None:
+    with Serving(lab, "llamacpp") as serving:
+        serving.card = {"meta": meta, "aliases": None}  # without a vocabulary's size the unlikely cannot be asked for
+        with pytest.raises(ServerError, match="they are not among the 100 likeliest"):
+            find_server(quick(serving.url), "lab")
+
+
+@pytest.mark.parametrize("value", [math.nan, 3.0, None])
+def test_a_log_probability_that_is_none_is_an_error(value: float | None, lab: CausalLM) -> None:
+    with Serving(lab) as serving:
+        server = served(serving).server
+        with pytest.raises(AnswerError, match=r"gave no log-probability of the tokens \[5\]"):
+            server._found({5: value}, [5], "there")  # type: ignore[dict-item]
+
+
 def test_a_server_that_still_loads_is_waited_for(lab: CausalLM) -> None:
     with Serving(lab, "llamacpp", fault=lambda number, path: Fault(503) if number < 3 else NONE) as serving:
         assert served(serving).server.name == "llama.cpp"
@@ -321,6 +338,20 @@ def test_labels_that_are_the_same_tokens_are_refused(lab: CausalLM) -> None:
 
 
 # -- the key -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_with_its_line_break_is_sent_without_it(lab: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY, "right-key\n")
+    with Serving(lab, key="right-key") as serving:
+        assert reach_server(build_config({"target": serving.url})).model == "lab"
+
+
+@pytest.mark.parametrize("key", ["s\xe9cret-key", "secret-\x01key", "secret-\nkey"])
+def test_a_key_that_no_request_can_carry_is_refused_and_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY, key)
+    with pytest.raises(ServerError, match=f"{KEY} holds characters that no key can have") as caught:
+        reach_server(build_config({"target": "http://127.0.0.1:9"}))
+    assert "cret" not in str(caught.value)
 
 
 def test_the_key_is_sent_and_never_shown(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -246,3 +248,9 @@ def test_the_licence_is_printed_before_anything_is_downloaded(
 
 def test_it_is_a_subcommand() -> None:
     assert "weights" in COMMANDS
+
+
+def test_a_mistake_is_one_line_for_python_m_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "experiments.weights", str(tmp_path / "none.gguf"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stderr) == (2, f"error: no file {str(tmp_path / 'none.gguf')!r}\n")

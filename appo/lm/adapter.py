@@ -31,10 +31,11 @@ def add(
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: no layer has such a name.
+        ValueError: no layer has one of the names.
     """
     from peft import LoraConfig
 
+    chosen(model, targets)  # peft is content if one of several names is there
     model.requires_grad_(False)
     wanted = targets if isinstance(targets, str) else list(targets)
     scale: Any = 2 * rank if alpha is None else alpha  # annotated as int by peft, which takes any number
@@ -43,6 +44,21 @@ def add(
         LoraConfig(r=rank, lora_alpha=scale, target_modules=wanted, fan_in_fan_out=transposed, task_type="CAUSAL_LM")
     )
     make_trainable(model)
+
+
+def chosen(model: PreTrainedModel, targets: str | Sequence[str]) -> list[nn.Module]:
+    """The layers that an adapter on these targets goes to; see `add`.
+
+    Raises:
+        ValueError: no layer has one of the names.
+    """
+    if targets == ALL_LINEAR:
+        head = model.get_output_embeddings()
+        return [layer for layer in model.modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head]
+    found = {end: [layer for name, layer in model.named_modules() if f".{name}".endswith(f".{end}")] for end in targets}
+    if absent := [end for end in found if not found[end]]:
+        raise ValueError(f"no layer is named {', '.join(absent)}")
+    return list(dict.fromkeys(layer for layers in found.values() for layer in layers))
 
 
 def make_trainable(model: PreTrainedModel) -> None:

@@ -14,7 +14,7 @@ from appo.lm.decoding.cache import RoomyLayer, new_cache
 from appo.lm.decoding.recorded import KEPT, LEAST_TOKENS, MOST_ROWS, room_for
 from experiments.config import GIVEN, TRAINED, RunConfig
 from experiments.planning.shadow import Shadow
-from experiments.run.models import base_of, rank_of, same_source, shares_base, source_of
+from experiments.run.models import base_of, rank_of, same_source, shares_base, source_of, targets_of
 
 GIB = 2**30
 AT_ONCE = 32_768  # tokens of a pass of the target on a GPU: rewards/local.py
@@ -143,7 +143,8 @@ class Estimate:
         low = torch.bfloat16 if options.bfloat16 else torch.float32
         stored = low if options.rank else torch.float32
         trust = config.trust_remote_code
-        self.agent = _agent(base_of(config), stored, low, options.rank, options.checkpointing, trust)
+        targets = targets_of(config)
+        self.agent = _agent(base_of(config), stored, low, options.rank, options.checkpointing, trust, targets)
         self.target = _target(source_of(config, "target"), trust)
         several = config.mode == "tte"  # a query for each input, and each prompt answers one
         self.queries = config.examples.batch_size if several else 1
@@ -159,7 +160,7 @@ class Estimate:
         numbers = f"{agent.parameters / 1e9:.3f} G numbers in {each}{part}"
         lines = [Line("agent's weights", agent.bytes / options.shards, numbers)]
         if options.rank:
-            how = f"{agent.trained / 1e6:.2f} M numbers x 4, of rank {options.rank} on {len(agent.linear)} layers"
+            how = f"{agent.trained / 1e6:.2f} M numbers x 4, of rank {options.rank} on {len(agent.adapted)} layers"
             lines.append(Line("adapter", agent.trained * COPY, how))
         if options.shared:
             lines.append(Line("target's weights", 0, "those of the agent's base"))
@@ -282,8 +283,10 @@ class Estimate:
     def _reviews(self) -> Line:
         """A review samples on both sides and scores on the validation rows, as many as there are training rows."""
         t, config = self.lengths, self.config
-        all_rows, prompts = 2 * config.examples.shots, 2 * config.anchor.prompts
-        rows = min(config.examples.review_rows or all_rows, all_rows)
+        all_rows = 2 * config.examples.shots
+        prompts, rows = 2 * config.anchor.prompts, min(config.examples.review_rows or all_rows, all_rows)
+        if config.mode == "tte":  # a prompt for each input
+            prompts, rows = 2 * all_rows, 1
         period = config.anchor.period * max(1, all_rows // config.examples.batch_size)
         read = 2.0 * self.agent.in_layers * (t.query + t.prompt)
         scored = 2.0 * self.target.in_layers * (t.prompt + rows * t.example)
@@ -316,9 +319,15 @@ class Estimate:
 
 @cache
 def _agent(
-    name: str, stored: torch.dtype, computes: torch.dtype, rank: int | None, checkpointing: bool, trust: bool
+    name: str,
+    stored: torch.dtype,
+    computes: torch.dtype,
+    rank: int | None,
+    checkpointing: bool,
+    trust: bool,
+    targets: str | tuple[str, ...],
 ) -> Shadow:
-    return Shadow(name, stored, computes, True, rank, checkpointing, trust)
+    return Shadow(name, stored, computes, True, rank, checkpointing, trust, targets)
 
 
 @cache

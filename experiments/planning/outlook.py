@@ -12,7 +12,7 @@ from experiments.planning.estimate import GIB, LAUNCH, STEP, Estimate, Lengths, 
 from experiments.run.models import ModelError
 from experiments.run.run import Run
 from experiments.terminal.console import duration
-from tasks.meta_prompt import meta_prompt
+from tasks.meta_prompt import meta_prompt, rewrite_prompt
 
 TEMPLATE = 12  # tokens of the target's template around an input, about
 MEASURED_SHARE = 0.6  # of the rate of one large product that a whole run reaches; see docs/benchmarks.md
@@ -52,7 +52,9 @@ def plan_of(run: Run) -> Estimate | None:
 def lengths_of(run: Run) -> Lengths:
     """The lengths of this run's texts: of one meta-prompt, and of inputs in the mean."""
     data, lm = run.data.train, run.policy.lm
-    query = len(run.policy.query(*meta_prompt(data[: run.config.examples.pairs])).tokens)
+    pairs = data[: run.config.examples.pairs]
+    asked = meta_prompt(pairs) if run.config.mode == "fixed" else rewrite_prompt(pairs, data[-1].input, run.instruction)
+    query = len(run.policy.query(*asked).tokens)
     tokens = lm.tokenizer([example.input for example in data])["input_ids"]
     example = sum(map(len, tokens)) // len(tokens) + TEMPLATE
     return Lengths(query, run.config.sampling.max_new_tokens, example, run.steps)

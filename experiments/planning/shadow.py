@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from appo.lm import packed
+from appo.lm import adapter, packed
 from appo.lm.attention import NAME, Branches
 from appo.lm.logits import logprobs_and_entropy
 from experiments.run.models import ModelError, is_missing_folder, no_folder
@@ -113,11 +114,12 @@ class Shadow:
         stored_in: dtype of the weights.
         computes_in: dtype of products.
         trained: the weights are an agent's: all of them have gradients, or the adapter's alone.
-        rank: of a LoRA adapter on all linear layers but the head; None: no adapter.
+        rank: of a LoRA adapter; None: no adapter.
         checkpointing: gradient checkpointing.
+        targets: the layers that get the adapter.
 
     Raises:
-        ModelError: no such model, or one that does not run packed.
+        ModelError: no such model, one that does not run packed, or one without layers of these names.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class Shadow:
         rank: int | None = None,
         checkpointing: bool = False,
         trust_remote_code: bool = False,
+        targets: str | Sequence[str] = adapter.ALL_LINEAR,
     ) -> None:
         self.model = _without_weights(source, stored_in, trust_remote_code)
         self.computes_in, self.checkpointing = computes_in, checkpointing
@@ -145,11 +148,17 @@ class Shadow:
         self.width = head.weight.shape[1]
         self.vocabulary = head.weight.shape[0]
         self.trained = 0
+        self.adapted: list[Any] = []
         self._extra: list[nn.Parameter] = []
         self._casts: dict[int, Tensor] = {}
         self.model.requires_grad_(trained and rank is None)
         if trained and rank is not None:
-            self._extra = [p for layer in self.linear for p in _adapt(layer, rank)]
+            try:
+                layers = adapter.chosen(self.model, targets)
+            except ValueError as error:
+                raise ModelError(f"agent: no adapter fits {source!r}: {error}") from error
+            self.adapted = [layer for layer in layers if isinstance(layer, nn.Linear | Conv1D)]
+            self._extra = [p for layer in self.adapted for p in _adapt(layer, rank)]
         if trained:
             value_head = self.width + 1
             self.trained = (sum(p.numel() for p in self._extra) if rank else self.parameters) + value_head
@@ -245,18 +254,20 @@ def _without_weights(source: str, dtype: torch.dtype, trust_remote_code: bool) -
     return model
 
 
-def _adapt(layer: nn.Linear, rank: int) -> list[nn.Parameter]:
+def _adapt(layer: nn.Linear | Conv1D, rank: int) -> list[nn.Parameter]:
     """Lets a layer add B A x, as peft's LoRA does with dropout 0; returns A and B, in float32."""
+    shape = layer.weight.shape
+    width, height = shape if isinstance(layer, Conv1D) else reversed(shape)  # GPT-2's weights are [in, out]
     with META:
-        down = nn.Parameter(torch.zeros(rank, layer.in_features))
-        up = nn.Parameter(torch.zeros(layer.out_features, rank))
+        down = nn.Parameter(torch.zeros(rank, width))
+        up = nn.Parameter(torch.zeros(height, rank))
     forward: Callable[[Tensor], Tensor] = layer.forward
 
     def adapted(x: Tensor) -> Tensor:
         found = forward(x)
         return (found + F.linear(F.linear(x.to(down.dtype), down), up) * 2.0).to(found.dtype)
 
-    layer.forward = adapted  # type: ignore[method-assign,assignment]
+    layer.forward = adapted  # type: ignore[method-assign]
     return [down, up]
 
 

@@ -34,7 +34,7 @@ from experiments.config.extras import installed
 from experiments.run.files import writing
 from experiments.run.folder import ADAPTER
 from rewards.connection import Connection
-from rewards.served import address_of, find_server
+from rewards.served import ServerError, address_of, find_server
 from rewards.servers import Server
 
 OWN_CODE = (
@@ -179,6 +179,12 @@ def rank_of(config: RunConfig) -> int | None:
     return rank
 
 
+def targets_of(config: RunConfig) -> str | tuple[str, ...]:
+    """The layers of the agent's adapter, as `appo.lm.adapter` takes them; of one in a folder, those that it has."""
+    names = _adapter(source_of(config, "agent")).get("target_modules", config.lora.layers)
+    return adapter.ALL_LINEAR if names == [adapter.ALL_LINEAR] else names if isinstance(names, str) else tuple(names)
+
+
 def _base(source: str) -> str | None:
     """What the adapter in a folder was added to; None if the folder holds no adapter."""
     return _adapter(source).get("base_model_name_or_path")
@@ -208,19 +214,21 @@ def _adapt(config: RunConfig, model: PreTrainedModel) -> None:
     if rank is None or adapter.is_in(model):
         adapter.make_trainable(model)
         return
-    targets = adapter.ALL_LINEAR if config.lora.layers == [adapter.ALL_LINEAR] else config.lora.layers
     with _explaining(f"agent: no adapter fits {config.agent!r} with lora.targets={config.lora.targets}"):
-        adapter.add(model, rank, alpha, targets)
+        adapter.add(model, rank, alpha, targets_of(config))
 
 
 def reach_server(config: RunConfig) -> Server:
     """The server that `config.target` names, after a trial. Its key comes from the environment and goes nowhere else.
 
     Raises:
-        ServerError: no such address, nothing there, or not what a target needs.
+        ServerError: no such address, no key that a request can carry, nothing there, or not what a target needs.
     """
     url, model = address_of(config.target)
-    return find_server(Connection(url, os.environ.get(KEY, "")), model, config.target_chat)
+    key = os.environ.get(KEY, "").strip()  # as read from a file, with its line break
+    if not (key.isascii() and key.isprintable()):
+        raise ServerError(f"{KEY} holds characters that no key can have; expected printable ASCII")
+    return find_server(Connection(url, key), model, config.target_chat)
 
 
 def save_agent(policy: Policy, folder: Path) -> None:

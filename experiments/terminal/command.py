@@ -20,7 +20,7 @@ from experiments.terminal.job import is_spokesman
 from experiments.terminal.signals import StoppedError, raise_instead
 from tasks.errors import printable
 
-PACKAGES = ("appo", "rewards", "tasks", "experiments")
+PACKAGES = ("appo", "rewards", "tasks", "experiments", "__main__")  # the last: a command run by `python -m`
 LONGEST = 2000  # characters of an error that are shown
 FAULT = "This is a fault of the program, not of what you asked for. Please report it: the lines above, and the command."
 LESS_MEMORY = "use dtype=bfloat16, gradient_checkpointing=true, fewer prompts or a lower sampling.max_new_tokens"
