@@ -137,13 +137,17 @@ def summary(records: Sequence[Record], axis: str) -> Table:
 
 
 def plane(records: Sequence[Record], rows: str, columns: str) -> Table:
-    """A cell for each pair of settings: the mean of the last prompts, lowest to highest seed, and how many failed."""
+    """A cell for each pair of settings: the mean of the last prompts, lowest to highest seed, and how many failed.
+
+    Runs of arms that do not train cannot fail, so their cells do not count failures.
+    """
 
     def cell(runs: list[Record]) -> str:
         ends = _ends(runs)
         if not ends:
             return ""
-        return f"{mean(ends):.2f} ({min(ends):.2f} to {max(ends):.2f}), failed: {_failures(runs, records)}"
+        failed = _failures(runs, records)
+        return f"{mean(ends):.2f} ({min(ends):.2f} to {max(ends):.2f})" + (f", failed: {failed}" if failed else "")
 
     return _crossed(records, rows, columns, cell)
 
