@@ -1,8 +1,8 @@
 """Tables of records: what the runs of a study show, in Markdown.
 
-summary of AXIS                 a row for each setting: where its seeds end, and what is chosen
+summary of AXIS                 a row for each setting: the seeds' last prompts, and the chosen prompts
 runs of AXIS                    a row for each run
-plane of AXIS by AXIS           a cell for each pair of settings: what the agent writes in the end
+plane of AXIS by AXIS           a cell for each pair of settings: the mean score of the last prompts
 curve of AXIS by AXIS at N N    the same at some iterations
 test of AXIS by AXIS            the same for the chosen prompts on test
 
@@ -29,7 +29,7 @@ from experiments.run.statistics import (
 )
 from tasks.errors import printable
 
-LAST = 20  # iterations at the end of a run, whose prompts show where it has come to
+LAST = 20  # iterations at the end of a run, over which its scores are averaged
 FIRST = 5
 GAIN = 0.05  # above the untrained agent; a run that ends with less has failed
 Table = list[list[str]]  # the first row is the header
@@ -110,7 +110,7 @@ def asked(words: str, known: Sequence[str]) -> Asked:
 
 
 def summary(records: Sequence[Record], axis: str) -> Table:
-    """A row for each setting of an axis: where its seeds end, how far they differ, how many fail, what is chosen.
+    """A row for each setting: mean and deviation of the seeds' last scores, failures, and the chosen prompts on test.
 
     A run that trains has failed if its last prompts are not better, by GAIN, than those of the untrained agent: it has
     learnt nothing, or lost it again. The probability to beat the first setting is that of a seed's test score; it and
@@ -213,7 +213,7 @@ def better(scores: Sequence[float], others: Sequence[float]) -> str:
 
 
 def _scores(run: Record) -> list[str]:
-    """The cells of what a run has chosen; empty for a run that was stopped."""
+    """The cells of the chosen prompt and its scores; empty for a run that was stopped."""
     if run["test_score"] is None:
         return ["", f"(stopped after {run['iterations']})", "", ""]
     low, high = run["test_interval"]
@@ -245,12 +245,12 @@ def by(records: Iterable[Record], axis: str) -> dict[str, list[Record]]:
 
 
 def last(run: Record) -> float:
-    """The mean score of what the run wrote at its end; NaN of one without iterations."""
+    """The mean score of the prompts of the last iterations; NaN for a run without iterations."""
     return mean(run["curve"][-LAST:])
 
 
 def _ends(runs: Sequence[Record]) -> list[float]:
-    """Where the runs that have iterations end."""
+    """The last scores of the runs that have iterations."""
     return [last(run) for run in runs if run["curve"]]
 
 
@@ -260,7 +260,7 @@ def _kl(run: Record) -> list[float]:
 
 
 def untrained(records: Iterable[Record], like: Record) -> float:
-    """The mean score of what the untrained agent of a run writes: of all first iterations with its task and models.
+    """The mean score of the prompts of a run's untrained agent: of all first iterations with its task and models.
 
     In mode tte the agent is asked for something else, so a mode counts by itself. Edits of phrases begin with the
     manual prompt, not with what the agent writes, so they do not count.
