@@ -182,7 +182,7 @@ class Remembered:
             self._known.setdefault(key, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The remembered answers, to be saved; class logits as one tensor, as thousands of small ones are slow to write."""
+        """The remembered answers, to be saved; class logits as one tensor, as many small ones are slow to write."""
         logits = {key: value for key, value in self._known.items() if isinstance(value, Tensor)}
         others = {key: value for key, value in self._known.items() if key not in logits}
         return {
