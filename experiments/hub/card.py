@@ -104,7 +104,9 @@ def _use(config: RunConfig, instruction: str, repo: str, chat: bool) -> str:
     text = 'f"{request}\\n{opening}"'
     if chat:
         text = '[{"role": "user", "content": request}, {"role": "assistant", "content": opening}]'
-    sampling = f"max_new_tokens={config.sampling.max_new_tokens}, temperature={config.sampling.temperature}"
+    length, temperature = config.sampling.max_new_tokens, config.sampling.temperature
+    # In training nothing is cut from the distribution; generate() cuts it to 50 tokens unless told otherwise.
+    sampling = f"max_new_tokens={length}, temperature={temperature}, top_k=0, top_p=1.0"
     code = f"""from transformers import pipeline
 
 request = {asked.request!r}
