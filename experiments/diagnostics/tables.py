@@ -31,6 +31,7 @@ from tasks.errors import printable
 
 LAST = 20  # iterations at the end of a run, over which its scores are averaged
 FIRST = 5
+SHORT = 60  # characters of a prompt in a table
 GAIN = 0.05  # above the untrained agent; a run that ends with less has failed
 Table = list[list[str]]  # the first row is the header
 VIEW = re.compile(r"(summary|runs) of (.+)|(plane|test) of (.+) by (.+)|(curve) of (.+) by (.+) at ([0-9 ]*[0-9])")
@@ -224,7 +225,7 @@ def _scores(run: Record) -> list[str]:
     ]
 
 
-def markdown(table: Table) -> str:
+def markdown(table: Sequence[Sequence[str]]) -> str:
     """The table as Markdown, with a line break at the end."""
     header, *rows = map(markdown_row, table)
     return "".join(f"{line}\n" for line in (header, "|---" * len(table[0]) + "|", *rows))
@@ -300,7 +301,7 @@ def _range(ends: Interval) -> str:
     return f"({ends.low:.3f} to {ends.high:.3f})"
 
 
-def _short(text: str, most: int = 60) -> str:
+def _short(text: str) -> str:
     """The beginning of a prompt, in italics; nothing in it ends the cell or controls the terminal."""
     text = printable(" ".join(text.replace("|", "/").replace("*", "").replace("_", " ").replace("`", "'").split()))
-    return f"*{text if len(text) <= most else text[: most - 3].rstrip() + '...'}*" if text else "(empty)"
+    return f"*{text if len(text) <= SHORT else text[: SHORT - 3].rstrip() + '...'}*" if text else "(empty)"
