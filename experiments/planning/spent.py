@@ -1,4 +1,4 @@
-"""Where the time of a run went, by phase, beside the work that its plan counts for that phase."""
+"""The seconds of each phase of a run, and the rate of its arithmetic by the work that the plan counts."""
 
 from __future__ import annotations
 
