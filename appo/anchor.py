@@ -2,8 +2,8 @@
 
 PPO for language models keeps the policy near a reference. A fixed reference (RLHF) holds it back from moving
 far; a reference that follows every step (plain PPO) does not hold it at all. APPO's reference is an *anchor*, a
-snapshot of the agent that is promoted when the agent has become clearly better, and to which the agent is
-rolled back when it has become clearly worse (StablePrompt, section 3.2, Eqs. 10-12).
+snapshot of the agent. When the agent is clearly better, it becomes the new anchor (promotion); when it is clearly
+worse, it returns to the anchor (rollback) (StablePrompt, section 3.2, Eqs. 10-12).
 
 There is one live model. The anchor is a second set of tensors for it, never an alias of the live ones.
 """
@@ -52,9 +52,9 @@ def decide(
 
 
 def luck(leads: Sequence[float]) -> float:
-    """How likely a total lead, or deficit, of that size is if both sides are equal: one-sided p of a sign-flip test.
+    """One-sided p of a sign-flip test: how likely a lead (or deficit) this large in total is if both sides are equal.
 
-    Both answer the same queries on the same rows; if they are equal, each of the `leads` may have the other sign too.
+    Both sides answer the same queries on the same rows; if equal, each lead is as likely with its sign flipped.
     """
     found = torch.tensor(leads, dtype=torch.float64, device="cpu")
     random_bits = torch.rand(PATTERNS, len(found), generator=torch.Generator().manual_seed(0), device="cpu") < 0.5
@@ -73,7 +73,7 @@ class Health(NamedTuple):
 
 
 def collapse(policy: Health, anchor: Health) -> str | None:
-    """What shows that the policy has collapsed while the anchor has not, in words; None if nothing does.
+    """The sign, in words, that the policy has collapsed and the anchor has not; None if there is none.
 
     The paper has no such rule. Short prompts that score higher are not a collapse: see `APPOTrainer.review_anchor`.
     """
@@ -112,7 +112,7 @@ class Anchor:
     def rollback(self) -> None:
         """policy := copy of the anchor, in place, so that the optimizer stays attached to the live parameters.
 
-        The optimizer's state is restored too: moments gathered on the way down would push the weights there again.
+        The optimizer's state is restored too: moments from the way down would push the weights down again.
         """
         for name, parameter in self._policy.trained().items():
             parameter.copy_(self._parameters[name])
@@ -152,7 +152,7 @@ class Anchor:
 
 
 class Reference(NamedTuple):
-    """What the KL penalty is measured against, and where it enters: see `APPOConfig.reference` and `kl_in_loss`."""
+    """The reference of the KL penalty, and where the penalty enters: see `APPOConfig.reference` and `kl_in_loss`."""
 
     fixed: bool  # KL to the anchor's weights; else to the sampling policy, where it is 0 at sampling time
     moves: bool  # the anchor may be promoted

@@ -1,9 +1,9 @@
 """Settings of the algorithm: frozen dataclasses, checked when made; comments say where each default comes from.
 
-[P] is the paper (StablePrompt, arXiv 2410.07652: Table 6 and section 3). Where it is silent, the published code
-ran with TRL 0.11's defaults, marked [TRL]. All other defaults are ours, mostly beside the value they replace:
-real agents of 135 M parameters learn with them (docs/real-models.md). experiments/configs/paper.yaml has the paper's
-values.
+[P] is the paper (StablePrompt, arXiv 2410.07652: Table 6 and section 3). [TRL] is TRL 0.11, whose defaults the
+published code took where the paper is silent. All other defaults are ours, and most comments name the value that they
+replace; agents of 135 M parameters learn with them (docs/real-models.md). experiments/configs/paper.yaml has the
+paper's values.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class AnchorConfig:
     prompts: int = 8  # sampled from each side at a review; ours; the published code's 2 are mostly noise
     promote_threshold: float = 0.05  # lead in mean validation accuracy, as a fraction, above which to promote [P]
     rollback_threshold: float = 0.1  # deficit above which to roll back [P]
-    max_kl: float | None = 8.0  # nats from the anchor from which any lead decides, at once; ours; null: off [P]
+    max_kl: float | None = 8.0  # nats of KL above which a review comes at once, any lead deciding; ours; null: off [P]
     significance: float | None = None  # highest p of a paired test at which a review acts, ours; null: no test [P]
-    promote: bool = True  # False: the anchor stays where it is
+    promote: bool = True  # False: the anchor is never promoted
     rollback: bool = True  # False: the agent is never rolled back
     collapse: bool = True  # roll back an agent whose prompts are empty, very short or all the same; ours
 
@@ -56,14 +56,14 @@ class APPOConfig:
     """PPO, and the reference of its KL penalty."""
 
     learning_rate: float = 6e-5  # of AdamW; [P]: 1e-5, for adapters
-    value_learning_rate: float | None = None  # of the value head alone; null: as the rest [P]
+    value_learning_rate: float | None = None  # of the value head alone; null: learning_rate [P]
     clip_range: float = 0.2  # of the probability ratio [P]
     value_clip_range: float | None = 0.2  # of the value head around its old values; null: off [TRL]
     value_coef: float = 0.01  # weight of the value loss; [P]: 0.1, where its gradient outweighs the policy's
     entropy_coef: float = 0.03  # bonus for the log of the entropy per token, in the loss; ours, see docs; 0: off [P]
     cut_off_penalty: float = 1.0  # taken off the score of a response cut off at the token limit; ours; 0: none [P]
     gamma: float = 1.0  # discount [P]
-    lam: float = 1.0  # of generalised advantage estimation; [P]: 0.95, which needs an accurate critic
+    lam: float = 1.0  # lambda of generalised advantage estimation; [P]: 0.95, which needs an accurate critic
     ppo_epochs: int = 2  # passes over each rollout; [TRL]: 4
     minibatch_size: int = 0  # responses per optimizer step; 0: the whole rollout, ours: K = 4 is small enough
     micro_batch_size: int = 0  # responses per backward pass (gradient accumulation); 0: the whole minibatch
@@ -71,12 +71,12 @@ class APPOConfig:
     max_ratio: float | None = 10.0  # mean probability ratio above which a step is skipped; null: off [TRL]
     target_kl: float | None = None  # stop after an epoch whose mean approx_kl (nats per token) exceeds this; ours
     max_bad_steps: int = 3  # iterations in a row without a sound step: roll back; twice as many: end training; ours
-    whiten_advantages: bool = True  # over all tokens of the rollout, if of several responses [TRL]
+    whiten_advantages: bool = True  # over all tokens of a rollout of two or more responses [TRL]
     leave_one_out: bool = True  # subtract the mean score of the query's other responses; ours, see update.advantages
-    scale_scores: bool = False  # divide them by their root mean square among the query's responses, as GRPO does
+    scale_scores: bool = False  # divide centred scores by their root mean square for the query, as GRPO does
     reference: ReferenceName = "anchor"  # KL against: anchor (APPO), initial (RLHF), previous (plain PPO), none
     kl_coef: float = 0.05  # the paper prints no coefficient; [TRL]: 0.2
-    kl_in_loss: bool = False  # True: the k3 estimate in the loss, in place of a penalty on each token's reward
+    kl_in_loss: bool = False  # True: add the k3 estimate to the loss instead of penalising each token's reward
     kl_target: float | None = None  # nats per response that the coefficient adapts towards; [TRL]: 6; null: constant
     kl_horizon: int = 10_000  # responses over which it adapts [TRL]
 

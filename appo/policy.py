@@ -42,7 +42,7 @@ class Policy(nn.Module):
     the spacing of bfloat16 numbers, so bfloat16 weights hardly move. Log-probabilities and values are float32 too.
 
     Args:
-        lm: the model; its parameters with requires_grad are what is trained.
+        lm: the model; its parameters with requires_grad are trained.
         sampling: length and temperature, and where a prompt ends.
         ranks: the processes that share the work; default: this one alone.
 
@@ -72,7 +72,7 @@ class Policy(nn.Module):
         self.ends = Ends(lm.ends, texts, lm.vocabulary, lm.device, self.sampling.nonempty, self.sampling.one_line)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What training changes, by name: the parameters with requires_grad. Snapshots and checkpoints hold these."""
+        """The parameters with requires_grad, by name: what training changes and snapshots and checkpoints hold."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     @property

@@ -1,4 +1,4 @@
-"""What the agent was asked, what it wrote, how it was scored, and the minibatches made of it. Needs no model.
+"""Queries, responses, scores, and the minibatches made of them. Needs no model.
 
 Time alignment, stated here for the whole package: index t of logprobs, values, rewards, advantages and returns
 refers to response token t, and `values[:, t]` is the value of the state *before* token t is emitted.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Query:
-    """What the agent is given: the token ids of a meta-prompt, at least one."""
+    """The agent's input: the token ids of a meta-prompt, at least one."""
 
     tokens: tuple[int, ...]
 
@@ -96,7 +96,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Scored(Rollout):
-    """A rollout with ref_logprobs [B, T], what the KL is measured against, and scores [B], one per response."""
+    """A rollout with ref_logprobs [B, T], log-probabilities under the KL's reference, and scores [B]."""
 
     ref_logprobs: Tensor
     scores: Tensor

@@ -1,6 +1,6 @@
 """A check of the first rollout of every run that trains: do the log-probabilities in the loss match those at sampling?
 
-The mistakes it finds would otherwise be silent: training would go on with wrong ratios.
+Without it these mistakes would stay silent: training would go on with wrong ratios.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
     """Checks a rollout that `policy` has just sampled, before any update.
 
     1. Recomputed log-probabilities equal the sampled ones, so every ratio starts at 1.
-    2. The KL to the anchor is 0 but for rounding, since the anchor still equals the policy.
+    2. The KL to the anchor is 0 up to rounding, since the anchor still equals the policy.
     3. The row with the most padding has the same log-probabilities alone as in the batch.
 
     Raises:

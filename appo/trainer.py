@@ -6,7 +6,7 @@
         every `period` iterations:
         review_anchor(queries, score_fn)  promote, roll back, or keep
 
-`fit` does all of it. Where queries and rewards come from, and what is logged, is the caller's business.
+`fit` does all of it. The caller supplies queries and rewards, and logs what it wants.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from appo.update import FAULTS, Updater
 
 
 class Rewarded(Protocol):
-    """The rewards of B prompts: scores [B], and the metrics that they are made of, by name, each [B]."""
+    """The rewards of B prompts: scores [B], and the metrics that make up the scores, by name, each [B]."""
 
     @property
     def scores(self) -> Tensor: ...
@@ -79,7 +79,7 @@ class Collected:
 
 @dataclass(frozen=True)
 class AnchorReview:
-    """The record of one review: the decision, its reason in words, and the numbers behind it."""
+    """The record of one review: the decision, its reason in words, and the numbers that it is based on."""
 
     decision: AnchorDecision
     reason: str
@@ -149,7 +149,7 @@ class APPOTrainer:
         """The whole algorithm: yields each iteration when it is done.
 
         Args:
-            queries: what the agent is asked in every iteration, or a function of the iteration's number, from 1.
+            queries: those of every iteration, or a function from the iteration's number (from 1) to its queries.
             reward_fn: maps prompts, with those for one query side by side, to rewards.
             steps: iterations.
             copies: prompts for each query, K.
@@ -224,9 +224,9 @@ class APPOTrainer:
 
         Scores alone do not show a collapse: an agent that has stopped writing may be at chance, just like its anchor.
         So the prompts of both are compared too (`appo.anchor.collapse`), and a collapsed agent is rolled back. A lead
-        saves it only if its mean score beats the anchor's best prompt: an agent that writes "no" to everything may beat
-        the mean of eight different prompts, but it will never find another.
-        Far from the anchor (`AnchorConfig.max_kl`) both thresholds are 0: kept, it would drift on and be held back.
+        prevents this only if the mean beats the anchor's best prompt: an agent that always writes "no" may beat the
+        mean of eight different prompts, but it will never find another.
+        Far from the anchor (`AnchorConfig.max_kl`) both thresholds are 0: an agent that is kept there would drift on.
 
         Args:
             queries: built from training examples, like any query.
@@ -259,7 +259,7 @@ class APPOTrainer:
         return AnchorReview(decision, reason, policy_scores, anchor_scores, *thresholds, policy_health, anchor_health)
 
     def _written(self, queries: Sequence[Query], copies: int) -> tuple[list[str], Health]:
-        """What the current policy writes to the queries of a review."""
+        """The prompts that the current policy writes for the queries of a review, and their health."""
         rollout = self.policy.sample(queries, self.review_generator, copies)
         prompts = self.policy.decode(rollout)
         return prompts, _health(rollout, prompts)
@@ -295,14 +295,14 @@ class APPOTrainer:
 
 
 def _stream(parent: torch.Generator | None, name: str, device: torch.device) -> torch.Generator | None:
-    """A generator for one purpose, seeded from the parent's seed and the purpose's name; the parent stays as it is."""
+    """A generator for one purpose, seeded from the parent's seed and the purpose's name; the parent is not changed."""
     if parent is None:
         return None
     return torch.Generator(device).manual_seed(random.Random(f"{parent.initial_seed()} {name}").getrandbits(63))
 
 
 def _rewarded(found: Any, count: int, what: str = "reward", dtype: torch.dtype = torch.float32) -> Rewarded:
-    """What a reward function (or that of another `what`) returned, checked to have a number for each prompt."""
+    """The return value of a reward or score function (`what`), after a check that it has a number for each prompt."""
     try:
         scores = torch.as_tensor(getattr(found, "scores", found), dtype=dtype, device="cpu")
     except (TypeError, ValueError) as error:

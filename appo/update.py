@@ -26,9 +26,9 @@ from appo.policy import Policy
 from appo.rollout import Batch, Scored, minibatches
 
 MEAN_RATE = 0.1  # of the running mean of scores, per iteration
-MIN_ENTROPY = 0.05  # nats per token; below, the entropy bonus grows no more
+MIN_ENTROPY = 0.05  # nats per token; below it the entropy bonus stops growing
 STATS = ("policy_loss", "value_loss", "entropy", "ratio", "clip_fraction", "approx_kl")  # of the losses
-ROUNDING = 1e-4  # nats per token between sampling and a pass of the same weights, at most; larger is no rounding
+ROUNDING = 1e-4  # nats per token: differences up to this between two passes of the same weights count as rounding
 FAULTS = ("nonfinite_reward", "nonfinite_loss", "nonfinite_gradient", "exploded_ratio")  # counted in the statistics
 
 
@@ -44,7 +44,7 @@ def advantages(scored: Scored, config: APPOConfig, kl_coef: float, mean_score: f
         scored: a scored rollout.
         config: leave_one_out, scale_scores, gamma, lam, whiten_advantages.
         kl_coef: weight of the k1 penalty on each token's reward; 0 for none.
-        mean_score: the mean of earlier scores, the baseline of a response that is the only one to its query.
+        mean_score: the mean of earlier scores: the baseline if a query has a single response.
     """
     scores = scored.scores
     if config.leave_one_out:
@@ -52,7 +52,7 @@ def advantages(scored: Scored, config: APPOConfig, kl_coef: float, mean_score: f
     if config.scale_scores:
         scores = group_scaled(scores, scored.owner)
     kl = kl_estimate(scored.logprobs, scored.ref_logprobs)
-    kl = kl.masked_fill(kl.abs() < ROUNDING, 0.0)  # alone, whitening would make full steps of it
+    kl = kl.masked_fill(kl.abs() < ROUNDING, 0.0)  # if scores are equal, whitening would turn rounding into full steps
     rewards = token_rewards(scores, kl, scored.mask, kl_coef)
     estimated, returns = gae(rewards, scored.values, scored.mask, config.gamma, config.lam)
     if config.whiten_advantages and len(scored) > 1:  # a lone response would lose its score with the mean
@@ -109,7 +109,7 @@ class Updater:
         return {name: fmean([step[name] for step in steps if name in step]) for name in names} | faults
 
     def _follow(self, scores: Tensor) -> float:
-        """Returns the running mean of earlier scores (on the first call, of these), then updates it with these."""
+        """Updates the running mean of scores with these; returns its earlier value (on the first call, their mean)."""
         now = (scores[0] + (scores - scores[0]).mean()).item()  # exact where all scores are equal
         before = now if self.mean_score is None else self.mean_score
         self.mean_score = before + MEAN_RATE * (now - before)
@@ -142,7 +142,7 @@ class Updater:
         return {**totals, "grad_norm": norm, "skipped_steps": 0.0}
 
     def _fault(self, stats: Mapping[str, float], grad_norm: float) -> str | None:
-        """The fault, one of FAULTS, that makes a step unsound; None if there is none."""
+        """The fault, one of FAULTS, that makes a step unsound; None if the step is sound."""
         if not all(math.isfinite(stats[name]) for name in ("policy_loss", "value_loss")):
             return "nonfinite_loss"
         if not math.isfinite(grad_norm):

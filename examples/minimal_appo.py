@@ -3,9 +3,9 @@
     python examples/minimal_appo.py          about a minute on a laptop; prints the learning curve
 
 An agent M_a reads some input-output pairs (the state s) and writes K prompts z. A frozen target M_T answers labelled
-examples under each of them; how well it does is the reward. PPO trains the agent, with a penalty on its distance from
-an *anchor*: a copy of the agent that is promoted when the agent has become clearly better, and to which the agent goes
-back when it has become clearly worse. The paper's equations, in the order in which they appear below:
+examples under each of them; how well it answers is the reward. PPO trains the agent, with a penalty on its distance
+from an *anchor*, a copy of the agent. An agent that is clearly better becomes the new anchor (promotion); one that is
+clearly worse goes back to the anchor (rollback). The paper's equations, in the order in which they appear below:
 
     (13)  R = c_a * accuracy + c_s * margin         mean over a batch of examples           reward
     (14)  margin = p(y) - max_{i != y} p(i)         p: softmax over the label words         reward
@@ -20,7 +20,7 @@ back when it has become clearly worse. The paper's equations, in the order in wh
 
     (7) to (9) are the same with theta_{t-1} in place of the anchor: plain PPO, with which APPO is compared.
 
-Where this departs from the paper as it is printed, and why:
+Departures from the paper as printed, and why:
 
     - The penalty has a coefficient, and enters as a reward of each token (Ziegler et al. 2019) rather than as a term of
       the loss: so GAE carries it back to the tokens that caused it. The paper prints no coefficient.
@@ -28,10 +28,10 @@ Where this departs from the paper as it is printed, and why:
       back a ratio that has left the range in the wrong direction.
     - Signs: A is maximised, L_v and P are minimised; the paper adds all three.
     - The mean reward of the other prompts is subtracted from each reward. Otherwise, with a critic that starts at 0,
-      equal rewards would make every end token likelier: real agents then write less and less, and in the end nothing.
+      equal rewards would make every end token likelier: real agents then write less and less, until they write nothing.
     - Performance, which the paper does not define, is mean validation accuracy of eight sampled prompts.
 
-What is left out, and where the package has it: several queries in an iteration, minibatches, value clipping, an entropy
+Left out here, and found in the package: several queries in an iteration, minibatches, value clipping, an entropy
 bonus, and guards against unsound steps (appo/update.py); speed (appo/lm/); chat templates; test-time editing and a fair
 final choice with intervals (experiments/arms/); checkpoints (experiments/run/).
 """
@@ -170,7 +170,7 @@ def reward(target: Target, prompts: list[str], examples: list[Example], config: 
 
 @dataclass(frozen=True)
 class Rollout:
-    """K responses to one query, as they were sampled; tensors are [K, T] but for scores [K]."""
+    """K responses to one query, as they were sampled; tensors are [K, T], except scores [K]."""
 
     query: Tensor
     tokens: Tensor

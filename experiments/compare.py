@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from experiments.config import GIVEN, ArmName, build_config
+from experiments.diagnostics.records import mean
 from experiments.diagnostics.results import RunRow, grouped, read_row, scored, write_csv
+from experiments.diagnostics.tables import markdown
 from experiments.page.comparison import render_comparison, summaries
 from experiments.run.files import write_whole
 from experiments.run.folder import METRICS, PROMPTS, read_optional, read_result
@@ -67,8 +69,8 @@ def measured(cell: Cell) -> dict[str, Any]:
     ranked = {} if cell.config.arm in GIVEN else result.get("paper_protocol", {})  # mode tte has none either
     scores = [math.nan if (score := row[f"{result['metric']}_mean"]) is None else score for row in rows]
     return result | {
-        "first": _mean(scores[:EDGE]),
-        "last": _mean(scores[-EDGE:]),
+        "first": mean(scores[:EDGE]),
+        "last": mean(scores[-EDGE:]),
         "top": ranked.get("test_score", math.nan),
         "top_interval": ranked.get("test_interval"),
         "seconds": sum(row["seconds"] for row in rows),
@@ -113,13 +115,13 @@ def parse_args(argv: Sequence[str]) -> Namespace:
 
 def show(rows: Sequence[RunRow]) -> None:
     """Prints a table of runs in Markdown."""
-    print("| run | task | arm | agent | target | seed | steps | test | manual, test | verdict |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    listed = [["run", "task", "arm", "agent", "target", "seed", "steps", "test", "manual, test", "verdict"]]
     for row in rows:
         best = scored(row.test_score, row.test_low, row.test_high, row.test_rows)
         manual = scored(row.manual_test_score, row.manual_test_low, row.manual_test_high, row.test_rows)
         described = (row.run, row.task, row.arm, row.agent, row.target, row.seed, row.steps, best, manual, row.verdict)
-        print("| " + " | ".join(printable(str(cell)).replace("|", "\\|") for cell in described) + " |")
+        listed.append([printable(str(cell)) for cell in described])
+    print(markdown(listed), end="")
 
 
 def _cell(result: Mapping[str, Any], column: str) -> str:
@@ -148,10 +150,6 @@ def compare_runs(folders: Sequence[Path], separate: bool) -> list[RunRow]:
             print()
         show(group)
     return rows
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
 
 
 @in_order
@@ -192,7 +190,7 @@ def _lines(cells: Sequence[Cell], codes: Mapping[str, int]) -> Iterator[str]:
             cost = f"{result['prompts']} | {result['answers']:.0f}"
             yield f"| {arm} | {seed} | {cost} | {numbers} | {result['seconds']:.0f} |"
         if found and (number + 1 == len(cells) or cells[number + 1].folder.name.rsplit("-", 1)[0] != arm):
-            means = " | ".join(_cell({"mean": _mean(column)}, "mean") for column in zip(*found, strict=True))
+            means = " | ".join(_cell({"mean": mean(column)}, "mean") for column in zip(*found, strict=True))
             yield f"| **{arm}** | mean | | | {means} | |"
             found = []
 
@@ -216,8 +214,8 @@ def compare_arms(options: Namespace) -> int:
         if options.out or options.page:  # after each run: a stop loses none
             keep([read_row(other.folder) for other in cells if other.begun], options)
     header, rows = summaries([read_row(cell.folder) for cell in cells if not codes[cell.name]])
-    for row in ["", header, ["---"] * len(header), *rows] if rows else []:
-        print("| " + " | ".join(row) + " |" if row else "")
+    if rows:
+        print(f"\n{markdown([header, *rows])}", end="")
     return max(codes.values())
 
 

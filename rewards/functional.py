@@ -14,7 +14,7 @@ from torch import Tensor
 def accuracy(class_logits: Tensor, labels: Tensor) -> Tensor:
     """1 where the likeliest class is the label, else 0. In a tie the first class wins; a row with NaN gives NaN.
 
-    A row that is -inf throughout, of a target that chose no class, gives 0.
+    A row of -inf throughout stands for a target that chose no class, and gives 0.
 
     Args:
         class_logits: [N, C], over the verbalizer's classes, not the vocabulary.
@@ -49,8 +49,8 @@ def softmax_margin(class_logits: Tensor, labels: Tensor) -> Tensor:
 
 # -- generated text ----------------------------------------------------------------------------------------------
 #
-# Each metric takes what was generated and one accepted answer, and returns a number in [0, 1]; `best` takes the
-# best of several accepted answers.
+# Each metric takes the generated text and one accepted answer, and returns a number in [0, 1]; `best` takes the
+# best value over several accepted answers.
 
 
 def best(metric: Callable[[str, str], float], prediction: str, answers: Sequence[str]) -> float:
@@ -64,7 +64,7 @@ def exact_match(prediction: str, answer: str) -> float:
 
 
 def exact_string(prediction: str, answer: str) -> float:
-    """1 where both are the same but for white space (BIG-bench's exact_str_match)."""
+    """1 where both are the same up to white space (BIG-bench's exact_str_match)."""
     return float(prediction.split() == answer.split())
 
 

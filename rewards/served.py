@@ -38,10 +38,10 @@ class Address(NamedTuple):
 
 
 def address_of(text: str) -> Address:
-    """Reads http://host:port#model; a path before the fragment is kept, but for /v1 at its end.
+    """Reads http://host:port#model; a path before the fragment is kept, except for /v1 at its end.
 
     Raises:
-        ServerError: it is none, or holds a password, which would be written into files.
+        ServerError: the text is no such address, or holds a password, which would be written into files.
     """
     try:
         parts = urlsplit(text)

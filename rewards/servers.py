@@ -223,7 +223,7 @@ class TextOnly(Server):
         reply = self._ask("/v1/chat/completions" if self.chat else "/v1/completions", body)
         self.connection.count((reply.get("usage") or {}).get("prompt_tokens"))
         choice = reply["choices"][0]
-        # Why it stopped is not told apart from an end token; a blank text is asked for again without stop strings.
+        # The server does not say whether a stop string or an end token ended the text; see `ServedTarget._written`.
         return Written((choice["message"]["content"] if self.chat else choice["text"]) or "", bool(stop))
 
 

@@ -113,9 +113,9 @@ class Shared:
 
 
 class Remembered:
-    """A target that answers an input under a prompt once, and remembers its class logits, texts and log-probabilities.
+    """A target that answers each input under each prompt once, and remembers class logits, texts and log-probabilities.
 
-    In another batch the same numbers differ in their last bits, so what is remembered is part of a run's state.
+    The same answer computed in another batch differs in its last bits, so a run's checkpoint holds the memory.
     """
 
     def __init__(self, target: Target) -> None:
@@ -146,7 +146,7 @@ class Remembered:
 
         Args:
             keys: (prompt, input, *rest).
-            answer: from what is asked to values, in order; it also gets the rest's only item of each, if `with_rest`.
+            answer: maps a list of Asked to values, in order; with `with_rest` it also gets each key's rest, one item.
         """
         missing: dict[str, dict[tuple[Any, ...], None]] = {}
         for key in keys:
@@ -164,7 +164,7 @@ class Remembered:
         return found
 
     def learn(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds answers from elsewhere; what is known stays.
+        """Adds answers from elsewhere; answers that are known already stay.
 
         Args:
             rows: "prompt" and "input" with "logits" (C numbers), with "text", "budget" and "stop", or with "answer" and
@@ -182,7 +182,7 @@ class Remembered:
             self._known.setdefault(key, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered, to be saved; class logits as one tensor, as thousands of small ones are slow to write."""
+        """The remembered answers, to be saved; class logits as one tensor, as many small ones are slow to write."""
         logits = {key: value for key, value in self._known.items() if isinstance(value, Tensor)}
         others = {key: value for key, value in self._known.items() if key not in logits}
         return {
@@ -192,7 +192,7 @@ class Remembered:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what was remembered."""
+        """Restores the remembered answers."""
         self._known = dict(zip(state["pairs"], state["logits"], strict=True)) if state["pairs"] else {}
         self._known |= state.get("others", {})
 

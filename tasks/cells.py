@@ -1,7 +1,7 @@
 """Reads the cells of a raw row: texts, labels, answers, choices.
 
-Cells come from files and may hold anything: each function here takes any value, and reads it or raises a TaskError
-that says what is wrong. The caller adds the file and the row.
+Cells come from files and may hold anything. Each function here takes any value, and reads it or raises a TaskError that
+names the fault; the caller adds the file and the row.
 """
 
 from __future__ import annotations

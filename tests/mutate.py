@@ -169,7 +169,7 @@ MUTANTS = (
     Mutant("self-check: no tolerance in bfloat16", "appo/selfcheck.py", "ROUNDING if exact else 0.1", "1e-4 if exact else 100.0", "test_precision.py"),
     Mutant("statistics: a bootstrap of unpaired rows", "experiments/run/statistics.py", "rng(0).choice(differences, (DRAWS, len(differences)))", "rng(0).choice(np.abs(differences), (DRAWS, len(differences)))", "test_statistics.py"),
     Mutant("report: mended and broken swapped", "experiments/page/answers.py", "else after - before", "else before - after", "test_report.py"),
-    Mutant("report: matrix of the other prompt", "experiments/page/answers.py", "counts[right, row[side][\"answer\"]] += 1", "counts[right, row[\"manual\"][\"answer\"]] += 1", "test_report.py"),
+    Mutant("report: matrix of the other prompt", "experiments/page/answers.py", "answers = [row[side][\"answer\"] for row in rows]", "answers = [row[\"manual\"][\"answer\"] for row in rows]", "test_report.py"),
     Mutant("charts: promoted looks like rolled back", "experiments/page/charts.py", "up = mark.kind == \"promote\"", "up = True", "test_report.py"),
 )  # fmt: skip
 

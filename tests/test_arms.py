@@ -18,6 +18,7 @@ from experiments.arms.edits import PhraseEdits, phrases
 from experiments.arms.paraphrase import Paraphrase
 from experiments.config import GIVEN, REFERENCES, RunConfig, build_config
 from experiments.config.strict import ConfigError
+from experiments.planning import outlook
 from experiments.planning.spent import spent
 from experiments.run.folder import METRICS, PREDICTIONS, PROMPTS, RunFolder, read_candidates, read_jsonl, read_result
 from experiments.run.run import Run, prepare, stream
@@ -179,6 +180,24 @@ def test_the_sampling_of_phrases_is_not_measured_by_a_plan_for_prompts(under: Un
     _, sampling, scoring = spent(run)
     assert "0 tokens a second" in sampling and "machine's rate" not in sampling
     assert scoring.endswith("of the machine's rate")
+
+
+def test_scoring_is_measured_at_the_rate_of_the_targets_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"task": "sst2", "run": str(tmp_path / "run")}
+    run = prepare(build_config(options, assignments=[*SMALL, "target_dtype=bfloat16"]))
+    run.folder.append(METRICS, [{"seconds": 2.0, "scoring_seconds": 1.0, "update_seconds": 1.0, "tokens": 4}])
+    measure = outlook.measured
+    # A machine that is a thousand times as fast in bfloat16.
+    rates = {torch.float32: 1e9, torch.bfloat16: 1e12}
+    monkeypatch.setattr(
+        "experiments.planning.spent.measured", lambda device, dtype: measure(device, dtype)._replace(flops=rates[dtype])
+    )
+    shares = [float(line.split(", ")[-1].split("%")[0]) for line in list(spent(run))[1:]]
+    plan = outlook.plan_of(run)
+    assert plan is not None
+    work = {line.name: line.value for line in plan.work()}
+    assert shares[0] == pytest.approx(100 * work["scoring"] / 1e12, abs=1)
+    assert shares[1] > 100 * work["scoring"] / 1e9 / 10  # the update is at the rate of float32
 
 
 # -- GRPO ------------------------------------------------------------------------------------------------------------

@@ -254,7 +254,7 @@ def test_the_page_of_a_comparison_shows_every_run_and_every_arm(made: dict[str, 
         result = read_result(made[name])
         low, high = result["test_interval"]
         assert f">{arm}, seed 0</text>" in forest and f"{arm}, seed 0 {result['test_score']:.3f}" in forest
-        assert f"{arm} (1 runs)" in curves
+        assert f"{arm} (1 run)" in curves
         assert f"{result['test_score']:.3f} ({low:.3f} to {high:.3f}, n = 10)" in curves
     assert curves.count("<polyline") == curves.count("<polygon") == 2
 

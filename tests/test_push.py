@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from experiments import push, train
 from experiments.config import RunConfig
@@ -141,6 +142,19 @@ def code_of(card: str) -> str:
     found = re.search(r"```python\n(.*?)\n```", card, re.DOTALL)
     assert found
     return found[1]
+
+
+def test_the_cards_python_samples_from_the_whole_distribution_as_in_training(folder: Path) -> None:
+    asked = re.search(r"write\(text, (.*?), return_full_text", code_of(card_of(folder)))
+    assert asked
+    options = eval(f"dict({asked[1]})")
+    settings = stored_config(folder).sampling
+    assert (options["temperature"], options["max_new_tokens"]) == (settings.temperature, settings.max_new_tokens)
+    model = AutoModelForCausalLM.from_pretrained(folder / "agent")
+    # transformers makes a processor for each of top_k and top_p that cuts something.
+    found, _ = model._prepare_generation_config(None, **options)
+    names = {type(cut).__name__ for cut in model._get_logits_processor(found)}
+    assert not {"TopKLogitsWarper", "TopPLogitsWarper"} & names
 
 
 @pytest.mark.parametrize("mode", ["fixed", "tte"])

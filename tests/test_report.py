@@ -232,6 +232,15 @@ def test_confusion_matrices_count_rows(tmp_path: Path) -> None:
     assert cells(page, "under the best prompt; 14 test rows") == [["yes", "12", "0"], ["no", "1", "1"]]
 
 
+def test_a_target_that_names_no_label_word_has_a_column(tmp_path: Path) -> None:
+    silent = answered("yes", "no", "yes")
+    silent["manual"] |= {"answer": "", "probabilities": {"yes": 0.0, "no": 0.0}}
+    page = render(tmp_path, predictions=[*ANSWERED, silent])
+    # As above, and one more row whose right answer is yes.
+    assert cells(page, "under the manual prompt; 15 test rows") == [["yes", "0", "12", "1"], ["no", "0", "2", "0"]]
+    assert cells(page, "under the best prompt; 15 test rows") == [["yes", "13", "0"], ["no", "1", "1"]]
+
+
 def test_rows_mended_and_broken_are_listed_those_that_changed_most_first(tmp_path: Path) -> None:
     page = render(tmp_path, predictions=ANSWERED)
     mended, broken = cells(page, "<h3>Mended"), cells(page, "<h3>Broken")

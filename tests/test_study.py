@@ -278,6 +278,7 @@ def test_a_summary_has_what_the_seeds_end_with() -> None:
 def test_what_does_not_train_cannot_fail() -> None:
     frozen = [record("frozen", seed, [0.3] * 40) for seed in range(2)]
     assert summary([*RUNS, *frozen], "arm")[3][5] == ""
+    assert plane([*RUNS, *frozen], "arm", "task")[3] == ["frozen", "0.30 (0.30 to 0.30)"]
 
 
 def test_planes_and_curves_cross_two_axes() -> None:

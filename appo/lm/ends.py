@@ -2,8 +2,8 @@
 
 A response ends with an end token of the model or, if wanted, with a line break once something is written. With
 `nonempty` it may not end before that: some targets score fairly well under an empty prompt, and an agent soon learns
-that. Until then end tokens are removed from the sampling distribution itself, so that the log-probabilities in the loss
-are those of the distribution that was sampled from.
+to write nothing. Until there is visible text, end tokens are removed from the sampling distribution itself, so that the
+log-probabilities in the loss are those of the distribution that was sampled from.
 """
 
 from __future__ import annotations

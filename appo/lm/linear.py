@@ -2,13 +2,13 @@
 
 torch leaves float32 products to MKL, which is at its best on Intel's CPUs only.
 
-Many rows: there alone MKL uses AVX-512; on others it reaches half of their rate. torch also ships oneDNN, which uses
-AVX-512 on all CPUs, but calls it for other dtypes only. `install` gives `nn.Linear` layers another class, which calls
-torch's private oneDNN operator. Nothing outside of `CausalLM(onednn=...)` knows of it.
+Many rows: MKL uses AVX-512 on Intel's CPUs only, and reaches half of the rate of others. torch also ships oneDNN, which
+uses AVX-512 on all CPUs, but torch calls it for other dtypes only. `install` gives `nn.Linear` layers another class,
+which calls torch's private oneDNN operator. Nothing outside of `CausalLM(onednn=...)` knows of it.
 
 Few rows, as in decoding: `product_of` multiplies by a copy of the weights in another order.
 
-Results equal those of `nn.Linear` but for rounding.
+Results equal those of `nn.Linear` up to rounding.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Panels:
     multiplied as a batch of n matrices, which MKL takes as they are.
 
     Args:
-        layers: the layers; later changes of their weights do not count.
+        layers: the layers; later changes of their weights have no effect.
     """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:

@@ -27,14 +27,14 @@ COSTS = (*(f"{phase}_seconds" for phase in PHASES), "answers")
 
 @dataclass(frozen=True)
 class Question:
-    """What the agent is asked, and how its prompts are rewarded.
+    """The queries to the agent, and the reward of its prompts.
 
     Attributes:
         queries: distinct ones.
         copies: prompts for each of them.
         reward_fn: maps prompts, with those for one query side by side, to their rewards.
         rows: how many examples each prompt is scored on.
-        alike: whether all are scored on the same ones; then a repeated prompt is answered once.
+        alike: whether all prompts are scored on the same examples; then the target answers a repeated prompt once.
     """
 
     queries: list[Query]
@@ -46,7 +46,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Step:
-    """What an iteration of an arm scored.
+    """The prompts and rewards of one iteration.
 
     Attributes:
         prompts: as they were scored.
@@ -72,17 +72,16 @@ class Step:
 class Arm(ABC):
     """Asks for prompts, scores them, updates the agent, and in the end chooses a result.
 
-    A subclass says what is asked (`ask`, `ask_for_review`), what comes out (`result`) and, if it does not learn by
-    APPO, how an iteration goes (`learn`).
+    A subclass defines the questions (`ask`, `ask_for_review`), the result (`result`) and, if it does not learn by APPO,
+    an iteration (`learn`).
 
     Attributes:
         number: of the iteration, from 1.
         pool: the prompts found so far, each for all inputs; empty in an arm that writes one for each input.
-        cost: of the last iteration: seconds until the prompts were there, of scoring them, of what followed (the
-            anchor's log-probabilities and the update), of the whole review, and the answers of the target, with those
-            for the review.
-        generator: of the sampling.
-        trainer: of the agent; an arm that never trains it has none, and holds no anchor.
+        cost: of the last iteration: the seconds of sampling, of scoring, of the update (with the anchor's
+            log-probabilities) and of the whole review, and the target's answers, with those for the review.
+        generator: for sampling.
+        trainer: of the agent; an arm that never trains has none, and no anchor.
     """
 
     trainer: APPOTrainer
@@ -111,7 +110,7 @@ class Arm(ABC):
 
     @abstractmethod
     def result(self) -> Outcome:
-        """The result, its scores on validation and test, and what it was chosen among. Reads the test split."""
+        """The result, its scores on validation and test, and the candidates. Reads the test split."""
 
     def step(self, number: int) -> Step:
         """Iteration `number`, from 1, and the review that is due after it.
@@ -129,7 +128,7 @@ class Arm(ABC):
         return self.reviewed(step)
 
     def _check_moved(self) -> None:
-        """Raises SelfCheckError if training has not changed a single weight: it would go on like that in silence."""
+        """Raises SelfCheckError if training has not changed a single weight, which would otherwise stay unnoticed."""
         before = self.trainer.anchor.state_dict()["parameters"]
         if all(torch.equal(weight, before[name]) for name, weight in self.run.policy.trained().items()):
             raise SelfCheckError("the first update had a gradient and changed no weight; what is trained is not used")

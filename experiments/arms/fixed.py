@@ -75,7 +75,7 @@ class FixedPrompt(Arm):
         return Question([query], count, lambda prompts: reward(prompts, batch), len(batch), alike=True)
 
     def ask_for_review(self, rng: random.Random) -> Question:
-        """Some meta-prompts, with as many prompts for each as make up all to be compared.
+        """Up to eight meta-prompts, with `anchor.prompts` prompts in all.
 
         Prompts differ more than rows do, so many prompts on few rows each (`examples.review_rows`) tell more than a few
         on all of them, for as many answers of the target. Both sides get the same rows in the same order.
@@ -102,13 +102,13 @@ class FixedPrompt(Arm):
         return step
 
     def candidates(self) -> list[Candidate]:
-        """What the result is chosen among: the manual prompt first, few-shot prompts, the best of the pool."""
+        """The candidates for the result: the manual prompt first, few-shot prompts, the best of the pool."""
         tuned = [Candidate(entry.prompt, "tuned", entry.reward) for entry in self.pool.best(self.run.config.pool)]
         shots = [Candidate(prompt, "few-shot") for prompt in self._few_shot_prompts(self.run.config.few_shot)]
         return [Candidate(self.run.data.spec.manual_prompt, "manual"), *shots, *tuned]
 
     def choose(self, means: Sequence[float], rewards: Sequence[float]) -> int:
-        """Which candidate is the result, from their scores and rewards on validation; the manual prompt wins a tie."""
+        """The index of the winner, from scores and rewards on validation; the manual prompt, the first, wins a tie."""
         best = max(range(len(means)), key=lambda i: (means[i], rewards[i], -i))
         return best if means[best] > means[0] else 0
 

@@ -215,7 +215,7 @@ def sources(
             preset is `lab` (in mode tte `lab_tte`) for the lab's agent, and none (in mode tte `tte`) for any other.
 
     Raises:
-        ConfigError: unknown preset, file not readable, an assignment that is none.
+        ConfigError: unknown preset, file not readable, a string that is no assignment.
     """
     tree = read_yaml(Path(file)) if file else {}
     if tree.get("trust_remote_code"):

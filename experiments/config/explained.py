@@ -1,4 +1,4 @@
-"""Every key of a configuration for a person to read: its value, where that comes from, and what the key means.
+"""Every key of a configuration as readable text: its value, the value's source, and the key's meaning.
 
 The meanings are the comments beside the fields of the dataclasses; they are written there only.
 """

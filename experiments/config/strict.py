@@ -22,7 +22,7 @@ Tree = dict[str, Any]
 
 
 class ConfigError(ValueError):
-    """A configuration is not as it should be; the message names file, key and what was expected."""
+    """A configuration is invalid; the message names the file, the key and what was expected."""
 
 
 def read_yaml(path: Path) -> Tree:
@@ -65,8 +65,8 @@ def merge(into: Tree, source: Mapping[str, Any], cls: type, origin: str = "") ->
     """Adds a tree of keys to another, checking every key and type against a dataclass.
 
     Args:
-        into: what is added to.
-        source: what is added; it wins.
+        into: the tree to add to.
+        source: the tree to add; its values win.
         cls: the dataclass that the tree is to fill.
         origin: the file that the source was read from, for errors.
 

@@ -25,7 +25,7 @@ class Headroom:
     """Scores on the validation rows, all by the task's metric.
 
     Attributes:
-        metric, rows: what is measured, on how many rows.
+        metric, rows: the metric, and the number of rows.
         chance: score of the best constant answer; 0 where answers are text.
         manual, manual_interval: score of the manual prompt, and its 95 % interval.
         empty: score of the empty prompt.

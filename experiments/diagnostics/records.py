@@ -23,7 +23,7 @@ Record = dict[str, Any]
 
 
 def record_of(folder: Path, study: str, labels: Mapping[str, str]) -> Record:
-    """What a run did and found; of one that is not finished, no scores on validation and test.
+    """What a run did and found; without scores on validation and test if the run is not finished.
 
     Args:
         folder: of the run.

@@ -1,8 +1,8 @@
 """Tables of records: what the runs of a study show, in Markdown.
 
-summary of AXIS                 a row for each setting: where its seeds end, and what is chosen
+summary of AXIS                 a row for each setting: the seeds' last prompts, and the chosen prompts
 runs of AXIS                    a row for each run
-plane of AXIS by AXIS           a cell for each pair of settings: what the agent writes in the end
+plane of AXIS by AXIS           a cell for each pair of settings: the mean score of the last prompts
 curve of AXIS by AXIS at N N    the same at some iterations
 test of AXIS by AXIS            the same for the chosen prompts on test
 
@@ -29,8 +29,9 @@ from experiments.run.statistics import (
 )
 from tasks.errors import printable
 
-LAST = 20  # iterations at the end of a run, whose prompts show where it has come to
+LAST = 20  # iterations at the end of a run, over which its scores are averaged
 FIRST = 5
+SHORT = 60  # characters of a prompt in a table
 GAIN = 0.05  # above the untrained agent; a run that ends with less has failed
 Table = list[list[str]]  # the first row is the header
 VIEW = re.compile(r"(summary|runs) of (.+)|(plane|test) of (.+) by (.+)|(curve) of (.+) by (.+) at ([0-9 ]*[0-9])")
@@ -110,7 +111,7 @@ def asked(words: str, known: Sequence[str]) -> Asked:
 
 
 def summary(records: Sequence[Record], axis: str) -> Table:
-    """A row for each setting of an axis: where its seeds end, how far they differ, how many fail, what is chosen.
+    """A row for each setting: mean and deviation of the seeds' last scores, failures, and the chosen prompts on test.
 
     A run that trains has failed if its last prompts are not better, by GAIN, than those of the untrained agent: it has
     learnt nothing, or lost it again. The probability to beat the first setting is that of a seed's test score; it and
@@ -137,13 +138,17 @@ def summary(records: Sequence[Record], axis: str) -> Table:
 
 
 def plane(records: Sequence[Record], rows: str, columns: str) -> Table:
-    """A cell for each pair of settings: the mean of the last prompts, lowest to highest seed, and how many failed."""
+    """A cell for each pair of settings: the mean of the last prompts, lowest to highest seed, and how many failed.
+
+    Runs of arms that do not train cannot fail, so their cells do not count failures.
+    """
 
     def cell(runs: list[Record]) -> str:
         ends = _ends(runs)
         if not ends:
             return ""
-        return f"{mean(ends):.2f} ({min(ends):.2f} to {max(ends):.2f}), failed: {_failures(runs, records)}"
+        failed = _failures(runs, records)
+        return f"{mean(ends):.2f} ({min(ends):.2f} to {max(ends):.2f})" + (f", failed: {failed}" if failed else "")
 
     return _crossed(records, rows, columns, cell)
 
@@ -209,7 +214,7 @@ def better(scores: Sequence[float], others: Sequence[float]) -> str:
 
 
 def _scores(run: Record) -> list[str]:
-    """The cells of what a run has chosen; empty for a run that was stopped."""
+    """The cells of the chosen prompt and its scores; empty for a run that was stopped."""
     if run["test_score"] is None:
         return ["", f"(stopped after {run['iterations']})", "", ""]
     low, high = run["test_interval"]
@@ -220,7 +225,7 @@ def _scores(run: Record) -> list[str]:
     ]
 
 
-def markdown(table: Table) -> str:
+def markdown(table: Sequence[Sequence[str]]) -> str:
     """The table as Markdown, with a line break at the end."""
     header, *rows = map(markdown_row, table)
     return "".join(f"{line}\n" for line in (header, "|---" * len(table[0]) + "|", *rows))
@@ -241,12 +246,12 @@ def by(records: Iterable[Record], axis: str) -> dict[str, list[Record]]:
 
 
 def last(run: Record) -> float:
-    """The mean score of what the run wrote at its end; NaN of one without iterations."""
+    """The mean score of the prompts of the last iterations; NaN for a run without iterations."""
     return mean(run["curve"][-LAST:])
 
 
 def _ends(runs: Sequence[Record]) -> list[float]:
-    """Where the runs that have iterations end."""
+    """The last scores of the runs that have iterations."""
     return [last(run) for run in runs if run["curve"]]
 
 
@@ -256,7 +261,7 @@ def _kl(run: Record) -> list[float]:
 
 
 def untrained(records: Iterable[Record], like: Record) -> float:
-    """The mean score of what the untrained agent of a run writes: of all first iterations with its task and models.
+    """The mean score of the prompts of a run's untrained agent: of all first iterations with its task and models.
 
     In mode tte the agent is asked for something else, so a mode counts by itself. Edits of phrases begin with the
     manual prompt, not with what the agent writes, so they do not count.
@@ -296,7 +301,7 @@ def _range(ends: Interval) -> str:
     return f"({ends.low:.3f} to {ends.high:.3f})"
 
 
-def _short(text: str, most: int = 60) -> str:
+def _short(text: str) -> str:
     """The beginning of a prompt, in italics; nothing in it ends the cell or controls the terminal."""
     text = printable(" ".join(text.replace("|", "/").replace("*", "").replace("_", " ").replace("`", "'").split()))
-    return f"*{text if len(text) <= most else text[: most - 3].rstrip() + '...'}*" if text else "(empty)"
+    return f"*{text if len(text) <= SHORT else text[: SHORT - 3].rstrip() + '...'}*" if text else "(empty)"

@@ -1,6 +1,6 @@
 """The model card of a run's agent: README.md with metadata for the hub, written from the run's files.
 
-It is public, so it quotes no example (a few-shot prompt excepted) and names files of this machine by their last part.
+A card is public, so it quotes no example (except in a few-shot prompt) and names local files by their last part only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHOSEN = {  # what a run's prompt is
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 PATHS = ("task", "agent", "target", "data")  # keys that may name a file or folder
-OF_THE_MACHINE = (*INCIDENTAL, "device", "threads")  # what a reader of the card has another of
+OF_THE_MACHINE = (*INCIDENTAL, "device", "threads")  # keys that mean nothing on the reader's machine
 
 
 def model_card(config: RunConfig, result: Mapping[str, Any], repo: str, chat: bool, adapter: bool = False) -> str:
@@ -104,7 +104,9 @@ def _use(config: RunConfig, instruction: str, repo: str, chat: bool) -> str:
     text = 'f"{request}\\n{opening}"'
     if chat:
         text = '[{"role": "user", "content": request}, {"role": "assistant", "content": opening}]'
-    sampling = f"max_new_tokens={config.sampling.max_new_tokens}, temperature={config.sampling.temperature}"
+    length, temperature = config.sampling.max_new_tokens, config.sampling.temperature
+    # In training nothing is cut from the distribution; generate() cuts it to 50 tokens unless told otherwise.
+    sampling = f"max_new_tokens={length}, temperature={temperature}, top_k=0, top_p=1.0"
     code = f"""from transformers import pipeline
 
 request = {asked.request!r}

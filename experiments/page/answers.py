@@ -10,6 +10,7 @@ from experiments.page.html import scrolled, table
 
 SHOWN = 10  # mended rows, and as many broken ones
 AS_THEY_COME = 5  # rows of a run with an instruction for each input
+NOTHING = "(nothing)"  # the answer of a target that writes, where it named no label word
 Row = Mapping[str, Any]
 
 
@@ -75,17 +76,18 @@ def _chance(answer: Row, expected: Sequence[str]) -> float:
 
 
 def _matrix(title: str, rows: Sequence[Row], side: str, words: Sequence[str]) -> str:
-    """How often each right answer (down) got each answer (across)."""
-    counts = {(right, given): 0 for right in words for given in words}
-    for row in rows:
-        right = row[side]["answer"] if row[side]["answer"] in row["expected"] else row["expected"][0]
-        counts[right, row[side]["answer"]] += 1
-    head = "".join(f'<th scope="col" class="number">{escape(word)}</th>' for word in words)
+    """How often each right answer (down) got each answer (across); the last column counts rows without an answer."""
+    answers = [row[side]["answer"] for row in rows]
+    across = [*words, *([""] if "" in answers else [])]
+    counts = {(right, given): 0 for right in words for given in across}
+    for row, given in zip(rows, answers, strict=True):
+        counts[given if given in row["expected"] else row["expected"][0], given] += 1
+    head = "".join(f'<th scope="col" class="number">{escape(word or NOTHING)}</th>' for word in across)
     body = ""
     for right in words:
-        total = sum(counts[right, given] for given in words) or 1
+        total = sum(counts[right, given] for given in across) or 1
         cells = "".join(
-            f'<td style="--share:{counts[right, given] / total:.2f}">{counts[right, given]}</td>' for given in words
+            f'<td style="--share:{counts[right, given] / total:.2f}">{counts[right, given]}</td>' for given in across
         )
         body += f'<tr><th scope="row">{escape(right)}</th>{cells}</tr>'
     caption = f"Right answer (rows) against the answer given (columns) {title}; {len(rows)} test rows"
@@ -98,4 +100,4 @@ def _matrix(title: str, rows: Sequence[Row], side: str, words: Sequence[str]) ->
 
 def _answered(answer: Row, words: Sequence[str]) -> str:
     chances = ", ".join(f"{word} {answer['probabilities'].get(word) or 0:.2f}" for word in words)
-    return (answer["answer"] or "(nothing)") + (f" ({chances})" if chances else "")
+    return (answer["answer"] or NOTHING) + (f" ({chances})" if chances else "")

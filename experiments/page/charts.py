@@ -103,7 +103,7 @@ def line_chart(
     """Curves over iterations, with vertical lines where the anchor moved.
 
     Args:
-        name: what is shown, for people who do not see it.
+        name: of the chart, for screen readers.
         unit: title of the vertical axis.
         curves: at least one point in all.
         marks: promotions and rollbacks.

@@ -13,9 +13,7 @@ from experiments.diagnostics.tables import better, middle
 from experiments.page.charts import WINDOW, Band, Curve, Entry, forest, line_chart, running_mean, swatch
 from experiments.page.html import document, figure, table
 from experiments.run.folder import METRICS, read_optional
-from experiments.run.statistics import (
-    coefficient_of_variation,
-)
+from experiments.run.statistics import coefficient_of_variation
 
 COLOURS = ("one", "two", "three", "four")  # each with dashes of its own
 STYLES = (*COLOURS, *(f"{colour} again" for colour in COLOURS), *(f"{colour} thrice" for colour in COLOURS))
@@ -112,7 +110,7 @@ def _curves(arms: Mapping[str, Sequence[RunRow]], styles: Mapping[str, str], met
             continue
         curves.append(Curve([(x, mean([run[x] for run in runs])) for x in shared], arm, f"line {styles[arm]}"))
         bands.append(Band([(x, min(r[x] for r in runs), max(r[x] for r in runs)) for x in shared], styles[arm]))
-        legend.append(f"<span>{swatch(f'line {styles[arm]}')}{escape(arm)} ({len(runs)} runs)</span>")
+        legend.append(f"<span>{swatch(f'line {styles[arm]}')}{escape(arm)} ({_count(len(runs), 'run')})</span>")
     if not curves:
         return "<p>Nothing was measured.</p>"
     title = f"{metric} of sampled prompts"

@@ -71,7 +71,7 @@ def _short(name: str) -> str:
 
 
 def _in_words(scores: Mapping[str, Mapping[str, float]]) -> str:
-    """All numbers, for those who cannot see the picture."""
+    """All numbers as text, for screen readers."""
     rows = [
         f"{setting}: " + ", ".join(f"{name} {score:.3f}" for name, score in cells.items())
         for setting, cells in scores.items()

@@ -1,7 +1,7 @@
 """The frame of every page: one file that opens offline, in light and dark, on a phone and on paper.
 
-A model wrote the prompts: all text is escaped, and the page forbids itself outside content and all scripts but its own,
-which only copies a prompt and filters a table. Without scripts nothing is missing.
+A model wrote the prompts, so all text is escaped, and the page's policy forbids outside content and all scripts except
+its own, which copies a prompt and filters a table. The page is complete without scripts.
 """
 
 from __future__ import annotations

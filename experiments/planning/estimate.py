@@ -28,16 +28,16 @@ QUANTISED = {"int8": 8, "int4": 4}  # bits
 
 
 class Machine(NamedTuple):
-    """What runs a model.
+    """A GPU or CPU that runs a model.
 
     Attributes:
-        name: as its maker has it.
+        name: the maker's name for it.
         memory: GiB.
         flops: peak rate of (dense) products, in FLOP/s; of bfloat16 on a GPU.
         bandwidth: of its memory, in bytes/s.
         launch: seconds that a layer takes at least.
         step: the same in a step of decoding.
-        share: of `flops` that is reached.
+        share: of `flops` that a run reaches.
     """
 
     name: str
@@ -59,7 +59,7 @@ GPUS = (
 
 
 class Line(NamedTuple):
-    """A number, what it is, how it came about and, where it is work, how often it runs through all layers."""
+    """A number with its name and its arithmetic in words; for work also how many passes through all layers it takes."""
 
     name: str
     value: float
@@ -294,9 +294,9 @@ class Estimate:
         return Line("reviews", prompts * (read + scored) / period, how, 2 * (t.prompt + 1) / period)
 
     def seconds(self, machine: Machine) -> float:
-        """Of an iteration: a phase takes as long as its products, at a share of the peak rate, or as launching layers.
+        """Seconds of an iteration: a phase takes as long as its products, at a share of the peak rate, or its launches.
 
-        In sampling all weights are read for each token besides, at a share of the bandwidth.
+        Sampling takes at least the time of reading all weights for each token, at a share of the bandwidth.
         """
         rate, layers = machine.share * machine.flops, self.agent.layers
         launch, step = (least * (2 if self.options.rank else 1) for least in (machine.launch, machine.step))

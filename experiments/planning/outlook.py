@@ -1,4 +1,4 @@
-"""What a run that is about to begin will take, in a few lines: memory, work, and time at the rates of this machine."""
+"""A run's memory, work and expected time at the rates of this machine, in three lines, before it begins."""
 
 from __future__ import annotations
 

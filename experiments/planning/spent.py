@@ -1,9 +1,11 @@
-"""Where the time of a run went, by phase, beside the work that its plan counts for that phase."""
+"""The seconds of each phase of a run, and the rate of its arithmetic by the work that the plan counts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+
+import torch
 
 from experiments.planning.estimate import Estimate
 from experiments.planning.outlook import measured, plan_of
@@ -14,7 +16,8 @@ from experiments.run.run import Run
 def spent(run: Run) -> Iterator[str]:
     """A line for each phase: its seconds, and its share of the machine's rate; none for a run without iterations.
 
-    The rate is that of one large matrix product, measured now. Answers that the target remembered are counted as work.
+    The rate is that of one large matrix product, measured now in the dtype of the phase: the target's for scoring, the
+    agent's for the rest. Answers that the target remembered are counted as work.
     """
     rows = read_optional(run.folder.path / METRICS)
     total = sum(row["seconds"] for row in rows)
@@ -31,12 +34,19 @@ def spent(run: Run) -> Iterator[str]:
     if run.config.arm == "edits":  # the agent is asked for some phrases, where the plan expects prompts
         known["sampling"] = 0.0
     known["update"] = sum(work.values())
-    rate = measured(run.policy.device, run.policy.lm.compute_dtype).flops * run.policy.ranks.size
+    rates = dict.fromkeys(PHASES, _rate(run, run.policy.lm.compute_dtype))
+    if known["scoring"]:
+        rates["scoring"] = _rate(run, getattr(torch, run.target.described()["computes_in"]))
     for phase in PHASES:
         if seconds := sum(row.get(f"{phase}_seconds", 0.0) for row in rows):
             told = [f"{seconds / total:.0%}"]
             if phase == "sampling":
                 told.append(f"{tokens / seconds:.0f} tokens a second")
             if known.get(phase):
-                told.append(f"{known[phase] * len(rows) / seconds / rate:.0%} of the machine's rate")
+                told.append(f"{known[phase] * len(rows) / seconds / rates[phase]:.0%} of the machine's rate")
             yield f"  {phase:<10}{seconds:>6.0f} s  {', '.join(told)}"
+
+
+def _rate(run: Run, dtype: torch.dtype) -> float:
+    """FLOP a second of all processes together."""
+    return measured(run.policy.device, dtype).flops * run.policy.ranks.size

@@ -70,7 +70,7 @@ def load(folder: Path) -> Loaded:
     """The newest state that is whole.
 
     Raises:
-        CheckpointError: there is none, or none that is whole.
+        CheckpointError: there is no checkpoint, or all are damaged.
     """
     damaged: list[str] = []
     for path in _found(folder):

@@ -171,7 +171,7 @@ class RunFolder:
         (self.path / name).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Removes the .jsonl files, for a run that begins anew, but for what a server has answered."""
+        """Removes the .jsonl files, for a run that begins anew; a server's answers are kept."""
         for path in self.path.glob("*.jsonl"):
             if path.name != SCORED:
                 path.unlink()

@@ -126,7 +126,7 @@ def load_model(config: RunConfig, role: Role) -> CausalLM:
 
 
 def check_source(config: RunConfig, role: Role) -> None:
-    """Refuses what is seen to be no model without loading it or asking a hub; of a server nothing is seen.
+    """Refuses a name that is visibly no model, without loading anything or asking a hub; accepts any server.
 
     Raises:
         ModelError: a file, a folder without config or weights, or a name that only a folder can have, and none has.
@@ -152,7 +152,7 @@ def is_missing_folder(source: str) -> bool:
 
 
 def no_folder(source: str) -> str:
-    """Says that a model's folder is missing, and what was perhaps meant or has still to be done."""
+    """The message that a model's folder is missing, with the nearest name or the command that makes it."""
     path = Path(source)
     siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
     near = get_close_matches(path.name, siblings, n=1)
@@ -168,7 +168,7 @@ def source_of(config: RunConfig, role: Role) -> str:
 
 
 def base_of(config: RunConfig) -> str:
-    """Where the agent's weights come from; for the folder of an adapter, what that was added to."""
+    """Where the agent's weights come from; for the folder of an adapter, the source of its base model."""
     source = source_of(config, "agent")
     return _base(source) or source
 
@@ -186,7 +186,7 @@ def targets_of(config: RunConfig) -> str | tuple[str, ...]:
 
 
 def _base(source: str) -> str | None:
-    """What the adapter in a folder was added to; None if the folder holds no adapter."""
+    """The base model of the adapter in a folder; None if the folder holds no adapter."""
     return _adapter(source).get("base_model_name_or_path")
 
 

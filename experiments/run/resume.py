@@ -66,7 +66,7 @@ def begin(run: Run, arm: Stateful, resume: bool) -> tuple[int, list[str]]:
 def _keep_answers(run: Run) -> None:
     """Reads what the target's server has answered, and from now on writes down each answer as it comes.
 
-    So nothing is paid for twice, however the run ended. Called before the first answer and after a restored state.
+    So no answer is paid for twice, however the run ended. Call it before the first answer and after restoring a state.
 
     Raises:
         RunFolderError: the file holds anything else.
@@ -116,7 +116,7 @@ def restore(run: Run, arm: Stateful) -> tuple[int, list[str]]:
         environment.
 
     Raises:
-        CheckpointError: no checkpoint is whole, or it was made with other data.
+        CheckpointError: all checkpoints are damaged, or the data have changed.
         ConfigError: the run is to have fewer iterations than it has done.
     """
     state, notes = checkpoint.load(run.folder.path / "checkpoint")

@@ -182,7 +182,7 @@ def _served(config: RunConfig, data: TaskData, inputs: Sequence[str]) -> ServedT
     """The target behind a server.
 
     Raises:
-        ServerError: there is none at the address, or it cannot do what a target must.
+        ServerError: no server at the address, or one that cannot do what a target must.
         ConfigError: the reward needs log-probabilities, and the server gives none.
     """
     server = reach_server(config)

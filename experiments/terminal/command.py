@@ -118,7 +118,7 @@ def in_order(main: Main) -> Program:
 
 
 def _make_writable() -> None:
-    """Lets any text be printed: where there is no stdout or stderr (`>&-`) to nowhere, elsewhere escaped if need be."""
+    """Lets any text be printed: escaped if the stream is not UTF-8, to nowhere if it is closed (`>&-`)."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

@@ -181,7 +181,7 @@ def _answers(result: Mapping[str, Any]) -> list[str]:
 
 
 def _number(score: float | None) -> str:
-    """Three decimals; a score that is no number, which a file holds as null, is none."""
+    """Three decimals; "none" for NaN or None, which stands for NaN in files."""
     return f"{score:.3f}" if score is not None and math.isfinite(score) else "none"
 
 

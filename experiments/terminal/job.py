@@ -1,7 +1,7 @@
 """The job that this process is part of, as torchrun describes it in the environment; without torchrun, a job of one.
 
-The first process speaks for all. The others are silent: what they would print is what it prints. Errors are told by
-whoever has one first, since most of them come to all processes at once.
+Only the first process prints; the others would print the same. An error is reported by the first process that has it,
+since most errors come to all processes at once.
 """
 
 from __future__ import annotations

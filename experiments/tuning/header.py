@@ -1,4 +1,4 @@
-"""The header of a run: what it is about to do. Nothing here takes long to load."""
+"""The header of a run: what it is about to do. This module loads fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A dry run: what a run would gain, how long it would take and how much memory, found out on its first iterations."""
+"""A dry run: measures headroom, time and memory on the first two iterations, and writes nothing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ LOOKED_AT = 16  # prompts of the untrained agent, where the configuration asks f
 def trial(run: Run) -> Iterator[str]:
     """Looks at the headroom and makes two iterations; writes nothing.
 
-    The first iteration checks itself and warms up, so the second one is timed. What is left out of the estimate is
-    said in its line.
+    The first iteration checks itself and warms up, so the second one is timed. The line with the time says what it
+    leaves out.
     """
     yield from look(run, run.config.headroom or LOOKED_AT).lines()
     if not run.steps:

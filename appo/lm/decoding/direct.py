@@ -2,8 +2,8 @@
 
 A step of some rows is little work in many pieces. In transformers' code a layer takes some forty-five operators and a
 dozen calls of modules; here it takes thirty. The weights are laid out for few rows (`linear.Panels`). The keys of a
-query are kept once for all its responses, those of the responses beside them. Llama, Qwen, SmolLM and their like are
-one model but for biases, and norms of queries and keys; others are decoded by `growing.Growing`.
+query are kept once for all its responses; each response keeps its own keys beside them. Llama, Qwen, SmolLM and similar
+models differ only in biases and in norms of queries and keys; other models are decoded by `growing.Growing`.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 A step launches some ten kernels a layer. On a GPU, launching them from Python takes far longer than running them: 55 ms
 for 7 B parameters, whose bfloat16 weights are read in 3. `Fixed` records the launches of one step as a CUDA graph and
-replays them all at once. A graph reads and writes the same memory every time, so the rows must stay, finished or not,
-and the cache is as long as it will ever be. Everything else is better off with `Growing`, Llama-like models on a CPU
-with a step of our own (`direct`).
+replays them all at once. A graph reads and writes the same memory every time, so finished rows stay and the cache has
+its full length from the start. On a CPU, Llama-like models are decoded by a step of our own (`direct`); everything else
+is faster with `Growing`.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class _FixedLayer(DynamicLayer):  # type: ignore[misc]
 class Recordings:
     """The fastest way to decode with a model; recorded steps are made when they are first needed.
 
-    Those not used for longest are dropped.
+    The least recently used ones are dropped.
     """
 
     def __init__(self) -> None:

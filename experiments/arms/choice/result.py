@@ -1,4 +1,4 @@
-"""What every arm's result says: its scores beside the manual prompt's, its answers, and what is needed to use it."""
+"""The parts that all arms' results share: scores beside the manual prompt's, answers, and what a user needs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Outcome(NamedTuple):
 
     Attributes:
         result: what best_prompt.json holds.
-        candidates: the prompts that the choice was made among, with their scores on validation; best first.
-        predictions: for every test row what the target answered under the manual prompt and under the one found.
+        candidates: the prompts from which the result was chosen, with their scores on validation; best first.
+        predictions: for every test row, the target's answers under the manual prompt and under the result.
     """
 
     result: dict[str, Any]
@@ -103,7 +103,7 @@ def chance(examples: Sequence[Example]) -> float | None:
 
 
 def described(run: Run) -> dict[str, Any]:
-    """What else is needed to use a result."""
+    """The other keys of a result, which a user needs to apply the prompt."""
     spec = run.data.spec
     return {
         "task": spec.name,
