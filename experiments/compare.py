@@ -139,7 +139,10 @@ def compare_runs(folders: Sequence[Path], separate: bool) -> list[RunRow]:
     Raises:
         UsageError: the runs were not scored on the same test, and are not to be separate.
     """
-    rows = [read_row(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]  # each once
+    named = {folder.resolve(): folder for folder in folders if not folder.is_file()}  # `*` matches the logs beside runs
+    if not named:
+        raise UsageError(f"--runs names no folder: {str(folders[0])!r} is a file; expected folders of runs")
+    rows = [read_row(folder) for folder in named.values()]
     groups = grouped(rows)
     if len(groups) > 1 and not separate:
         one, other = groups[0][0], groups[1][0]

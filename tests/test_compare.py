@@ -348,9 +348,15 @@ def test_runs_are_shown_in_the_order_given_and_grouped_where_they_belong(
     assert [[Path(row[0]).name for row in rows(table)] for table in tables] == [["appo", "random"], ["mnli"]]
 
 
-def test_a_run_that_is_named_twice_counts_once(made: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    assert compared(made, "appo", "random", "appo") == 0
+def test_a_run_that_is_named_twice_counts_once_and_a_log_not_at_all(
+    made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "appo.log"
+    log.touch()
+    assert compared(made | {"log": log}, "appo", "log", "random", "appo") == 0
     assert [Path(row[0]).name for row in rows(capsys.readouterr().out)] == ["appo", "random"]
+    assert compared({"log": log}, "log") == 2
+    assert "appo.log' is a file; expected folders of runs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
