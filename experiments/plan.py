@@ -24,8 +24,8 @@ from tasks.errors import printable
 if TYPE_CHECKING:
     from experiments.planning.estimate import Estimate, Lengths
 
-CHARACTERS = 4  # of a token, about, in English
 EXAMPLE = 40  # tokens of an input, where nothing is said
+FRAME = 60  # tokens of the meta-prompt around its pairs
 RANK = 16  # of an adapter, where the configuration trains all weights
 
 
@@ -68,11 +68,12 @@ def lengths_of(config: RunConfig, query: int | None = None, example: int = EXAMP
     """The lengths of texts and of the run, guessed where they are not given."""
     from experiments.planning.estimate import Lengths
 
-    load_spec(config.task)  # refuses an unknown task
-    rows = 2 * config.examples.shots
+    spec = load_spec(config.task)
+    labels = len(spec.words) or 2  # without labels a split has as many examples as for two: tasks.splits.build_data
+    rows = labels * min(config.examples.shots, spec.max_shots or config.examples.shots)
     steps = 0 if config.arm in GIVEN else config.steps or config.epochs * -(-rows // config.examples.batch_size)
-    frame = 60  # tokens of the meta-prompt around its pairs
-    return Lengths(query or frame + config.examples.pairs * example, config.sampling.max_new_tokens, example, steps)
+    query = query or FRAME + config.examples.pairs * example
+    return Lengths(query, config.sampling.max_new_tokens, example, steps, rows)
 
 
 def page(config: RunConfig, lengths: Lengths, plans: Sequence[Estimate]) -> Iterator[str]:
@@ -82,9 +83,12 @@ def page(config: RunConfig, lengths: Lengths, plans: Sequence[Estimate]) -> Iter
     chosen = plans[0]
     for role, shadow in (("agent", chosen.agent), ("target", chosen.target)):
         yield f"{role:<8}{getattr(config, role)}: {shadow.parameters / 1e9:.3f} G parameters"
+    size = config.examples.batch_size
+    each = f"x {size} examples" if config.mode == "fixed" else f"for each of {size} inputs"
+    steps = f"{lengths.steps} iterations of {config.prompts} prompts {each}" if lengths.steps else "no iterations"
     yield (
         f"texts   meta-prompt {lengths.query} tokens, prompt at most {lengths.prompt}, example {lengths.example}; "
-        f"{lengths.steps} iterations of {config.prompts} prompts x {config.examples.batch_size} examples"
+        f"{steps}"
     )
     yield ""
     yield f"memory in GiB under each option (and {CONTEXT / GIB:.0f} for the driver and fragments)"
@@ -92,7 +96,7 @@ def page(config: RunConfig, lengths: Lengths, plans: Sequence[Estimate]) -> Iter
         largest = max(plan.transients, key=lambda line: line.value)
         held = sum(line.value for line in plan.memory())
         where = f"held {held / GIB:.2f} + {largest.name} {largest.value / GIB:.2f}"
-        fits = [gpu.name for gpu in GPUS if plan.verdict(gpu).startswith("fits")]
+        fits = [gpu.name for gpu in GPUS if plan.needed() <= gpu.memory]
         yield f"  {plan.total() / GIB:8.2f}  {plan.options}: {where}; fits {', '.join(fits) or 'none'}"
     yield ""
     yield f"arithmetic of: {chosen.options}"

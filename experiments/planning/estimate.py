@@ -69,12 +69,21 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens: of the meta-prompt, of a prompt at most, and of an example as the target reads it; and iterations."""
+    """How long texts and data are.
+
+    Attributes:
+        query: tokens of the meta-prompt.
+        prompt: tokens of a prompt, at most.
+        example: tokens of an example as the target reads it.
+        steps: iterations of the run.
+        rows: training examples; the validation split has as many.
+    """
 
     query: int
     prompt: int
     example: int
     steps: int
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -184,7 +193,7 @@ class Estimate:
         if self.config.headroom:
             made.append(("agent", self.config.headroom))
         if self.options.trained and self.reference.reviewed:
-            reviewed = self.config.anchor.prompts if self.config.mode == "fixed" else 2 * self.config.examples.shots
+            reviewed, _ = self._reviewed()
             made += [("agent", reviewed), ("anchor", reviewed)]  # whose weights have other addresses
         distinct = {(who, *room_for(count, tokens)) for who, count in made if count <= MOST_ROWS}
         rows = sorted((count for _, count, _ in distinct), reverse=True)[:KEPT]
@@ -279,12 +288,19 @@ class Estimate:
         ]
         return [*lines, *([self._reviews()] if self.reference.reviewed else [])]
 
+    def _reviewed(self) -> tuple[int, int]:
+        """Prompts of each side in a review, and validation rows that each of them is scored on."""
+        rows = self.lengths.rows
+        if self.config.mode == "tte":  # a prompt for each validation input
+            return rows, 1
+        return self.config.anchor.prompts, min(self.config.examples.review_rows or rows, rows)
+
     def _reviews(self) -> Line:
-        """A review samples on both sides and scores on the validation rows, as many as there are training rows."""
+        """The work of a review, in which agent and anchor write prompts, per iteration."""
         t, config = self.lengths, self.config
-        all_rows, prompts = 2 * config.examples.shots, 2 * config.anchor.prompts
-        rows = min(config.examples.review_rows or all_rows, all_rows)
-        period = config.anchor.period * max(1, all_rows // config.examples.batch_size)
+        each, rows = self._reviewed()
+        prompts = 2 * each
+        period = config.anchor.period * -(-t.rows // config.examples.batch_size)
         read = 2.0 * self.agent.in_layers * (t.query + t.prompt)
         scored = 2.0 * self.target.in_layers * (t.prompt + rows * t.example)
         how = f"{prompts} prompts on {rows} rows, once in {period} iterations"
@@ -304,9 +320,13 @@ class Estimate:
         phases = [max(line.value / rate, line.passes * layers * least.get(line.name, launch)) for line in self.work()]
         return max(phases[0], sampling) + sum(phases[1:]) if phases else 0.0
 
+    def needed(self) -> float:
+        """GiB at the peak, with the context of the driver."""
+        return (self.total() + CONTEXT) / GIB
+
     def verdict(self, machine: Machine) -> str:
-        """Whether it fits on a machine, and how long it takes there."""
-        needed = (self.total() + CONTEXT) / GIB
+        """Whether the run fits on a machine, and how long it takes there."""
+        needed = self.needed()
         if needed > machine.memory:
             return f"does not fit: {needed:.1f} of {machine.memory:.1f} GiB"
         seconds = self.seconds(machine)

@@ -55,7 +55,7 @@ def lengths_of(run: Run) -> Lengths:
     query = len(run.policy.query(*meta_prompt(data[: run.config.examples.pairs])).tokens)
     tokens = lm.tokenizer([example.input for example in data])["input_ids"]
     example = sum(map(len, tokens)) // len(tokens) + TEMPLATE
-    return Lengths(query, run.config.sampling.max_new_tokens, example, run.steps)
+    return Lengths(query, run.config.sampling.max_new_tokens, example, run.steps, len(data))
 
 
 def measured(device: torch.device, dtype: torch.dtype) -> Machine:

@@ -25,7 +25,7 @@ def spent(run: Run) -> Iterator[str]:
     work: dict[str, float] = {}
     if plan := plan_of(run):  # which expects prompts of full length
         lengths = replace(plan.lengths, prompt=round(tokens / len(rows) / plan.responses))
-        work = {line.name: line.value for line in Estimate(run.config, lengths, plan.options).work()}
+        work = {line.name: line.value for line in Estimate(plan.config, lengths, plan.options).work()}
     work.pop("reviews", None)  # how many were planned is not how many came
     known = {phase: work.pop(phase, 0.0) for phase in ("sampling", "scoring")}
     if run.config.arm == "edits":  # the agent is asked for some phrases, where the plan expects prompts
