@@ -1,11 +1,10 @@
-"""Says what a run would take before anything is loaded: memory, work, and hours on some GPUs.
+"""Estimates what a run would take, without loading anything: memory, work, and hours on some GPUs.
 
     appo plan --task sst2 --agent models/smollm2 --target models/gemma3-270m
     appo plan --agent llama-7b/config.json --target llama-7b/config.json lora.rank=16 prompts=4 examples.batch_size=16
 
-A model is a folder, a hub id or a bare config.json: its passes are run on tensors without data, so no weights are
-needed. Lengths of texts that are not known are guessed, and said; --query, --example set them. The task's data are
-not read.
+A model is a folder, a hub id or a bare config.json: its passes run on tensors without data, so no weights are needed.
+The task's data are not read either, so lengths of texts are guessed and printed; --query and --example set them.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from tasks.errors import printable
 if TYPE_CHECKING:
     from experiments.planning.estimate import Estimate, Lengths
 
-EXAMPLE = 40  # tokens of an input, where nothing is said
+EXAMPLE = 40  # tokens of an example, unless --example says otherwise
 FRAME = 60  # tokens of the meta-prompt around its pairs
-RANK = 16  # of an adapter, where the configuration trains all weights
+RANK = 16  # rank of the adapters to compare with, if the configuration trains all weights
 
 
 @in_order
@@ -40,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, help="iterations")
     parser.add_argument("--query", type=int, help="tokens of the meta-prompt (default: guessed)")
     parser.add_argument("--example", type=int, default=EXAMPLE, help=f"tokens of an example (default: {EXAMPLE})")
-    parser.add_argument("--gpus", type=int, default=1, help="that divide the agent; needs shard=true (default: 1)")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the agent; needs shard=true (default: 1)")
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="sets any field of the configuration")
     options = vars(parser.parse_intermixed_args(argv))
     query, example, gpus = (options.pop(name) for name in ("query", "example", "gpus"))
@@ -49,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
             raise UsageError(f"{name} is {value}; expected at least 1")
     config = build_config(options, assignments=options.pop("assignments"))
     if is_served(config.target):
-        raise ConfigError(f"target {config.target!r} is behind a server; for a plan name a model in its place")
+        raise ConfigError(f"target {config.target!r} is behind a server; name a folder, a hub id or a config.json")
     if config.shard and gpus < 2:
         raise ConfigError("shard is true, which divides the agent among GPUs; say how many with --gpus, 2 or more")
     if gpus > 1 and not config.shard:
@@ -65,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def lengths_of(config: RunConfig, query: int | None = None, example: int = EXAMPLE) -> Lengths:
-    """The lengths of texts and of the run, guessed where they are not given."""
+    """Returns the lengths of texts, the number of rows and of iterations; guesses what is not given."""
     from experiments.planning.estimate import Lengths
 
     spec = load_spec(config.task)
@@ -77,7 +76,7 @@ def lengths_of(config: RunConfig, query: int | None = None, example: int = EXAMP
 
 
 def page(config: RunConfig, lengths: Lengths, plans: Sequence[Estimate]) -> Iterator[str]:
-    """The plan in words: a line for each option, and the first, which the configuration asks for, in full."""
+    """Yields the plan in words: a line per plan, then the details of the first one, that of the configuration."""
     from experiments.planning.estimate import BANDWIDTH_SHARE, COMPUTE_SHARE, CONTEXT, GIB, GPUS
 
     chosen = plans[0]
@@ -103,7 +102,7 @@ def page(config: RunConfig, lengths: Lengths, plans: Sequence[Estimate]) -> Iter
     for line in chosen.memory():
         yield f"  {line.value / GIB:8.3f} GiB  {line.name}: {line.how}"
     if chosen.options.shards > 1:
-        yield "  on each GPU; what an update takes on top is that of an agent in one piece, so that it takes less"
+        yield "  on each GPU; the update below is that of an undivided agent, so it will really take less"
     yield "  on top, in turn:"
     for line in chosen.transients:
         yield f"  {line.value / GIB:8.3f} GiB  {line.name}: {line.how}"

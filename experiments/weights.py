@@ -229,11 +229,11 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     source = SOURCES.get(options.model)
     folder = options.folder or Path(MODELS) / Path(options.model).stem
+    if source is None and not options.model.endswith(".gguf"):
+        raise UsageError(f"unknown model {options.model!r}; expected one of {names}, or a file that ends in .gguf")
     missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
     if missing:
         raise WeightsError(f"needs {' and '.join(missing)}: pip install 'stableprompt-appo[gguf]'")
-    if source is None and not options.model.endswith(".gguf"):
-        raise UsageError(f"unknown model {options.model!r}; expected one of {names}, or a file that ends in .gguf")
     if source is None:
         convert(Path(options.model), folder)
     else:

@@ -24,7 +24,9 @@ from experiments.run.run import Run, prepare, stream
 from experiments.terminal.console import summary
 from experiments.train import train
 from experiments.tuning.loop import ARMS, arm_of
+from experiments.tuning.trial import trial
 from rewards.target import Asked
+from tasks.errors import TaskError
 from tasks.meta_prompt import meta_prompt
 from tasks.spec import Example
 
@@ -159,6 +161,29 @@ def test_phrases_end_at_punctuation_and_after_four_words() -> None:
     assert " ".join(found) == text and phrases("  ") == []
 
 
+def test_edits_need_a_prompt_to_edit(under: Under) -> None:
+    run = under("edits")
+    data = replace(run.data, spec=replace(run.data.spec, manual_prompt=" "))
+    with pytest.raises(TaskError, match="the manual prompt is empty"):
+        arm_of(replace(run, data=data))
+
+
+def test_a_dry_run_leaves_a_review_out_of_the_time_of_an_iteration(
+    under: Under, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, clock = under("appo", "steps=10"), [0.0]
+    arm = arm_of(run)
+
+    def step(number: int) -> None:
+        arm.cost["review_seconds"] = 5.0
+        clock[0] += 7.0
+
+    monkeypatch.setattr(arm, "step", step)
+    monkeypatch.setattr("experiments.tuning.trial.arm_of", lambda run: arm)
+    monkeypatch.setattr("experiments.tuning.trial.time.perf_counter", lambda: clock[0])
+    assert "about 20 s for 10 iterations of 2 s" in list(trial(run))[-2]
+
+
 def test_edits_begin_with_the_manual_prompt_and_keep_what_scores_best(under: Under) -> None:
     way = arm_of(under("edits"))
     assert isinstance(way, PhraseEdits)
@@ -238,6 +263,7 @@ def test_what_a_user_says_wins_over_the_arm_and_the_arm_over_the_preset() -> Non
     [
         (["arm=ppo", "appo.reference=initial"], "appo.reference is 'initial'; expected 'previous' in arm ppo"),
         (["arm=edits", "mode=tte"], "arm is 'edits', which finds one prompt for all inputs; expected mode fixed"),
+        (["arm=edits", "prompts=1"], "prompts is 1; expected at least 2 in arm edits"),
         (["arm=apo"], f"arm is 'apo'; expected one of {', '.join(ARMS['fixed'])}"),
         (["frozen=true"], "unknown key 'frozen'; "),
     ],

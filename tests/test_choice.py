@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
-from experiments.arms.choice.result import NO_BETTER, chance
+from experiments.arms.choice.result import NO_BETTER, Answers, chance
 from experiments.arms.editing import TestTimeEditing
 from experiments.arms.fixed import FixedPrompt
 from experiments.config import build_config
@@ -158,3 +161,39 @@ def test_an_agent_that_edits_worse_than_the_manual_prompt_is_not_the_result(edit
     assert (result["prompt"], result["chosen"]) == (editing.data.spec.manual_prompt, "manual")
     assert result["validation_score"] == result["manual_validation_score"]
     assert result["verdict"] == NO_BETTER
+
+
+def test_an_agent_whose_edits_are_scored_wins_over_a_manual_prompt_without_a_score(
+    editing: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manual = editing.data.spec.manual_prompt
+
+    def half_sound(run: Run, prompts: Sequence[str], examples: Sequence[Example]) -> Answers:
+        values = torch.tensor([math.nan if prompt == manual else 0.0 for prompt in prompts])
+        return Answers(values, [{"answer": "", "score": value} for value in values.tolist()])
+
+    monkeypatch.setattr("experiments.arms.editing.answers", half_sound)
+    assert TestTimeEditing(editing).result().result["chosen"] == "edits"
+
+
+def test_without_any_finite_score_there_is_no_result(editing: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsound(run: Run, prompts: Sequence[str], examples: Sequence[Example]) -> Answers:
+        return Answers(torch.full((len(examples),), math.nan), [{} for _ in examples])
+
+    monkeypatch.setattr("experiments.arms.editing.answers", unsound)
+    with pytest.raises(FloatingPointError, match="no prompt has a finite score"):
+        TestTimeEditing(editing).result()
+
+
+def test_the_papers_protocol_passes_over_prompts_without_a_score(
+    run: Run, better: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_example = run.reward.by_example
+
+    def first_unsound(prompts: Sequence[str], rows: Sequence[Example]) -> torch.Tensor:
+        values = by_example(prompts, rows)
+        values[0] = math.nan
+        return values
+
+    monkeypatch.setattr(run.reward, "by_example", first_unsound)
+    assert finish(run, *JUNK, better)["paper_protocol"]["test_score"] > 0.9

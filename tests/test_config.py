@@ -353,6 +353,12 @@ def test_a_value_of_the_wrong_type_names_key_value_and_what_is_expected(key: str
     assert refusal(f"{key}={text}") == f"{key} is {yaml.safe_load(text)!r}; expected {expected}"
 
 
+def test_a_word_that_yaml_takes_for_a_truth_value_is_no_text() -> None:
+    with pytest.raises(ConfigError, match=r"^wandb is False; expected text or null$"):
+        build_config(assignments=["wandb=off"])
+    assert build_config(assignments=["wandb='off'"]).wandb == "off"
+
+
 def test_a_value_of_the_wrong_type_in_a_file_names_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "appo: {gamma: much}\n")
     assert refusal(file=path) == f"{path}: appo.gamma is 'much'; expected a number"

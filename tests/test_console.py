@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiments.terminal.console import Progress, duration, our_command, stopped
+from experiments.terminal.console import Progress, clip, duration, our_command, stopped
 
 STATS = {"reward_mean": 1.0, "accuracy_mean": 0.5, "kl": 0.1}
 
@@ -105,6 +105,20 @@ def test_a_quiet_run_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         progress.show(iteration, STATS | {"empty_rate": 1.0})
     progress.close()
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "expected"),
+    [
+        ("abcdef", 6, "abcdef"),
+        ("abcdefg", 6, "abc..."),
+        ("abc", 2, ".."),
+        ("回答は", 6, "回答は"),  # two columns each
+        ("回答はい", 6, "回..."),
+    ],
+)
+def test_a_text_is_cut_to_the_columns_that_it_takes(text: str, width: int, expected: str) -> None:
+    assert clip(text, width) == expected
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments.config import build_config
-from experiments.diagnostics.headroom import look
+from experiments.diagnostics.headroom import TOO_FEW, look
 from experiments.run.run import Run, prepare
 from experiments.run.statistics import NO_VERDICT
 from experiments.train import train
@@ -57,9 +57,14 @@ def test_a_target_that_does_not_listen_is_called_out(run: Run) -> None:
     assert seen.verdict.startswith("prompts hardly matter to this target: all within noise")
 
 
-def test_an_agent_that_writes_one_prompt_only_is_called_out(run: Run) -> None:
-    seen = look(run, 1)
+def test_an_agent_that_writes_one_prompt_only_is_called_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.policy, "decode", lambda rollout: ["Sing."] * len(rollout))
+    seen = look(run, 3)
     assert seen.p is None and "has nothing to explore" in seen.verdict
+
+
+def test_an_agent_that_was_asked_for_one_prompt_is_not_blamed_for_it(run: Run) -> None:
+    assert look(run, 1).verdict == TOO_FEW
 
 
 def test_scores_that_are_not_numbers_give_no_verdict(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

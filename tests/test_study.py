@@ -126,6 +126,7 @@ def test_what_is_wrong_is_said_in_a_line(words: list[str], told: str, capsys: py
         ("    none: arm", "    no: arm", "axes.reference: the name False is no text to YAML; put it in quotes"),
         ("  lr:", "  1:", "axes.1: the name 1 is no text to YAML"),
         ("seeds: 0 2-3", "seeds: [0, x]", "seeds: 'x' is no seed"),
+        ("seeds: 0 2-3", "seeds: []", "seeds: expected at least one"),
         ("    small:", "    large!:", "axes: 'large!, anchor' and 'large, anchor' would share a folder"),
     ],
 )
@@ -235,7 +236,7 @@ def test_a_plan_shows_and_records_no_run(
 
 
 def record(
-    arm: str, seed: int, curve: list[float], test: float | None = 0.5, task: str = "t", mode: str = "fixed"
+    arm: str, seed: int, curve: list[float | None], test: float | None = 0.5, task: str = "t", mode: str = "fixed"
 ) -> Record:
     given = {"study": "s", "labels": {"arm": arm, "task": task}, "seed": seed, "task": task, "arm": arm}
     given |= {"agent": "a", "target": "b", "config": {"arm": arm, "mode": mode}}
@@ -273,6 +274,11 @@ def test_a_summary_has_what_the_seeds_end_with() -> None:
         "1 of 2",
         "0.00 (0.00 to 0.00)".replace("0.00 to 0.00", "0.000 to 0.000"),
     )
+
+
+def test_a_run_whose_last_prompts_have_no_score_has_failed() -> None:
+    lost = record("appo", 3, [*[0.3] * 20, *[None] * 20])
+    assert summary([*RUNS, lost], "arm")[1][5] == "1 of 3"
 
 
 def test_what_does_not_train_cannot_fail() -> None:

@@ -1,19 +1,18 @@
 """Benchmarks: how fast scoring, sampling and updating are, against the plain way of doing the same.
 
-    python -m experiments.bench                         everything: tables, and bench.json; about 8 minutes
-    python -m experiments.bench --only scoring          one part: scoring, sampling, update, iteration, real
+    python -m experiments.bench                         all parts but `real`, in about 8 minutes; writes bench.json
+    python -m experiments.bench --only scoring          one part: scoring, sampling, update, iteration or real
 
-The part `real`, only if asked for (`make bench REAL=1`), decodes with the model in models/smollm2. Ratios depend on the
-machine, mostly on what its matrix libraries do.
+The part `real` (`make bench REAL=1`) decodes with the model in models/smollm2. Ratios depend on the machine, above all
+on its libraries for matrix products.
 
-Models have random weights, since only shapes matter here. All ways of doing a piece of work run in turn, round after
-round; times are medians, ratios are medians of the ratios within a round, so that a slow moment of the machine affects
-all alike. Scoring and updating are timed only after the ways have given the same numbers.
+Models have random weights, since only shapes matter here. The ways to do a piece of work take turns, round after round.
+Times are medians, and ratios are medians of the ratios within a round, so that a slow moment of the machine affects all
+ways alike. Scoring and updating are timed only after all ways have given the same numbers.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import os
@@ -44,8 +43,8 @@ from experiments.config import MAX_THREADS, RunConfig
 from experiments.config.extras import installed
 from experiments.lab import grammar
 from experiments.run.files import write_whole
-from experiments.run.models import load_model
-from experiments.terminal.command import Parser, UsageError, in_order
+from experiments.run.models import find_device, load_model
+from experiments.terminal.command import Parser, UsageError, in_order, new_file
 from rewards.local import LocalTarget
 from rewards.target import fill, grid
 
@@ -358,29 +357,26 @@ def _status(key: str) -> int:
 def main(argv: Sequence[str]) -> int:
     """Runs the parts, prints a table as it goes, and writes bench.json."""
     parts = ("scoring", "sampling", "update", "iteration")  # by default
-    parser = Parser(
-        prog="python -m experiments.bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m experiments.bench", __doc__)
     parser.add_argument(
-        "--only", choices=(*parts, "real"), action="append", help="one part (may be repeated; default: all)"
+        "--only", choices=(*parts, "real"), action="append", help="one part; may be repeated (default: all but real)"
     )
     parser.add_argument("--seconds", type=float, default=6.0, help="for each piece of work (default: 6)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto, a GPU if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
-    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="(default: bench.json)")
+    parser.add_argument("--out", type=new_file, default="bench.json", help="file to write (default: bench.json)")
     options = parser.parse_args(argv)
+    device = find_device(options.device).type
     if not 1 <= options.threads <= MAX_THREADS:
         raise UsageError(f"--threads is {options.threads}; expected 1 to {MAX_THREADS}")
     torch.set_num_threads(options.threads)
-    bench = Bench(options.seconds, options.device, getattr(torch, options.dtype))
+    bench = Bench(options.seconds, device, getattr(torch, options.dtype))
     about = {
         "date": str(date.today()),
         "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-        "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu",
+        "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
         "torch": torch.__version__,
         "threads": options.threads,
     }

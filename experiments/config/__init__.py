@@ -146,6 +146,8 @@ class RunConfig:
         _at_least(self, few_shot=0, show_best=0, headroom=0)
         if self.mode == "tte" and self.arm not in (*TRAINED, "frozen"):
             raise ValueError(f"arm is {self.arm!r}, which finds one prompt for all inputs; expected mode fixed")
+        if self.arm == "edits" and self.prompts == 1:
+            raise ValueError("prompts is 1; expected at least 2 in arm edits: one of them is the prompt that is edited")
         expected = REFERENCES.get(self.arm, self.appo.reference)
         if self.appo.reference != expected:
             raise ValueError(f"appo.reference is {self.appo.reference!r}; expected {expected!r} in arm {self.arm}")

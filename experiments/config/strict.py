@@ -157,7 +157,7 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
             return value
         if option is float and not isinstance(value, bool) and _is_number(value):
             return float(value)
-    if str in options and not isinstance(value, (dict, list, type(None))):
+    if str in options and not isinstance(value, (bool, dict, list, type(None))):  # off is false to YAML, not "off"
         return str(value)
     raise ConfigError(f"{where} is {shown(value)}; expected {_kind_name(options)}")
 

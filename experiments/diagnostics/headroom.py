@@ -19,6 +19,8 @@ from experiments.diagnostics.records import mean
 from experiments.run.run import Run, stream
 from experiments.run.statistics import LEVEL, NO_VERDICT, Interval, interval, spread
 
+TOO_FEW = "one prompt was sampled, which tells nothing of how prompts differ; raise headroom"
+
 
 @dataclass(frozen=True)
 class Headroom:
@@ -86,13 +88,13 @@ def look(run: Run, count: int) -> Headroom:
         spread=seen and seen.between,
         noise=seen and seen.noise,
         p=seen and seen.p,
-        verdict=_verdict(seen.p if seen else None, sampled, mean(manual)),
+        verdict=_verdict(seen.p if seen else None, sampled, mean(manual)) if count > 1 else TOO_FEW,
     )
 
 
 def _verdict(p: float | None, sampled: Sequence[float], manual: float) -> str:
     if p is None:
-        return "the agent wrote one prompt only: it has nothing to explore; raise sampling.temperature"
+        return "the agent wrote the same prompt every time: it has nothing to explore; raise sampling.temperature"
     if math.isnan(p):
         return NO_VERDICT
     if p >= LEVEL:

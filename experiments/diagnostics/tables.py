@@ -271,7 +271,7 @@ def untrained(records: Iterable[Record], like: Record) -> float:
 
 def _failures(runs: Sequence[Record], records: Sequence[Record]) -> str:
     trained = [run for run in runs if run["config"]["arm"] in TRAINED and run["curve"]]
-    failed = sum(last(run) < untrained(records, run) + GAIN for run in trained)
+    failed = sum(not last(run) >= untrained(records, run) + GAIN for run in trained)  # not: a NaN has failed, too
     return f"{failed} of {len(trained)}" if trained else ""
 
 

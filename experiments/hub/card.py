@@ -1,6 +1,7 @@
 """The model card of a run's agent: README.md with metadata for the hub, written from the run's files.
 
-It is public, so it quotes no example (a few-shot prompt excepted) and names files of this machine by their last part.
+The card is public. So it quotes no example, except in a few-shot prompt; of a path it shows only the last part, and of
+a server's address only the name of the model.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from experiments.config import INCIDENTAL, LABS, TRAINED, RunConfig, to_dict
+from experiments.config import INCIDENTAL, LABS, TRAINED, RunConfig, is_served, to_dict
 from tasks.catalogue import is_spec_file
 from tasks.meta_prompt import meta_prompt, rewrite_prompt
 from tasks.spec import Example
@@ -59,7 +60,7 @@ def _metadata(config: RunConfig, adapter: bool) -> dict[str, Any]:
     """What the hub reads. The licence is for the owner to add: it depends on the base model's."""
     library = "peft" if adapter else "transformers"
     found: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": [*TAGS]}
-    if _on_hub(config.agent):
+    if config.agent not in LABS and _on_hub(config.agent):
         found["base_model"] = config.agent
     if not is_spec_file(config.task):  # the catalogue's tasks are in English
         found["language"] = "en"
@@ -142,7 +143,9 @@ def _on_hub(name: str) -> bool:
 
 
 def _public(name: str) -> str:
-    """A hub id or plain name as it is; of a path only the last part."""
+    """A hub id or plain name as it is; of a path only the last part; of a server's address only the model's name."""
+    if is_served(name):
+        return name.partition("#")[2] or "a model behind a server"
     return name if _on_hub(name) else Path(name).name
 
 

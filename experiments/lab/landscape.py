@@ -28,7 +28,7 @@ from tasks.meta_prompt import meta_prompt
 from tasks.sources import load_task
 from tasks.splits import TaskData
 
-WORDINGS = 3  # wordings for every kind of instruction
+WORDINGS = 3  # of each kind of instruction
 Writer = Callable[[random.Random, str], str]
 
 
@@ -80,10 +80,9 @@ def prior(task: str, samples: int, folder: Path = LAB_DIR, seed: int = 0, batch:
     agent = load_model(build_config({"agent": str(folder / "agent")}), "agent")
     policy = Policy(agent, SamplingConfig(96))
     hits = 0
-    for _ in tqdm(range(0, samples, batch), desc=f"prior {task}", disable=None):
+    for start in tqdm(range(0, samples, batch), desc=f"prior {task}", disable=None):
         query = policy.query(*meta_prompt(rng.sample(data.train, 5)))
-        prompts = policy.decode(policy.sample([query], generator, batch))
-        near = prompts
+        near = policy.decode(policy.sample([query], generator, min(batch, samples - start)))
         for rows, slack in ((data.validation[:8], 0.25), (data.validation, 0.1)):
             scores = reward(near, rows).metrics["accuracy"].tolist() if near else []
             near = [prompt for prompt, score in zip(near, scores, strict=True) if score >= best - slack]
@@ -92,10 +91,15 @@ def prior(task: str, samples: int, folder: Path = LAB_DIR, seed: int = 0, batch:
     return hits, best
 
 
+def poisson_bound(hits: int) -> float:
+    """The upper 95 % bound on the mean of a Poisson variable that was `hits` once (Gehrels 1986, Eq. 9)."""
+    return (hits + 1) * (1 - 1 / (9 * (hits + 1)) + 1.645 / (3 * (hits + 1) ** 0.5)) ** 3
+
+
 @in_order
 def main(argv: Sequence[str]) -> int:
     """Prints the tables, in Markdown."""
-    parser = Parser(prog="python -m experiments.lab.landscape", description=(__doc__ or "").split("\n")[0])
+    parser = Parser("python -m experiments.lab.landscape", __doc__)
     parser.add_argument("tasks", nargs="*", default=list(grammar.LABS), help="tasks of the lab (default: all six)")
     parser.add_argument("--prior", type=int, default=0, metavar="N", help="prompts of the untrained agent to sample")
     parser.add_argument("--folder", type=Path, default=LAB_DIR, help="where agent and target are")
@@ -103,6 +107,8 @@ def main(argv: Sequence[str]) -> int:
     for task in options.tasks:
         if task not in grammar.LABS:
             raise UsageError(f"the lab has no task {task!r}; tasks are {', '.join(grammar.LABS)}")
+    if options.prior < 0:
+        raise UsageError(f"--prior is {options.prior}; expected at least 0")
     torch.set_num_threads(2)
     print("| task | " + " | ".join(KINDS) + " |\n|" + "---|" * (len(KINDS) + 1))
     for task in options.tasks:
@@ -112,9 +118,7 @@ def main(argv: Sequence[str]) -> int:
         print("\n| task | prompts sampled | within two points of the best | upper 95 % bound |\n|---|---|---|---|")
         for task in options.tasks:
             hits, _ = prior(task, options.prior, options.folder)
-            # Exact (Poisson) for no hits, the usual approximation otherwise.
-            bound = (3.0 if hits == 0 else hits + 1.645 * (hits + 1) ** 0.5 + 1) / options.prior
-            print(f"| {task} | {options.prior} | {hits} | {bound:.1e} |", flush=True)
+            print(f"| {task} | {options.prior} | {hits} | {poisson_bound(hits) / options.prior:.1e} |", flush=True)
     return 0
 
 

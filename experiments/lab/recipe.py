@@ -33,7 +33,7 @@ from experiments.lab.models import SPECIAL, Shape, build_tokenizer, llama, sampl
 from experiments.lab.packing import Packed, fit, pack
 from experiments.lab.rows import SPECS, render, row_of, sample_example, write_data
 from experiments.lab.target_recipe import build_other_target, build_target
-from experiments.terminal.command import Parser, in_order
+from experiments.terminal.command import Parser, UsageError, in_order
 from tasks.meta_prompt import MetaPrompt, rewrite_prompt
 
 
@@ -92,14 +92,16 @@ MODELS = {  # folder -> how it is built, for how many minutes, how large; the lo
 def main(argv: Sequence[str]) -> int:
     """Builds the named parts, by default all of them, two models at a time."""
     known = ", ".join(["data", *MODELS])
-    parser = Parser(prog="python -m experiments.lab.recipe", description=(__doc__ or "").split("\n")[0])
+    parser = Parser("python -m experiments.lab.recipe", __doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"what to build, of {known} (default: all)")
     parser.add_argument("--folder", type=Path, default=LAB_DIR, help="where to put it (default: the lab itself)")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on training times, to try the recipe quickly")
     options = parser.parse_args(argv)
     parts = options.parts or ["data", *MODELS]
     if unknown := set(parts) - {"data", *MODELS}:
-        parser.error(f"unknown part {min(unknown)!r}; parts are {known}")
+        raise UsageError(f"unknown part {min(unknown)!r}; parts are {known}")
+    if not options.scale > 0:
+        raise UsageError(f"--scale is {options.scale}; expected above 0")
     if "data" in parts:
         write_data(options.folder / "data")
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:

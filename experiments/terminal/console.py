@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.utils import disp_len, disp_trim
 
 from tasks.errors import printable
 
@@ -100,8 +101,8 @@ def duration(seconds: float) -> str:
 
 
 def clip(text: str, width: int) -> str:
-    """`text` on at most `width` columns."""
-    return text if len(text) <= width else f"{text[: max(0, width - 3)]}..."
+    """The beginning of a text that fits `width` columns; a Chinese character, for example, takes two."""
+    return text if disp_len(text) <= width else f"{disp_trim(text, max(0, width - 3))}..."[: max(0, width)]
 
 
 def summary(result: Mapping[str, Any], folder: Path, given: bool = False) -> str:

@@ -171,7 +171,8 @@ def seeds_of(words: Iterable[str], where: str = "--seeds") -> list[int]:
         ends = re.fullmatch(r"([0-9]{1,20})(?:-([0-9]{1,20}))?", word)
         first, last = (int(end) for end in (ends[1], ends[2] or ends[1])) if ends else (0, -1)
         if not 0 <= last - first < MOST_SEEDS:
-            raise UsageError(f"{where}: {word!r} is no seed; expected whole numbers, or ranges such as 0-9")
+            most = f"of at most {MOST_SEEDS} seeds"
+            raise UsageError(f"{where}: {word!r} is no seed; expected whole numbers, or ranges {most} such as 0-9")
         found |= dict.fromkeys(range(first, last + 1))
     return list(found)
 

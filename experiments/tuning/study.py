@@ -88,6 +88,9 @@ class Study:
                 if not isinstance(label, str):
                     raise ValueError(f"axes.{axis}: the name {shown(label)} is no text to YAML; put it in quotes")
         named = seeds if isinstance(seeds, list) else str(seeds).split()
+        for key, some in (("axes", axes), ("seeds", named)):
+            if not some:
+                raise ValueError(f"{key}: expected at least one")
         study = cls(
             path,
             str(found["question"]),

@@ -28,7 +28,7 @@ def trial(run: Run) -> Iterator[str]:
     arm.step(1)
     started = time.perf_counter()
     arm.step(2)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started - arm.cost["review_seconds"]
     yield (
         f"time: about {duration(seconds * run.steps)} for {run.steps} iterations of {seconds:.2g} s (sampling, scoring "
         "and updating); reviews of the anchor and the final scores come on top"
