@@ -297,7 +297,7 @@ def test_a_section_may_be_assigned_as_a_whole() -> None:
 
 
 def test_a_key_below_a_value_is_refused() -> None:
-    assert refusal("seed=3", "seed.low=4") == "seed.low: 'seed' has been given a value already"
+    assert refusal("seed=3", "seed.low=4") == "seed.low: 'seed' already has a value"
 
 
 # -- values ------------------------------------------------------------------------------------------------------
@@ -546,9 +546,9 @@ def test_values_are_shown_as_the_command_line_takes_them() -> None:
     [
         ([], None),
         (["few_shot=2", "race=true", "mode=fixed"], None),
-        (["few_shot=2", "race=true", "mode=tte"], "in mode tte nothing is done with few_shot, race"),
-        (["edit_manual=true"], "in mode fixed nothing is done with edit_manual"),
-        (["epochs=5"], "nothing is done with epochs, since steps is 100; steps=null counts by epochs"),
+        (["few_shot=2", "race=true", "mode=tte"], "few_shot, race: no effect in mode tte"),
+        (["edit_manual=true"], "edit_manual: no effect in mode fixed"),
+        (["epochs=5"], "epochs has no effect, since steps is 100; steps=null counts by epochs"),
         (["epochs=5", "steps=null"], None),
         (["epochs=5", "arm=manual"], None),
         (["edit_manual=true", "mode=tte"], None),

@@ -226,7 +226,7 @@ def test_the_flag_counts_when_it_is_given_to_this_call(command: str, folder: Pat
 def test_a_file_of_keys_cannot_ask_for_code_to_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "conf.yaml").write_text("trust_remote_code: true\n", encoding="utf-8")
     assert train.main(["--config", str(tmp_path / "conf.yaml"), "--run", str(tmp_path / "run")]) == 2
-    assert "conf.yaml: trust_remote_code counts on the command line only" in capsys.readouterr().err
+    assert "conf.yaml: trust_remote_code may only be set on the command line" in capsys.readouterr().err
 
 
 # -- the report --------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""A look before training: do prompts matter to this target on this task, and how much is there to gain?
+"""Checks before training whether prompts matter to this target on this task, and how much there is to gain.
 
-The manual prompt, no prompt at all and a few prompts of the untrained agent answer the validation rows. If the
-prompts differ by no more than chance, training has little to gain, and the verdict says so before it begins.
+Scores the manual prompt, the empty prompt and some prompts of the untrained agent on the validation rows. If these
+scores differ by no more than chance, training has little to gain, and the verdict says so.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Headroom:
     """Scores on the validation rows, all by the task's metric.
 
     Attributes:
-        metric, rows: what is measured, on how many rows.
-        chance: score of the best constant answer; 0 where answers are text.
+        metric, rows: the metric, and the number of rows.
+        chance: score of the best constant answer; 0 if answers are text.
         manual, manual_interval: score of the manual prompt, and its 95 % interval.
         empty: score of the empty prompt.
         sampled: scores of the agent's distinct prompts.
-        spread, noise, p: standard deviation of these scores, its size by chance alone, and the p-value of a
-            permutation test of "prompts have no effect"; null for fewer than two distinct prompts.
-        verdict: the same in words.
+        spread, noise, p: standard deviation of the sampled scores, its expected size by chance alone, and the p-value
+            of a permutation test of "prompts have no effect"; None for fewer than two distinct prompts.
+        verdict: what these numbers mean, in words.
     """
 
     metric: str
@@ -50,11 +50,11 @@ class Headroom:
     verdict: str
 
     def as_json(self) -> dict[str, Any]:
-        """What headroom.json holds."""
+        """Returns the content of headroom.json."""
         return asdict(self) | {"lines": self.lines()}
 
     def lines(self) -> list[str]:
-        """Four lines for a person."""
+        """Returns four lines for a person to read."""
         low, high = self.manual_interval
         average, best = mean(self.sampled), max(self.sampled)
         differ = "" if self.spread is None else f", spread {self.spread:.3f} (chance alone: {self.noise:.3f})"

@@ -48,7 +48,7 @@ def write_card(run: Path, agent: Path, repo: str) -> bool:
 
 
 def _has_chat_template(agent: Path) -> bool:
-    """Whether the agent's tokenizer has a chat template: a file of its own, or in the tokenizer's configuration."""
+    """Whether the agent's tokenizer has a chat template, in a separate file or in the tokenizer's configuration."""
     if (agent / "chat_template.jinja").is_file():
         return True
     try:
@@ -58,7 +58,7 @@ def _has_chat_template(agent: Path) -> bool:
 
 
 def upload(agent: Path, repo: str, private: bool = False) -> str:
-    """Uploads a folder as a model, which is created if need be; returns its address.
+    """Uploads a folder as a model, and creates the model if it does not exist; returns its address.
 
     Raises:
         PushError: there is no token, no network, or no right to write there.
