@@ -128,7 +128,7 @@ def test_a_command_without_stdout_or_stderr_ends_with_its_own_code(closed: str) 
     for words, code in (("tasks --list", 0), ("tasks --show nix", 2)):
         line = f"exec {sys.executable} -m experiments.cli {words} {closed}"
         done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert (done.returncode, "fault of the program" in done.stderr) == (code, False)
+        assert (done.returncode, "bug in the program" in done.stderr) == (code, False)
         assert "error" not in done.stdout
 
 

@@ -87,9 +87,9 @@ def test_an_assignment_is_no_seed_and_no_arm(given: list[str]) -> None:
         (["--task", "mnIi"], "did you mean 'mnli'"),
         (["--seeds", "0", "stepz=2"], "unknown key 'stepz'"),
         (["--seeds", "steps=2"], "--seeds: expected a value before 'steps=2'"),
-        (["--seeds", "0", "seed=3"], "'seed=3' would make all runs alike; --seeds says it for each"),
-        (["run=here"], "'run=here' would make all runs alike; --folder says it for each"),
-        (["--arms", "appo", "arm=ppo"], "'arm=ppo' would make all runs alike; --arms says it for each"),
+        (["--seeds", "0", "seed=3"], "'seed=3' would make all runs alike; use --seeds"),
+        (["run=here"], "'run=here' would make all runs alike; use --folder"),
+        (["--arms", "appo", "arm=ppo"], "'arm=ppo' would make all runs alike; use --arms"),
     ],
 )
 def test_mistakes_are_one_clear_line(
@@ -191,7 +191,7 @@ def test_a_process_that_ends_without_a_word_is_not_given_the_error_of_an_earlier
     (tmp_path / "manual-0.log").write_text("error: the disk was full\n", encoding="utf-8")
     monkeypatch.setattr("sys.executable", shutil.which("false"))
     ((_, code, error),) = make([cell], 2)
-    assert code == 1 and error == f"ended without a word; see {tmp_path / 'manual-0.log'}"
+    assert code == 1 and error == f"ended without an error message; see {tmp_path / 'manual-0.log'}"
 
 
 @pytest.mark.parametrize(

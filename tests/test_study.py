@@ -89,8 +89,8 @@ def test_every_study_that_is_shipped_can_be_run(path: Path, tmp_path: Path) -> N
         (["ablate", "--seeds", "steps=3"], "--seeds: expected a value before 'steps=3'"),
         (["ablate", "--record", "tests"], "'tests' is a folder; expected a file"),
         (["ablate", "--record", "no/r.jsonl"], "'no/r.jsonl' cannot be written: there is no folder 'no'"),
-        (["ablate", "seed=3"], "'seed=3' would make all runs alike; --seeds says it for each"),
-        (["ablate", "--seeds", "0", "run=here"], "'run=here' would make all runs alike; --folder says it for each"),
+        (["ablate", "seed=3"], "'seed=3' would make all runs alike; use --seeds"),
+        (["ablate", "--seeds", "0", "run=here"], "'run=here' would make all runs alike; use --folder"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,8 +123,8 @@ def test_what_is_wrong_is_said_in_a_line(words: list[str], told: str, capsys: py
         ("arm=none", "[arm=none]", "axes.reference.none: expected a text of key=value, found ['arm=none']"),
         ("arm=none", "arm=none seed=3", "axes.reference.none: 'seed=3' would make all runs alike"),
         ("steps=2", "steps=0", "small, anchor, seed 0: steps is 0"),
-        ("    none: arm", "    no: arm", "axes.reference: the name False is no text to YAML; put it in quotes"),
-        ("  lr:", "  1:", "axes.1: the name 1 is no text to YAML"),
+        ("    none: arm", "    no: arm", "axes.reference: YAML reads the name False as no text; put it in quotes"),
+        ("  lr:", "  1:", "axes.1: YAML reads the name 1 as no text"),
         ("seeds: 0 2-3", "seeds: [0, x]", "seeds: 'x' is no seed"),
         ("seeds: 0 2-3", "seeds: []", "seeds: expected at least one"),
         ("    small:", "    large!:", "axes: 'large!, anchor' and 'large, anchor' would share a folder"),

@@ -1,4 +1,4 @@
-"""The header of a run: what it is about to do. Nothing here takes long to load."""
+"""The header of a run says what the run is about to do. This module loads quickly."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def asked(config: RunConfig, preset: str, folder: Path | None) -> Iterator[str]:
-    """What is known before data and models are loaded.
+    """Yields the lines that can be said before data and models are loaded.
 
     Args:
-        config: of the run.
-        preset: the preset in force, in words.
+        config: the run's configuration.
+        preset: the preset, in words.
         folder: where the run writes; None: nowhere.
 
     Raises:
@@ -43,7 +43,7 @@ def asked(config: RunConfig, preset: str, folder: Path | None) -> Iterator[str]:
 
 
 def loaded(run: Run) -> Iterator[str]:
-    """What is known once data and models are loaded."""
+    """Yields the lines that need loaded data and models."""
     environment = run.environment()
     sizes = ", ".join(
         f"{role} {count / 1e6:,.1f} M parameters in {environment[f'{role}_computes_in']}"
@@ -52,7 +52,7 @@ def loaded(run: Run) -> Iterator[str]:
     threads = f", threads {environment['threads']}" if run.policy.device.type == "cpu" else ""
     processes = f", in each of {run.policy.ranks.size} processes" if run.policy.ranks.size > 1 else ""
     yield _line("loaded", f"{sizes}, on {environment['device']}{threads}{processes}")
-    from experiments.run.models import rank_of  # takes long to load, like all that a loaded run needs
+    from experiments.run.models import rank_of  # slow to load; a loaded run has imported it already
 
     if rank_of(run.config) is not None and run.config.arm in TRAINED:
         trained = sum(weight.numel() for weight in run.policy.trained().values())
