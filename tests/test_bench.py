@@ -63,7 +63,7 @@ def test_the_real_model_is_decoded_if_it_is_there(
     assert bench.main() == 0
     said = capsys.readouterr()
     assert "reading its weights" in said.out
-    assert "not against llama.cpp: it needs the package xllamacpp and" in said.err
+    assert "llama.cpp is left out: it needs the package xllamacpp and" in said.err
 
 
 def test_ratios_are_medians_of_those_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:

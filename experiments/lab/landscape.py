@@ -1,7 +1,7 @@
-"""Measures the lab: the target's accuracy under good and bad instructions, and how rare a good one is.
+"""Measures the lab: the target's accuracy under good and bad instructions, and how rare good instructions are.
 
     python -m experiments.lab.landscape                 the table of accuracies
-    python -m experiments.lab.landscape --prior 1024    and how often the untrained agent nearly writes the best
+    python -m experiments.lab.landscape --prior 1024    also how often the untrained agent comes close to the best
 
 Accuracies are measured on the test rows and averaged over several wordings of each kind of instruction.
 """
@@ -54,14 +54,14 @@ KINDS: dict[str, Writer] = {
 
 
 def load_reward(task: str, folder: Path = LAB_DIR) -> tuple[TaskData, ClassificationReward]:
-    """A lab task and the reward of its target."""
+    """Loads a lab task, and the reward with the lab's target."""
     data = load_task(task, str(LAB_DIR / "data"))
     target = load_model(build_config({"target": str(folder / "target")}), "target")
     return data, ClassificationReward(LocalTarget(target, data.spec.template, data.words))
 
 
 def accuracies(task: str, folder: Path = LAB_DIR, seed: int = 0) -> dict[str, float]:
-    """Mean test accuracy under each kind of instruction."""
+    """Returns the mean test accuracy under each kind of instruction."""
     rng = random.Random(seed)
     data, reward = load_reward(task, folder)
     prompts = {kind: [write(rng, task) for _ in range(WORDINGS)] for kind, write in KINDS.items()}
@@ -69,10 +69,17 @@ def accuracies(task: str, folder: Path = LAB_DIR, seed: int = 0) -> dict[str, fl
 
 
 def prior(task: str, samples: int, folder: Path = LAB_DIR, seed: int = 0, batch: int = 256) -> tuple[int, float]:
-    """How many of `samples` prompts of the untrained agent come within two points of the best, and the best accuracy.
+    """Counts prompts of the untrained agent that come within two points of the best; also returns the best accuracy.
 
-    Prompts are screened on eight validation rows first (two may go wrong), then on all of them; those within ten
-    points of the best go on to the test rows.
+    Prompts are screened first: on eight validation rows they may miss two, on all validation rows ten points. Prompts
+    that pass are scored on the test rows.
+
+    Args:
+        task: a task of the lab.
+        samples: how many prompts the agent writes.
+        folder: the folder of agent and target.
+        seed: seed of the sampling.
+        batch: most prompts for one meta-prompt.
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     data, reward = load_reward(task, folder)
