@@ -149,6 +149,7 @@ class Target:
     def logits(self, prompt: str, examples: list[Example]) -> Tensor:
         """Returns the logits [N, C] of the label words after each filled template."""
         texts = [TEMPLATE.replace("{input}", example.input).replace("{prompt}", prompt) for example in examples]
+        # Padded on the left, so that all texts end in the last column.
         batch = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
         mask = batch["attention_mask"]
         positions = (mask.cumsum(1) - 1).clamp(min=0)
