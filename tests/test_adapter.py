@@ -304,12 +304,12 @@ def test_values_that_make_no_sense_are_refused(given: str, said: str) -> None:
         build_config({}, assignments=[given])
 
 
-def test_names_of_no_layer_are_one_line() -> None:
+def test_unknown_layer_names_are_refused_in_one_line() -> None:
     with pytest.raises(ModelError, match=r"agent: no adapter fits .* with lora.targets=wrong_proj"):
         load_model(shared(**{"lora.targets": "wrong_proj"}), "agent")
 
 
-def test_an_adapter_without_its_base_is_one_line(tmp_path: Path) -> None:
+def test_an_adapter_without_its_base_is_refused_in_one_line(tmp_path: Path) -> None:
     shutil.copytree(LAB_DIR / "agent", tmp_path / "base")
     agent = load_model(shared(agent=tmp_path / "base"), "agent")
     save_agent(Policy(agent), tmp_path / "agent")

@@ -67,7 +67,7 @@ def test_every_arm_scores_as_many_prompts_on_as_many_rows(arm: str, under: Under
 
 
 @pytest.mark.parametrize("arm", ["paraphrase", "edits", "reinforce"])
-def test_an_arm_goes_on_from_its_state_as_if_it_had_not_stopped(arm: str, under: Under, tmp_path: Path) -> None:
+def test_an_arm_resumes_from_its_state_as_if_it_had_not_stopped(arm: str, under: Under, tmp_path: Path) -> None:
     way = arm_of(under(arm))
     for number in (1, 2):
         way.step(number)
@@ -252,7 +252,7 @@ def test_arms_of_ppo_differ_in_the_reference_only(arm: str, reference: str, pres
     assert config == replace(appo, arm=arm, appo=replace(appo.appo, reference=reference, kl_target=target))
 
 
-def test_what_a_user_says_wins_over_the_arm_and_the_arm_over_the_preset() -> None:
+def test_user_keys_win_over_the_arm_and_the_arm_wins_over_the_preset() -> None:
     assert build_config(assignments=["arm=reinforce"]).appo.value_coef == 0
     assert build_config(assignments=["arm=reinforce", "appo.value_coef=0.5"]).appo.value_coef == 0.5
     assert build_config(assignments=["arm=grpo", "preset=paper"]).appo.kl_in_loss

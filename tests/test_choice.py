@@ -77,7 +77,7 @@ def test_the_difference_carries_its_interval(run: Run, better: str) -> None:
     assert result["chance"] == max(map(labels.count, run.data.words)) / len(labels)
 
 
-def test_a_constant_answer_is_right_wherever_it_is_among_the_right_ones() -> None:
+def test_a_constant_answer_counts_where_it_is_one_of_the_right_answers() -> None:
     rows = [Example("a", 0, "A", also=(1,)), Example("b", 1, "B"), Example("c", 0, "A", also=(1, 2))]
     assert chance(rows) == 1.0  # B is always right, though A comes first in two rows
     assert chance([Example("d", None, "text", answers=("text",))]) is None
@@ -107,7 +107,7 @@ def test_candidates_and_predictions_add_up_to_the_scores(run: Run, better: str) 
             )
 
 
-def test_the_winner_is_not_taken_at_the_value_that_it_won_with(run: Run, better: str) -> None:
+def test_the_winner_is_expected_to_score_lower_on_new_rows(run: Run, better: str) -> None:
     clear, luck = finish(run, *JUNK, better), finish(run, *JUNK)
     assert clear["expected_on_new_rows"] == pytest.approx(clear["validation_score"], abs=0.02)  # it wins on any rows
     assert luck["expected_on_new_rows"] < luck["validation_score"]
@@ -139,7 +139,7 @@ def test_few_shot_prompts_hold_the_manual_one_and_training_pairs(run: Run) -> No
     assert FixedPrompt(run)._few_shot_prompts(run.config.few_shot) == prompts
 
 
-def test_few_shot_prompts_stand_for_election(run: Run, better: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_shot_prompts_are_candidates(run: Run, better: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FixedPrompt, "_few_shot_prompts", lambda _arm, _count: [better])
     result = finish(run, *JUNK)
     assert (result["prompt"], result["chosen"]) == (better, "few-shot")

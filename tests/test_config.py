@@ -287,7 +287,7 @@ def test_a_value_that_yaml_cannot_read_is_named() -> None:
     assert refusal("seed=[1") == "seed: cannot read the value '[1'"
 
 
-def test_a_value_where_a_section_belongs_names_a_key_of_it() -> None:
+def test_a_value_in_place_of_a_section_names_one_of_its_keys() -> None:
     assert refusal("appo=3") == "appo is 3; expected keys such as appo.learning_rate"
 
 
@@ -304,12 +304,12 @@ def test_a_key_below_a_value_is_refused() -> None:
 
 
 @pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "0.00001", "'1e-5'"])
-def test_floats_may_be_written_as_yaml_would_not(text: str) -> None:
+def test_floats_may_be_written_in_forms_that_yaml_does_not_read(text: str) -> None:
     # YAML 1.1 reads 1e-5 as text: a float needs a point there.
     assert build_config(OTHER, None, [f"appo.learning_rate={text}"]).appo.learning_rate == 0.00001
 
 
-def test_floats_may_be_written_as_yaml_would_not_in_a_file(tmp_path: Path) -> None:
+def test_floats_in_a_file_may_be_written_in_forms_that_yaml_does_not_read(tmp_path: Path) -> None:
     config = build_config(OTHER, write(tmp_path, "appo: {learning_rate: 1e-5}\n"))
     assert config.appo.learning_rate == 0.00001
 

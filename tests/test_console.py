@@ -62,7 +62,7 @@ def test_the_bar_is_whole_at_the_end_and_nothing_is_left_below_it(monkeypatch: p
     assert rest == ["what follows", ""]
 
 
-def test_a_line_that_is_said_stands_above_the_bar_though_a_ctrl_c_was_echoed_onto_it(
+def test_a_printed_line_stands_above_the_bar_after_an_echoed_ctrl_c(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     terminal = on_a_terminal(monkeypatch)

@@ -244,7 +244,7 @@ ELSEWHERE = {
     16: "test_resume.py::test_a_folder_in_use_is_refused",
     26: "test_splits.py::test_rows_that_differ_in_case_and_spaces_only_count_once",
     27: "test_splits.py::test_a_text_with_two_labels_is_drawn_at_most_once",
-    29: "test_target.py::test_a_special_token_that_is_spelt_out_is_none",
+    29: "test_target.py::test_a_special_token_written_as_text_is_read_as_text",
     30: "test_hub.py::test_a_hub_that_fails_is_one_clear_line",
     32: "test_own_task.py::test_resuming_an_edited_task_is_refused_by_what_changed",
     34: "test_models.py::test_a_models_own_code_runs_only_if_trusted",
@@ -290,6 +290,6 @@ def test_every_fault_is_tested_or_cannot_come_up() -> None:
 
 
 @pytest.mark.parametrize("place", sorted(set(ELSEWHERE.values())))
-def test_what_is_said_to_be_tested_elsewhere_is(place: str) -> None:
+def test_tests_that_are_named_as_elsewhere_exist(place: str) -> None:
     file, name = place.split("::")
     assert f"def {name}(" in (Path(__file__).parent / file).read_text(encoding="utf-8")

@@ -208,7 +208,7 @@ def table_target(table: list[list[float]]) -> Target:
     return cast(Target, SimpleNamespace(class_logits=class_logits))
 
 
-def test_classes_that_an_example_does_not_offer_are_out_of_question() -> None:
+def test_classes_that_an_example_does_not_offer_do_not_count() -> None:
     # Class 2 is the likeliest, but the example has two choices: 0 is right, margin (.3 - .2) / (.3 + .2) = .2.
     result = ClassificationReward(table_target([[0.3, 0.2, 0.5]]))(["p"], [Example("x", 0, "A", choices=2)])
     assert result.metrics["accuracy"].item() == 1

@@ -114,7 +114,7 @@ def test_wordplay_is_right_where_it_is_told_and_wrong_where_not(task: str) -> No
         ("Turn it around.", "first_word_letter", "cold", "hot"),
     ],
 )
-def test_operations(instruction: str, task: str, text: str, expected: str) -> None:
+def test_wordplay_operations_by_hand(instruction: str, task: str, text: str, expected: str) -> None:
     assert wordplay.answer(instruction, task, {"input": text}) == expected
 
 

@@ -180,7 +180,7 @@ def test_the_work_that_a_run_has_spent_counts_batches_no_larger_than_the_data(
 
 
 @pytest.mark.parametrize("arm", ["appo", "ppo", "frozen", "edits", "manual"])
-def test_what_is_said_to_be_held_and_done_is_what_the_arm_holds_and_does(arm: str, tmp_path: Path) -> None:
+def test_an_arm_holds_and_does_what_its_plan_says(arm: str, tmp_path: Path) -> None:
     run = prepare(build_config({"task": "sst2", "run": str(tmp_path / "run")}, assignments=["threads=1", f"arm={arm}"]))
     plan = Estimate(run.config, lengths_of(run), Options.of(run.config, bfloat16=False))
     lines = {line.name: line.value for line in plan.memory()}

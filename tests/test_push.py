@@ -66,7 +66,7 @@ def test_a_dry_run_writes_the_card_and_lists_the_agents_files(folder: Path, caps
     assert captured.err == f"card: {folder / 'agent' / 'README.md'}\n" and card.startswith("---\n")
 
 
-def test_a_card_that_is_there_is_left_as_it_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_card_is_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     card_of(folder)
     (folder / "agent" / "README.md").write_text("mine", encoding="utf-8")
     assert card_of(folder) == "mine"

@@ -137,7 +137,7 @@ def test_ranks_that_divide_an_agent_end_in_the_update_of_one(
 
 
 @pytest.mark.parametrize("wrong", ["lora.rank=4", "shard=true"], ids=["an adapter", "one process"])
-def test_a_division_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: str) -> None:
+def test_an_impossible_division_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: str) -> None:
     assert main(arguments(tmp_path / "run", "shard=true", wrong)) == 2
     assert "error: shard is true" in capsys.readouterr().err and not (tmp_path / "run").exists()
 

@@ -350,7 +350,7 @@ def test_the_cost_is_added_up(tmp_path: Path) -> None:
     ]
 
 
-def test_the_code_that_uses_the_result_compiles(tmp_path: Path) -> None:
+def test_the_code_for_using_the_result_compiles(tmp_path: Path) -> None:
     text = "Say \"yes\"\nor 'no' {x}"
     blocks = re.findall(r"<h3>With [^<]*</h3><pre>(.*?)</pre>", render(tmp_path, prompt=text), re.DOTALL)
     assert len(blocks) == 2

@@ -93,7 +93,7 @@ def test_every_study_that_is_shipped_can_be_run(path: Path, tmp_path: Path) -> N
         (["ablate", "--seeds", "0", "run=here"], "'run=here' would make all runs alike; use --folder"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
@@ -281,7 +281,7 @@ def test_a_run_whose_last_prompts_have_no_score_has_failed() -> None:
     assert summary([*RUNS, lost], "arm")[1][5] == "1 of 3"
 
 
-def test_what_does_not_train_cannot_fail() -> None:
+def test_arms_without_training_cannot_fail() -> None:
     frozen = [record("frozen", seed, [0.3] * 40) for seed in range(2)]
     assert summary([*RUNS, *frozen], "arm")[3][5] == ""
 
@@ -395,7 +395,7 @@ def test_nothing_in_a_prompt_ends_a_cell() -> None:
 @pytest.mark.parametrize(
     "words", ["sums of arm", "plane of arm", "curve of arm by task", "summary of lr", "runs of arm where lr = 1"]
 )
-def test_tables_that_there_are_not(words: str) -> None:
+def test_unknown_tables_are_refused(words: str) -> None:
     with pytest.raises(ValueError, match=words.split(maxsplit=1)[0]):
         view(RUNS, words)
 

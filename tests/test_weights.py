@@ -244,5 +244,5 @@ def test_the_licence_is_printed_before_anything_is_downloaded(
     assert "Apache-2.0" in capsys.readouterr().err.splitlines()[0]
 
 
-def test_it_is_a_subcommand() -> None:
+def test_weights_is_a_subcommand() -> None:
     assert "weights" in COMMANDS
