@@ -1,4 +1,4 @@
-"""An agent that is a LoRA adapter on a frozen base: what is trained, shared, saved, and what the numbers are."""
+"""An agent that is a LoRA adapter on a frozen base: its numbers, and what is trained, shared and saved."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def logits(lm: CausalLM) -> torch.Tensor:
 
 
 def shake(model: torch.nn.Module) -> None:
-    """Gives a new adapter, which begins with no effect, random weights."""
+    """Gives a new adapter random weights, since a new one has no effect."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""From scores to advantages: the whole chain equals a slow twin, and a reward that is equal for all moves nothing."""
+"""From scores to advantages: the whole chain equals a slow twin, and equal rewards move nothing."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_constant_reward_moves_no_weight_with_one_response_per_query() -> None
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.05])
 def test_a_constant_reward_moves_no_weight_while_the_anchor_is_the_agent(kl_coef: float) -> None:
-    """Then the KL is rounding, which whitening would turn into full steps."""
+    """The KL is then only rounding error, which whitening would turn into full steps."""
     tokenizer = byte_tokenizer()
     policy = policy_of(sharpen(llama(len(tokenizer))), tokenizer, plain_sampling(12))
     config = APPOConfig(**REWARD_ALONE | {"kl_coef": kl_coef})

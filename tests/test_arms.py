@@ -1,4 +1,4 @@
-"""Arms: what each asks and keeps, that all score as many pairs, and that a stopped one goes on from its state."""
+"""Arms: what each asks and keeps; all score the same number of pairs; a stopped arm resumes from its state."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Under = Callable[[str], Run]
 
 @pytest.fixture(scope="module")
 def under(tmp_path_factory: pytest.TempPathFactory) -> Under:
-    """A run of each arm, on models that are loaded once; the agent gets its first weights back for each."""
+    """Makes a run of any arm on models that are loaded once; the agent gets its first weights back each time."""
     folder = tmp_path_factory.mktemp("runs")
     first = prepare(build_config({"task": "sst2", "run": str(folder / "run")}, assignments=SMALL))
     weights = {name: tensor.clone() for name, tensor in first.policy.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Batches: every example once per epoch, and labels in the same proportions as in the examples."""
+"""Batches: each epoch has every example once, and each batch has the labels in proportion."""
 
 from __future__ import annotations
 

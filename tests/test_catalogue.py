@@ -1,4 +1,4 @@
-"""Specs by name and by file: what a good spec gives, and what the message about a bad one says."""
+"""Specs by name and by file: what a good spec defines, and which message refuses a bad one."""
 
 from __future__ import annotations
 

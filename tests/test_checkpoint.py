@@ -1,4 +1,4 @@
-"""Checkpoints as files: whole or absent, skipped where damaged, and never run as code."""
+"""Checkpoints as files: complete or absent, skipped if damaged, and never run as code."""
 
 from __future__ import annotations
 

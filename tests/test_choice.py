@@ -1,4 +1,4 @@
-"""The final choice: made on validation, never worse there than the manual prompt, and reported in words."""
+"""The final choice is made on validation, never scores worse there than the manual prompt, and comes with a verdict."""
 
 from __future__ import annotations
 

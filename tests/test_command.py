@@ -1,4 +1,4 @@
-"""How commands end: one line and an exit code for what a user can cause, a traceback for a fault of ours."""
+"""How commands end: with one line and an exit code for errors that users can cause, with a traceback for a bug."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def ending(error: BaseException | None) -> int:
-    """The exit code of a command that raises this."""
+    """Returns the exit code of a command that raises this error."""
 
     @in_order
     def main(argv: Sequence[str]) -> int:

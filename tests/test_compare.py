@@ -1,4 +1,4 @@
-"""Arms side by side: what is compared with what, and an arm that fails does not stop the others."""
+"""Arms side by side: which runs are compared, and that a failing arm does not stop the others."""
 
 from __future__ import annotations
 

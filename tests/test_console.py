@@ -1,4 +1,4 @@
-"""What a run shows while it works: a bar that stays whole on a terminal, plain lines elsewhere."""
+"""The progress of a run: an intact bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STATS = {"reward_mean": 1.0, "accuracy_mean": 0.5, "kl": 0.1}
 
 
 class Terminal(io.StringIO):
-    """Stands for a terminal, and knows what it shows."""
+    """Stands in for a terminal, and keeps what it shows."""
 
     def isatty(self) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""A decoding step written out equals the model's own, and is used for models that it equals only."""
+"""The written-out decoding step equals the model's own, and is used only if it does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where responses end: at every end the model names, at a line break, never before something is written."""
+"""Where responses end: at each end token of the model, at a line break, never before there is visible text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a folder that overwrites nothing, lines that read back as written, the prompt pool."""
+"""A run's folder, which overwrites nothing; its files, which read back as written; and the prompt pool."""
 
 from __future__ import annotations
 

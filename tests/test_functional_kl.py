@@ -1,4 +1,4 @@
-"""KL estimates, the rewards they turn into, log-probabilities and entropies, plain and in blocks of rows."""
+"""KL estimates, token rewards with them, log-probabilities and entropies, plain and in blocks of rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generated answers: greedy continuations against the plain loop, stops and budgets, and how they are scored."""
+"""Generated answers: greedy continuations against a plain loop, stop strings, token limits, and scores."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BUDGET = 6
 
 
 def plain_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: str, budget: int) -> str:
-    """One row, no padding, no cache, everything run again for every token."""
+    """Continues one row without padding and cache: runs the whole text again for every token."""
     ids = tokenizer(context)["input_ids"]
     written: list[int] = []
     for _ in range(budget):
@@ -51,7 +51,7 @@ def test_generation_equals_the_plain_loop(
 
 
 def always(model: PreTrainedModel, token: int) -> PreTrainedModel:
-    """A model that says one token, whatever it reads: its head has zero weights and a bias of 1 for the token."""
+    """Makes a model that says one token, whatever it reads: its head has zero weights and a bias of 1 for the token."""
     model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
     bias = torch.zeros(model.lm_head.out_features)
     bias[token] = 1.0

@@ -1,4 +1,4 @@
-"""The look at the headroom before training, on the lab and on a target that ignores the prompt."""
+"""The headroom check before training, on the lab and with a target that ignores the prompt."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def deaf(run: Run) -> Run:
-    """The same run with a target whose answers depend on the input alone: it always reads the same prompt."""
+    """The same run with a target that ignores prompts: it always reads the same one."""
     heard = run.target.target
     assert isinstance(heard, LocalTarget)
     target = LocalTarget(heard.lm, heard.template, heard.words)

@@ -1,4 +1,4 @@
-"""The lab: what obeying means, that the data follow from the grammar, and that the shipped target obeys."""
+"""The lab: obeying is well defined, the data follow from the grammar, and the shipped target obeys."""
 
 from __future__ import annotations
 

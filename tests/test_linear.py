@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: the numbers and gradients are those of torch's own, whatever the layout in memory."""
+"""Linear layers by oneDNN have the numbers and gradients of torch's own, whatever the layout in memory."""
 
 from __future__ import annotations
 

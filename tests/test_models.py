@@ -1,4 +1,4 @@
-"""Loading models: folders from `save_pretrained` load, all others are refused in one clear line."""
+"""Loading models: folders from `save_pretrained` load; all others are refused in one clear line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task of one's own, as a person would keep it: trained on, edited afterwards, and used with inputs of all kinds."""
+"""A user's own task: runs are trained on it, it is edited afterwards, and runs are used with inputs of all kinds."""
 
 from __future__ import annotations
 

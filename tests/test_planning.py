@@ -1,4 +1,4 @@
-"""A plan's memory is that of the real thing: the same step on real tensors, whose bytes are counted."""
+"""A plan's memory agrees with the same step on real tensors, whose bytes are counted; its work with real runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The policy: evaluation gives the log-probabilities of sampling, whatever shares the batch."""
+"""The policy: evaluation gives the log-probabilities of sampling, whatever else is in the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The upload of an agent: its card is true and usable, a dry run needs no network, and failures are one line."""
+"""The upload of an agent: its card is true and usable, a dry run needs no network, and errors are one line."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def card_of(folder: Path) -> str:
 
 
 def pushed(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`appo push` in a process of its own, at a hub that nobody serves; HOME would hold a login."""
+    """`appo push` in its own process, with a hub that does not answer and without a login from HOME."""
     command = [sys.executable, "-c", "import sys; from experiments.cli import main; sys.exit(main())", "push"]
     without = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     given = without | {"HOME": str(folder), "HF_ENDPOINT": "http://127.0.0.1:9", **environment}

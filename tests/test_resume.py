@@ -1,4 +1,4 @@
-"""Nothing is lost: checkpoints are whole or absent, stops are clean, and resuming is bit for bit."""
+"""No work is lost: checkpoints are complete or absent, stops are clean, and a resumed run is equal bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged run folders: every command that reads one works, or refuses it in one line."""
+"""Damaged run folders: every command that reads such a folder works, or refuses it in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Targets behind a server: the same scores as in this process, whatever goes wrong on the way, each paid for once."""
+"""Targets behind a server give the same scores as in this process, despite faults, and each score is paid for once."""
 
 from __future__ import annotations
 

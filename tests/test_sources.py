@@ -1,4 +1,4 @@
-"""Where the rows of a task are looked for, and real rows."""
+"""Where the rows of a task are found, and checks of real rows."""
 
 from __future__ import annotations
 

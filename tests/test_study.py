@@ -1,4 +1,4 @@
-"""Studies: which runs a file describes, what is planned and recorded of them, and the tables made of the records."""
+"""Studies: the runs that a file describes, their plans and records, and the tables made from the records."""
 
 from __future__ import annotations
 

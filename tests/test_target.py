@@ -1,4 +1,4 @@
-"""The target: its class logits against the plain unpadded, uncached loop, and its label words found in place."""
+"""The target: its class logits against a plain loop without padding and cache, and the tokens of its label words."""
 
 from __future__ import annotations
 

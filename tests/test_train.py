@@ -1,4 +1,4 @@
-"""Whole runs on the lab: what they leave behind, how they refuse, and that they learn."""
+"""Whole runs on the lab: the files that they write, the mistakes that they refuse, and that they learn."""
 
 from __future__ import annotations
 

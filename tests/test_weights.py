@@ -114,7 +114,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs the command, which must refuse in one line and leave nothing behind; gives that line."""
+    """Runs the command, which must refuse in one line and leave nothing behind; returns that line."""
 
     def run(*arguments: str) -> str:
         before = sorted(tmp_path.rglob("*"))
