@@ -70,22 +70,17 @@ def evaluate(run: Run, votes: int = 1, how: Vote = "majority", sampled: bool = F
         UsageError: the run has one prompt for all inputs and cannot sample, or generated text is to vote by margin.
         FloatingPointError: the target's logits are not finite.
     """
-    import torch
-
-    from experiments.arms.editor import editor_of
     from rewards.target import NO_NUMBERS
 
+    check_sampling(run.config, votes, sampled)
+    if votes > 1 and how == "margin" and not run.data.words:
+        raise UsageError("generated text has no margin; use --vote majority")
     examples, started = run.data.test, time.perf_counter()
     if run.config.mode == "fixed":
-        check_sampling(run.config, votes, sampled)
         prompt = read_result(run.folder.path)["prompt"]
         values = run.reward.by_example([prompt], examples)[0].tolist()
     else:
-        if votes > 1 and how == "margin" and not run.data.words:
-            raise UsageError("generated text has no margin; use --vote majority")
-        generator = torch.Generator(run.policy.device).manual_seed(seed) if votes > 1 or sampled else None
-        editor, inputs = editor_of(run), [example.input for example in examples]
-        prompts = [editor.write(inputs, seed=draw, generator=generator) for draw in range(votes)]
+        prompts = _written(run, votes, sampled, seed)
         values = _voted(run, prompts, examples, how) if votes > 1 else _each(run, prompts[0], examples)
     seconds = time.perf_counter() - started
     if not all(map(math.isfinite, values)):
@@ -115,6 +110,17 @@ def check_sampling(config: RunConfig, votes: int, sampled: bool) -> None:
     """
     if config.mode == "fixed" and (votes > 1 or sampled):
         raise UsageError("this run has one prompt for all inputs; sampling and votes need a run in mode tte")
+
+
+def _written(run: Run, votes: int, sampled: bool, seed: int) -> list[list[str]]:
+    """Lets the agent write `votes` prompts for each test input: greedily, or sampled if asked or needed for a vote."""
+    import torch
+
+    from experiments.arms.editor import editor_of
+
+    generator = torch.Generator(run.policy.device).manual_seed(seed) if votes > 1 or sampled else None
+    editor, inputs = editor_of(run), [example.input for example in run.data.test]
+    return [editor.write(inputs, seed=draw, generator=generator) for draw in range(votes)]
 
 
 def _each(run: Run, prompts: Sequence[str], examples: Sequence[Example]) -> list[float]:

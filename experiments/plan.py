@@ -17,6 +17,7 @@ from experiments.config import GIVEN, RunConfig, build_config, is_served
 from experiments.config.strict import ConfigError
 from experiments.terminal.command import Parser, UsageError, in_order
 from experiments.terminal.signals import ending_at_once
+from experiments.tuning.header import size_of_iteration
 from tasks.catalogue import load_spec
 from tasks.errors import printable
 
@@ -82,9 +83,7 @@ def page(config: RunConfig, lengths: Lengths, plans: Sequence[Estimate]) -> Iter
     chosen = plans[0]
     for role, shadow in (("agent", chosen.agent), ("target", chosen.target)):
         yield f"{role:<8}{getattr(config, role)}: {shadow.parameters / 1e9:.3f} G parameters"
-    size = config.examples.batch_size
-    each = f"x {size} examples" if config.mode == "fixed" else f"for each of {size} inputs"
-    steps = f"{lengths.steps} iterations of {config.prompts} prompts {each}" if lengths.steps else "no iterations"
+    steps = f"{lengths.steps} iterations of {size_of_iteration(config)}" if lengths.steps else "no iterations"
     yield (
         f"texts   meta-prompt {lengths.query} tokens, prompt at most {lengths.prompt}, example {lengths.example}; "
         f"{steps}"

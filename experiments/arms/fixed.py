@@ -133,10 +133,7 @@ class FixedPrompt(Arm):
             raise FloatingPointError("no prompt has a finite score on the validation split; see metrics.jsonl")
         rewards, means = rewards.nan_to_num(-math.inf), validation.mean(1).nan_to_num(-math.inf).tolist()
         best = self.choose(means, rewards.tolist())
-        published = [prompt for prompt, kind, _ in candidates if kind == "tuned"][:PAPER_POOL] or [manual]
-        others = run.reward.by_example(published, test)
         of_manual, of_best = (answers(run, [prompt] * len(test), test) for prompt in (manual, prompts[best]))
-        luckiest = others[int(others.sum(1).nan_to_num(-math.inf).argmax())].tolist()
         result = {
             "prompt": prompts[best],
             "chosen": candidates[best].kind,
@@ -148,13 +145,25 @@ class FixedPrompt(Arm):
             ),
             "expected_on_new_rows": None if run.config.race else corrected(validation.nan_to_num(0).tolist()),
             "answers_on_test": self._shares(of_best.records, of_manual.records) if run.data.words else {},
-            "paper_protocol": {
-                "name": f"best of the top {len(published)} by training reward, chosen on test",
-                "test_score": sum(luckiest) / len(luckiest),
-                "test_interval": interval(luckiest),
-            },
+            "paper_protocol": self._paper_protocol(candidates),
         }
-        scored = validation.isfinite() if run.config.race else torch.ones_like(validation, dtype=torch.bool)
+        listed = self._listed(candidates, validation)
+        return Outcome(result, listed, predictions(test, of_manual, of_best, run.target.words))
+
+    def _paper_protocol(self, candidates: Sequence[Candidate]) -> dict[str, Any]:
+        """Returns the test score that the paper would report: that of the best of the top five on test."""
+        top = [prompt for prompt, kind, _ in candidates if kind == "tuned"][:PAPER_POOL]
+        values = self.run.reward.by_example(top or [self.run.data.spec.manual_prompt], self.run.data.test)
+        luckiest = values[int(values.sum(1).nan_to_num(-math.inf).argmax())].tolist()
+        return {
+            "name": f"best of the top {len(values)} by training reward, chosen on test",
+            "test_score": sum(luckiest) / len(luckiest),
+            "test_interval": interval(luckiest),
+        }
+
+    def _listed(self, candidates: Sequence[Candidate], validation: Tensor) -> list[dict[str, Any]]:
+        """Returns the rows of candidates.jsonl, best first; `validation` holds the scores on each row, [K, N]."""
+        scored = validation.isfinite() if self.run.config.race else torch.ones_like(validation, dtype=torch.bool)
         scored[~scored.any(1)] = True  # a prompt without any finite score: its mean is NaN, not that of no rows
         listed = [
             {
@@ -165,8 +174,7 @@ class FixedPrompt(Arm):
             }
             for candidate, values, known in zip(candidates, validation, scored, strict=True)
         ]
-        listed.sort(key=lambda row: (-row["validation_rows"], -row["validation_score"]))
-        return Outcome(result, listed, predictions(test, of_manual, of_best, run.target.words))
+        return sorted(listed, key=lambda row: (-row["validation_rows"], -row["validation_score"]))
 
     def _on_validation(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Returns the candidates' metrics on validation by name, [K, N]; NaN where a race did not score a prompt."""

@@ -31,15 +31,20 @@ def asked(config: RunConfig, preset: str, folder: Path | None) -> Iterator[str]:
     yield _line("task", f"{spec.name}, judged by {spec.metric}, data from {source}: {spec.description}")
     yield _line("models", f"agent {config.agent}, target {config.target}, on {config.device}")
     yield _line("preset", preset)
-    size = config.examples.batch_size
-    each = f"x {size} examples" if config.mode == "fixed" else f"for each of {size} inputs"
     yield _line("arm", config.arm + ("" if config.arm in TRAINED else ": the agent is never updated"))
     if config.arm in GIVEN:
         yield _line("length", "no iterations: one prompt is scored")
     else:
-        yield _line("iteration", f"{config.prompts} prompts {each}")
+        yield _line("iteration", size_of_iteration(config))
         yield _line("length", f"{config.steps} iterations" if config.steps else f"{config.epochs} epochs")
     yield _line("writes to", str(folder) if folder else "nothing: a dry run")
+
+
+def size_of_iteration(config: RunConfig) -> str:
+    """Says how many prompts an iteration scores, and on how many examples."""
+    size = config.examples.batch_size
+    each = f"x {size} examples" if config.mode == "fixed" else f"for each of {size} inputs"
+    return f"{config.prompts} prompts {each}"
 
 
 def loaded(run: Run) -> Iterator[str]:
