@@ -118,6 +118,7 @@ def _new(folder: Path) -> Iterator[Path]:
     """Makes a folder to write to; moves it to `folder` when it is complete, and removes it after an error."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightsError(f"{str(folder)!r} exists and is not empty; name another folder, or remove it")
+    folder = folder.resolve()  # "." has no name
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
     part.mkdir(parents=True)
