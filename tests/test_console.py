@@ -69,11 +69,11 @@ def test_a_printed_line_stands_above_the_bar_after_an_echoed_ctrl_c(
     progress = Progress(4)
     progress.show(1, STATS, "best 1.00  Say yes.")
     terminal.write("^C")
-    progress.say("finishing this iteration; once more to stop at once")
+    progress.say("finishing this iteration; press Ctrl-C again to stop at once")
     progress.show(2, STATS, "best 1.00  Say yes.")
     progress.close()
     said, timed, bar, *rest = terminal.lines()
-    assert said == "finishing this iteration; once more to stop at once"
+    assert said == "finishing this iteration; press Ctrl-C again to stop at once"
     assert timed.startswith("about ") and timed.endswith(", then the test split")
     assert bar.startswith("tuning:  50%|") and bar.endswith("kl=0.10]")
     assert rest == [""]

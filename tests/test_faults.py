@@ -214,7 +214,11 @@ FAULTS: list[tuple[str, Callable[[Path], list[str]], list[str]]] = [
     ("13 a preset that is a list", options("preset=[lab]"), ["unknown preset", "presets are lab"]),
     ("17 a device without numbers", options("device=meta"), ["device 'meta' cannot be used"]),
     ("33 a model that is a file", options("--target", "setup.cfg"), ["target", "'setup.cfg' is a file"]),
-    ("34 code, asked for in a file", config("trust_remote_code: true"), ["conf.yaml", "may only be set on the command line"]),
+    (
+        "34 code, asked for in a file",
+        config("trust_remote_code: true"),
+        ["conf.yaml", "may only be set on the command line"],
+    ),
     ("36 a chat without a template", options("target_chat=true"), ["target_chat is true", "no chat template"]),
     ("39 a config that is a list", model(lambda f: write(f / "config.json", "[]")), ["target", "cannot load"]),
     ("39 no attention heads", model(changed(num_attention_heads=0)), ["target", "cannot load", "ZeroDivisionError"]),

@@ -131,7 +131,7 @@ class Arm(ABC):
         """Raises SelfCheckError if the update changed no weight; otherwise such a run would go on unnoticed."""
         before = self.trainer.anchor.state_dict()["parameters"]
         if all(torch.equal(weight, before[name]) for name, weight in self.run.policy.trained().items()):
-            raise SelfCheckError("the first update had a gradient but changed no weight that the agent uses")
+            raise SelfCheckError("the first update had a gradient and changed no weight of the agent")
 
     def learn(self, question: Question) -> Step:
         """Collects rollouts and updates the agent; checks both in the first iteration."""
