@@ -124,7 +124,7 @@ def test_show_config_says_where_each_value_comes_from(tmp_path: Path, capsys: py
     }  # fmt: skip
     assert {key: shown[key] for key in expected} == expected
     assert lines[lines.index(next(line for line in lines if line.startswith("seed=0"))) + 1] == (
-        "    of splits, batches, sampling and minibatch order"
+        "    seed of splits, batches, sampling and minibatch order"
     )
     assert not (tmp_path / "r").exists()
 
