@@ -1,4 +1,4 @@
-"""The library in thirty lines: an agent learns to write what your own function rewards.
+"""The library in thirty lines: an agent learns to write text that your own function rewards.
 
 python examples/custom_reward.py         half a minute; the lab's agent learns to write short instructions
 """

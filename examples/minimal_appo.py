@@ -3,9 +3,10 @@
     python examples/minimal_appo.py          about a minute on a laptop; prints the learning curve
 
 An agent M_a reads some input-output pairs (the state s) and writes K prompts z. A frozen target M_T answers labelled
-examples under each of them; how well it answers is the reward. PPO trains the agent, with a penalty on its distance
-from an *anchor*, a copy of the agent. An agent that is clearly better becomes the new anchor (promotion); one that is
-clearly worse goes back to the anchor (rollback). The paper's equations, in the order in which they appear below:
+examples under each prompt, and the quality of its answers is the reward. PPO trains the agent, with a penalty on its
+distance from an *anchor*, an earlier copy of the agent. When the agent has become clearly better than the anchor, it
+becomes the anchor; when it has become clearly worse, it goes back to the anchor. The paper's equations, in the order of
+the code below:
 
     (13)  R = c_a * accuracy + c_s * margin         mean over a batch of examples           reward
     (14)  margin = p(y) - max_{i != y} p(i)         p: softmax over the label words         reward
@@ -18,22 +19,23 @@ clearly worse goes back to the anchor (rollback). The paper's equations, in the 
     (12)  L = L_v + L_agent                                                                 loss
     3.2   the rule of the anchor                                                            review
 
-    (7) to (9) are the same with theta_{t-1} in place of the anchor: plain PPO, with which APPO is compared.
+    (7) to (9) are the same with theta_{t-1} in place of the anchor: plain PPO, with which the paper compares APPO.
 
-Departures from the paper as printed, and why:
+Where this file departs from the printed paper, and why:
 
-    - The penalty has a coefficient, and enters as a reward of each token (Ziegler et al. 2019) rather than as a term of
-      the loss: so GAE carries it back to the tokens that caused it. The paper prints no coefficient.
+    - The penalty has a coefficient, which the paper does not print. It is part of each token's reward (Ziegler et al.
+      2019), not a term of the loss, so that GAE carries it back to the tokens that caused it.
     - The surrogate is min(unclipped, clipped) (Schulman et al. 2017). The clipped term alone, as printed, cannot pull
       back a ratio that has left the range in the wrong direction.
     - Signs: A is maximised, L_v and P are minimised; the paper adds all three.
     - The mean reward of the other prompts is subtracted from each reward. Otherwise, with a critic that starts at 0,
-      equal rewards would make every end token likelier: real agents then write less and less, until they write nothing.
-    - Performance, which the paper does not define, is mean validation accuracy of eight sampled prompts.
+      equal positive rewards would make every end token more likely: real agents then write less and less, and finally
+      nothing.
+    - Performance, which the paper does not define, is the mean validation accuracy of eight sampled prompts.
 
-Left out here, and found in the package: several queries in an iteration, minibatches, value clipping, an entropy
-bonus, and guards against unsound steps (appo/update.py); speed (appo/lm/); chat templates; test-time editing and a fair
-final choice with intervals (experiments/arms/); checkpoints (experiments/run/).
+This file leaves out what the package has: several queries in an iteration, minibatches, value clipping, an entropy
+bonus and guards against unsound steps (appo/update.py); speed and chat templates (appo/lm/); test-time editing and a
+fair final choice with intervals (experiments/arms/); checkpoints (experiments/run/).
 """
 
 from __future__ import annotations
@@ -50,22 +52,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 LAB = Path(__file__).parents[1] / "experiments" / "lab"
 TEMPLATE = "{prompt} Input : {input} Output :"
-WORDS = {"entailment": "yes", "neutral": "maybe", "contradiction": "no"}  # the verbalizer: label -> what is answered
+WORDS = {"entailment": "yes", "neutral": "maybe", "contradiction": "no"}  # the verbalizer: label -> answer
 
 
 @dataclass(frozen=True)
 class Config:
-    """Values for the lab's tiny agent; comments give the paper's where they differ."""
+    """Values for the lab's tiny agent; comments give the paper's value if it differs."""
 
     iterations: int = 40
-    prompts: int = 16  # K, sampled in each iteration, two or more; paper: 4
-    examples: int = 16  # on which each prompt is scored
-    max_new_tokens: int = 64  # longest prompt; paper: 150
+    prompts: int = 16  # K, prompts sampled in each iteration, at least two; paper: 4
+    examples: int = 16  # examples on which each prompt is scored
+    max_new_tokens: int = 64  # most tokens of a prompt; paper: 150
     accuracy_weight: float = 10.0  # c_a of Eq. 13
     margin_weight: float = 0.1  # c_s of Eq. 13
-    learning_rate: float = 4e-4  # paper: 1e-5, of an adapter of a large agent
-    value_learning_rate: float = 2e-3  # of the value head alone; paper: one for all
-    value_coef: float = 0.1  # of L_v in Eq. 12
+    learning_rate: float = 4e-4  # paper: 1e-5, for an adapter of a large agent
+    value_learning_rate: float = 2e-3  # learning rate of the value head; paper: one for all
+    value_coef: float = 0.1  # coefficient of L_v in Eq. 12
     gamma: float = 1.0
     lam: float = 0.95
     clip_range: float = 0.2  # eps of Eq. 6
@@ -73,8 +75,8 @@ class Config:
     ppo_epochs: int = 4
     max_grad_norm: float = 1.0
     period: int = 5  # iterations between two reviews of the anchor
-    promote_threshold: float = 0.05  # lead in accuracy above which the anchor follows
-    rollback_threshold: float = 0.1  # deficit above which the agent goes back
+    promote_threshold: float = 0.05  # the agent becomes the anchor if it leads by more than this in accuracy
+    rollback_threshold: float = 0.1  # the agent goes back to the anchor if it trails by more than this
     seed: int = 0
 
 
@@ -92,7 +94,7 @@ class Agent(nn.Module):
         nn.init.zeros_(self.value_head.bias)
 
     def forward(self, query: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the tokens, and values of the states before each; both [K, T], 0 on padding.
+        """Returns log-probabilities of the tokens, and values of the states before them; both [K, T], 0 on padding.
 
         Args:
             query: [Q] token ids of the meta-prompt.
@@ -108,10 +110,10 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def sample(self, query: Tensor, count: int, length: int, end: int) -> tuple[Tensor, Tensor]:
-        """Tokens and mask, [K, T], of responses that are sampled from the plain softmax.
+        """Samples responses from the plain softmax; returns their tokens and mask, [K, T] each.
 
-        No top-k and no top-p: the loss needs the probabilities of the distribution that was sampled from. The end token
-        is part of a response, and is trained like any other.
+        There is no top-k and no top-p, because the loss needs the probabilities of the distribution that was sampled
+        from. The end token is part of a response, and is trained like any other token.
         """
         ids, cache, alive = query.expand(count, -1), None, torch.ones(count, dtype=torch.bool)
         tokens, mask = [], []
@@ -129,7 +131,7 @@ class Agent(nn.Module):
 
 @dataclass(frozen=True)
 class Example:
-    """What the target reads, and the class of the right answer."""
+    """An input for the target, and the class of the right answer."""
 
     input: str
     label: int
@@ -140,14 +142,15 @@ class Target:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-        # A label word's token depends on its place: here it stands behind the template, after a space.
+        # The token of a label word depends on the text before it: here the template and a space.
         self.words = [tokenizer(f"{TEMPLATE} {word}")["input_ids"][-1] for word in WORDS.values()]
 
     @torch.no_grad()
     def logits(self, prompt: str, examples: list[Example]) -> Tensor:
-        """Logits [N, C] of the label words behind each filled template."""
+        """Returns the logits [N, C] of the label words after each filled template."""
         texts = [TEMPLATE.replace("{input}", example.input).replace("{prompt}", prompt) for example in examples]
-        batch = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")  # all end in one column
+        # Padded on the left, so that all texts end in the last column.
+        batch = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
         mask = batch["attention_mask"]
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         output = self.model(batch["input_ids"], attention_mask=mask, position_ids=positions, logits_to_keep=1)
@@ -155,7 +158,7 @@ class Target:
 
 
 def reward(target: Target, prompts: list[str], examples: list[Example], config: Config) -> tuple[Tensor, Tensor]:
-    """Rewards [K] of prompts (Eq. 13), and their accuracies [K]."""
+    """Returns the rewards [K] of prompts (Eq. 13), and their accuracies [K]."""
     labels = torch.tensor([example.label for example in examples])
     chances = torch.stack([target.logits(prompt, examples).softmax(-1) for prompt in prompts])  # [K, N, C]
     accuracies = (chances.argmax(-1) == labels).float().mean(1)
@@ -170,19 +173,19 @@ def reward(target: Target, prompts: list[str], examples: list[Example], config: 
 
 @dataclass(frozen=True)
 class Rollout:
-    """K responses to one query, as they were sampled; tensors are [K, T], except scores [K]."""
+    """K sampled responses to one query; tensors are [K, T], except `query` [Q] and `scores` [K]."""
 
     query: Tensor
     tokens: Tensor
     mask: Tensor
-    logprobs: Tensor  # under the agent that sampled: theta_{t-1} of Eq. 5
+    logprobs: Tensor  # under the agent that sampled them, theta_{t-1} of Eq. 5
     values: Tensor
     anchor_logprobs: Tensor
     scores: Tensor
 
 
 def penalised(rollout: Rollout, kl_coef: float) -> Tensor:
-    """Reward of each token, [K, T]: minus the penalty everywhere, plus the score at the end.
+    """Returns the reward of each token, [K, T]: minus the penalty at every token, plus the score at the last.
 
     log p - log p_anchor of a token that the agent sampled is an unbiased estimate of KL(agent || anchor), Eq. 10.
     """
@@ -195,7 +198,7 @@ def penalised(rollout: Rollout, kl_coef: float) -> Tensor:
 
 
 def advantages(rollout: Rollout, config: Config) -> tuple[Tensor, Tensor]:
-    """Advantages, whitened over all tokens, and returns; both [K, T] (Eq. 4, Schulman et al. 2016)."""
+    """Returns advantages, whitened over all tokens, and returns; both [K, T] (Eq. 4, Schulman et al. 2016)."""
     rewards, values, mask = penalised(rollout, config.kl_coef), rollout.values, rollout.mask
     following = nn.functional.pad(values[:, 1:], (0, 1))  # values are 0 on padding: an episode ends where its text does
     errors = rewards + config.gamma * following - values
@@ -212,13 +215,13 @@ def advantages(rollout: Rollout, config: Config) -> tuple[Tensor, Tensor]:
 
 
 def make_optimizer(agent: Agent, config: Config) -> torch.optim.Optimizer:
-    """Adam over the agent, its value head with a learning rate of its own."""
+    """Makes Adam for the agent; the value head gets its own learning rate."""
     head = {"params": list(agent.value_head.parameters()), "lr": config.value_learning_rate}
     return torch.optim.AdamW([{"params": list(agent.model.parameters())}, head], config.learning_rate, weight_decay=0.0)
 
 
 def loss(agent: Agent, rollout: Rollout, estimated: Tensor, returns: Tensor, config: Config) -> Tensor:
-    """L of Eq. 12, to be minimised; the penalty is in the advantages already."""
+    """Returns L of Eq. 12, which is minimised; the penalty is already part of the advantages."""
     mask = rollout.mask
     logprobs, values = agent(rollout.query, rollout.tokens, mask)
     ratio = (logprobs - rollout.logprobs).exp()  # Eq. 5; 1 in the first epoch
@@ -229,7 +232,7 @@ def loss(agent: Agent, rollout: Rollout, estimated: Tensor, returns: Tensor, con
 
 
 def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, config: Config) -> None:
-    """Some epochs of PPO on one rollout."""
+    """Makes some epochs of PPO on one rollout."""
     estimated, returns = advantages(rollout, config)
     for _ in range(config.ppo_epochs):
         optimizer.zero_grad()
@@ -242,24 +245,24 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, con
 
 
 class Anchor:
-    """A copy of the agent and of its optimizer's state; never an alias of either."""
+    """A copy of the agent and of its optimizer's state; it shares no tensor with them."""
 
     def __init__(self, agent: Agent, optimizer: torch.optim.Optimizer) -> None:
         self.agent = copy.deepcopy(agent).requires_grad_(False)
         self.optimizer_state = copy.deepcopy(optimizer.state_dict())
 
     def promote(self, agent: Agent, optimizer: torch.optim.Optimizer) -> None:
-        """anchor := agent."""
+        """Copies the agent into the anchor."""
         self.agent.load_state_dict(agent.state_dict())
         self.optimizer_state = copy.deepcopy(optimizer.state_dict())
 
     def rollback(self, agent: Agent, optimizer: torch.optim.Optimizer) -> None:
-        """agent := anchor; the moments go back too, or they would push the weights down again."""
+        """Copies the anchor into the agent, with the optimizer's moments, which would otherwise repeat the damage."""
         agent.load_state_dict(self.agent.state_dict())
         optimizer.load_state_dict(copy.deepcopy(self.optimizer_state))
 
     def review(self, agent: Agent, optimizer: torch.optim.Optimizer, lead: float, config: Config) -> str:
-        """Acts on the agent's lead over the anchor, in mean validation accuracy; returns what was done."""
+        """Promotes, rolls back or keeps, by the agent's lead in mean validation accuracy; returns which."""
         if lead > config.promote_threshold:
             self.promote(agent, optimizer)
             return "promote"
@@ -273,7 +276,7 @@ class Anchor:
 
 
 def read_task(name: str = "mnli", per_label: int = 16) -> tuple[list[Example], list[Example], list[Example]]:
-    """Examples of a lab task: `per_label` of each label to train on, as many to validate, and the whole test file."""
+    """Reads a lab task: `per_label` examples of each label to train, as many to validate, and the whole test file."""
 
     def read(file: str) -> list[Example]:
         lines = (LAB / "data" / name / file).read_text(encoding="utf-8").splitlines()
@@ -288,7 +291,7 @@ def read_task(name: str = "mnli", per_label: int = 16) -> tuple[list[Example], l
 
 
 def ask(tokenizer: PreTrainedTokenizerBase, examples: list[Example], rng: random.Random) -> Tensor:
-    """The meta-prompt (paper, Figure 6) with five pairs, as token ids [Q]."""
+    """Returns the meta-prompt (paper, Figure 6) with five pairs, as token ids [Q]."""
     words = list(WORDS.values())
     pairs = "\n".join(f"Input : {e.input} Output : {words[e.label]}" for e in rng.sample(examples, 5))
     text = (
@@ -328,7 +331,7 @@ def main(config: Config | None = None) -> list[float]:
         # Update: PPO on Eq. 12.
         update(agent, optimizer, Rollout(query, tokens, mask, logprobs, values, anchor_logprobs, scores), config)
         found |= dict(zip(prompts, scores.tolist(), strict=True))
-        # Review: promote the anchor, go back to it, or keep both.
+        # Review: promote the agent to anchor, go back to the anchor, or keep both.
         decision = ""
         if iteration % config.period == 0:
             sides = [reward(target, write(one, query, 8)[2], validation, config)[1] for one in (agent, anchor.agent)]

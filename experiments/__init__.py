@@ -1,4 +1,4 @@
-"""What a person runs; the only layer that wires the others together."""
+"""The commands that a person runs; the only layer that wires the others together."""
 
 import sys
 

@@ -1,9 +1,9 @@
-"""The command `appo`: takes its subcommands from the installed package, never from the folder it is called from.
+"""The command `appo`. Its subcommands come from the installed package, never from the current folder.
 
     appo train --task mnli
     appo report runs/mnli-...
 
-Imports only the subcommand that is asked for.
+Only the given subcommand is imported.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ GROUPS = {  # the modules of this package with a `main`, and what they do
     },
     "before the first run": {
         "tasks": "list the tasks, show one, or check those in a folder",
-        "plan": "say what a run would take: memory, work, hours on some GPUs",
-        "weights": "put a real language model into a folder",
+        "plan": "estimate what a run would take: memory, work, hours on some GPUs",
+        "weights": "write a real language model into a folder",
         "completion": "print a script that completes commands in bash or zsh",
     },
 }
@@ -46,7 +46,7 @@ EXAMPLES = """examples:
 
 
 def main() -> int:
-    """Runs what the command line asks for; returns the exit code."""
+    """Runs the subcommand that the command line names; returns the exit code."""
     end_at_once()
     name, *rest = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
@@ -62,7 +62,7 @@ def _say(argv: Sequence[str]) -> int:
         print("usage: appo COMMAND ...\n")
         for title, group in GROUPS.items():
             print(f"{title}:", *(f"  {name:<12}{what}" for name, what in group.items()), "", sep="\n")
-        print(EXAMPLES, "`appo COMMAND --help` lists what a command takes.", sep="\n")
+        print(EXAMPLES, "`appo COMMAND --help` lists the options of a command.", sep="\n")
         return 0
     if argv[0] == "--version":
         try:

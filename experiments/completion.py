@@ -1,9 +1,9 @@
-"""Prints a script that completes the commands of `appo`, and files behind them.
+"""Prints a shell script that completes the commands of `appo`, and file names after them.
 
     eval "$(appo completion bash)"        in ~/.bashrc
     eval "$(appo completion zsh)"         in ~/.zshrc, after compinit
 
-The script is static: a shell that has it starts no Python.
+The script is static: completing a command does not start Python.
 """
 
 from __future__ import annotations

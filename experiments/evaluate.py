@@ -1,11 +1,11 @@
 """Scores a finished run on its test split.
 
-    appo evaluate --run DIR               the best prompt, or (mode tte) the likeliest for each input
-    appo evaluate --run DIR --sampled     one sampled prompt for each input
-    appo evaluate --run DIR --votes 5     majority vote of five sampled prompts for each input
+    appo evaluate --run DIR               the run's prompt; in mode tte the most likely prompt for each input
+    appo evaluate --run DIR --sampled     one sampled prompt for each input (mode tte)
+    appo evaluate --run DIR --votes 5     majority vote of five sampled prompts for each input (mode tte)
 
-Writes evaluation.json into the run's folder. Each vote costs one prompt of the agent and one answer of the target per
-input; the totals are printed.
+Writes evaluation.json into the run's folder. Per input, each vote costs one prompt of the agent and one answer of the
+target; the totals are printed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from experiments.config import RunConfig
 from experiments.config.strict import LARGEST
 from experiments.run.fingerprint import changed_since
-from experiments.run.folder import EVALUATION, read_result
+from experiments.run.folder import EVALUATION, finished, read_result
 from experiments.run.statistics import Interval, interval
 from experiments.terminal.command import Parser, UsageError, in_order
 from experiments.terminal.signals import ending_at_once
@@ -33,18 +34,18 @@ Vote = Literal["majority", "margin"]
 
 
 def vote(replies: Sequence[Reply], how: Vote) -> str:
-    """The answer that several replies to one input vote for.
+    """Returns the answer that several replies to one input vote for.
 
     Args:
-        replies: at least one.
-        how: "majority": the most frequent answer; ties go to the higher total probability, then to the first;
+        replies: at least one reply.
+        how: "majority": the most frequent answer; in a tie the one with the higher total probability, then the first.
             "margin": the answer of the reply with the largest gap between its two highest probabilities.
     """
     from rewards.functional import normalise
 
     if how == "margin":
         return max(replies, key=lambda reply: _lead(sorted(reply.probabilities.values()))).answer
-    named: dict[str, list[str]] = {}  # texts that differ in case or punctuation only are one answer
+    named: dict[str, list[str]] = {}  # texts that only differ in case or punctuation count as one answer
     for reply in replies:
         named.setdefault(reply.answer if reply.probabilities else normalise(reply.answer), []).append(reply.answer)
     chances = {name: sum(reply.probabilities.get(name, 0.0) for reply in replies) for name in named}
@@ -56,36 +57,30 @@ def _lead(ascending: Sequence[float]) -> float:
 
 
 def evaluate(run: Run, votes: int = 1, how: Vote = "majority", sampled: bool = False, seed: int = 0) -> dict[str, Any]:
-    """The run's score on its test split, and what it cost.
+    """Returns the run's score on its test split, and what it cost.
 
     Args:
         run: a finished run.
-        votes: prompts for each input; if more than one, they are sampled and vote.
+        votes: number of prompts for each input; if more than one, they are sampled and vote.
         how: how votes are counted.
-        sampled: sample the prompt even if there is only one, in place of the likeliest.
-        seed: of the sampling.
+        sampled: whether to sample the prompt even if there is only one, instead of greedy decoding.
+        seed: seed of the sampling.
 
     Raises:
-        UsageError: votes or sampling for a run with one prompt, or votes by margin on generated text.
-        FloatingPointError: the target's logits are not numbers.
+        UsageError: the run has one prompt for all inputs and cannot sample, or generated text is to vote by margin.
+        FloatingPointError: the target's logits are not finite.
     """
-    import torch
-
-    from experiments.arms.editor import editor_of
     from rewards.target import NO_NUMBERS
 
+    check_sampling(run.config, votes, sampled)
+    if votes > 1 and how == "margin" and not run.data.words:
+        raise UsageError("generated text has no margin; use --vote majority")
     examples, started = run.data.test, time.perf_counter()
     if run.config.mode == "fixed":
-        if votes > 1 or sampled:
-            raise UsageError("this run has one prompt for all inputs; sampling and votes need a run in mode tte")
         prompt = read_result(run.folder.path)["prompt"]
         values = run.reward.by_example([prompt], examples)[0].tolist()
     else:
-        if votes > 1 and how == "margin" and not run.data.words:
-            raise UsageError("generated text has no margin; use --vote majority")
-        generator = torch.Generator(run.policy.device).manual_seed(seed) if votes > 1 or sampled else None
-        editor, inputs = editor_of(run), [example.input for example in examples]
-        prompts = [editor.write(inputs, seed=draw, generator=generator) for draw in range(votes)]
+        prompts = _written(run, votes, sampled, seed)
         values = _voted(run, prompts, examples, how) if votes > 1 else _each(run, prompts[0], examples)
     seconds = time.perf_counter() - started
     if not all(map(math.isfinite, values)):
@@ -105,6 +100,27 @@ def evaluate(run: Run, votes: int = 1, how: Vote = "majority", sampled: bool = F
         "milliseconds_per_input": 1000 * seconds / len(examples),
         **(run.served.cost() if run.served else {}),
     }
+
+
+def check_sampling(config: RunConfig, votes: int, sampled: bool) -> None:
+    """Refuses votes and sampling for a run that has one prompt for all inputs.
+
+    Raises:
+        UsageError: they were asked for.
+    """
+    if config.mode == "fixed" and (votes > 1 or sampled):
+        raise UsageError("this run has one prompt for all inputs; sampling and votes need a run in mode tte")
+
+
+def _written(run: Run, votes: int, sampled: bool, seed: int) -> list[list[str]]:
+    """Lets the agent write `votes` prompts for each test input: greedily, or sampled if asked or needed for a vote."""
+    import torch
+
+    from experiments.arms.editor import editor_of
+
+    generator = torch.Generator(run.policy.device).manual_seed(seed) if votes > 1 or sampled else None
+    editor, inputs = editor_of(run), [example.input for example in run.data.test]
+    return [editor.write(inputs, seed=draw, generator=generator) for draw in range(votes)]
 
 
 def _each(run: Run, prompts: Sequence[str], examples: Sequence[Example]) -> list[float]:
@@ -129,7 +145,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser("appo evaluate", __doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--votes", type=int, default=1, metavar="K", help="prompts per input (default: 1)")
-    parser.add_argument("--sampled", action="store_true", help="sample the prompt instead of taking the likeliest")
+    parser.add_argument("--sampled", action="store_true", help="sample the prompt instead of taking the most likely")
     parser.add_argument("--vote", choices=["majority", "margin"], help="how votes are counted (default: majority)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
@@ -137,18 +153,17 @@ def main(argv: Sequence[str]) -> int:
     if options.votes < 1:
         raise UsageError(f"--votes is {options.votes}; expected at least 1")
     if options.vote and options.votes == 1:
-        raise UsageError("--vote says how --votes are counted; give --votes 2 or more")
+        raise UsageError("--vote has no effect with one vote; give --votes 2 or more")
     if not 0 <= options.seed <= LARGEST[int]:
         raise UsageError(f"--seed is {options.seed}; expected 0 to {LARGEST[int]}")
+    check_sampling(finished(options.run)[0], options.votes, options.sampled)
     with ending_at_once():
         from experiments.run.run import open_run  # takes seconds to load
     run = open_run(options.run, options.trust_remote_code)
     if parts := changed_since(options.run, run.fingerprint):
-        print(f"note: the task is not what the run was made with; changed: {parts}", file=sys.stderr)
+        print(f"note: the task has changed since the run: {parts}", file=sys.stderr)
     if run.config.mode == "tte" and read_result(run.folder.path)["prompt"] is not None:
-        print(
-            "note: this run chose the manual prompt; what is scored here are the agent's instructions", file=sys.stderr
-        )
+        print("note: the run chose the manual prompt; the scores here are of the agent's instructions", file=sys.stderr)
     result = evaluate(run, options.votes, options.vote or "majority", options.sampled, options.seed)
     result["changed"] = parts or None
     for name, value in result.items():

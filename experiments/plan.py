@@ -1,11 +1,10 @@
-"""Says what a run would take before anything is loaded: memory, work, and hours on some GPUs.
+"""Estimates what a run would take, without loading anything: memory, work, and hours on some GPUs.
 
     appo plan --task sst2 --agent models/smollm2 --target models/gemma3-270m
     appo plan --agent llama-7b/config.json --target llama-7b/config.json lora.rank=16 prompts=4 examples.batch_size=16
 
-A model is a folder, a hub id or a bare config.json: its passes are run on tensors without data, so no weights are
-needed. Lengths of texts that are not known are guessed, and said; --query, --example set them. The task's data are
-not read.
+A model is a folder, a hub id or a bare config.json: its passes run on tensors without data, so no weights are needed.
+The task's data are not read either, so lengths of texts are guessed and printed; --query and --example set them.
 """
 
 from __future__ import annotations
@@ -18,15 +17,16 @@ from experiments.config import GIVEN, RunConfig, build_config, is_served
 from experiments.config.strict import ConfigError
 from experiments.terminal.command import Parser, UsageError, in_order
 from experiments.terminal.signals import ending_at_once
+from experiments.tuning.header import size_of_iteration
 from tasks.catalogue import load_spec
 from tasks.errors import printable
 
 if TYPE_CHECKING:
     from experiments.planning.estimate import Estimate, Lengths
 
-CHARACTERS = 4  # of a token, about, in English
-EXAMPLE = 40  # tokens of an input, where nothing is said
-RANK = 16  # of an adapter, where the configuration trains all weights
+EXAMPLE = 40  # tokens of an example, unless --example says otherwise
+FRAME = 60  # tokens of the meta-prompt around its pairs
+RANK = 16  # rank of the adapters to compare with, if the configuration trains all weights
 
 
 @in_order
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, help="iterations")
     parser.add_argument("--query", type=int, help="tokens of the meta-prompt (default: guessed)")
     parser.add_argument("--example", type=int, default=EXAMPLE, help=f"tokens of an example (default: {EXAMPLE})")
-    parser.add_argument("--gpus", type=int, default=1, help="that divide the agent; needs shard=true (default: 1)")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the agent; needs shard=true (default: 1)")
     parser.add_argument("assignments", nargs="*", metavar="key=value", help="sets any field of the configuration")
     options = vars(parser.parse_intermixed_args(argv))
     query, example, gpus = (options.pop(name) for name in ("query", "example", "gpus"))
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
             raise UsageError(f"{name} is {value}; expected at least 1")
     config = build_config(options, assignments=options.pop("assignments"))
     if is_served(config.target):
-        raise ConfigError(f"target {config.target!r} is behind a server; for a plan name a model in its place")
+        raise ConfigError(f"target {config.target!r} is behind a server; name a folder, a hub id or a config.json")
     if config.shard and gpus < 2:
         raise ConfigError("shard is true, which divides the agent among GPUs; say how many with --gpus, 2 or more")
     if gpus > 1 and not config.shard:
@@ -65,26 +65,28 @@ def main(argv: Sequence[str]) -> int:
 
 
 def lengths_of(config: RunConfig, query: int | None = None, example: int = EXAMPLE) -> Lengths:
-    """The lengths of texts and of the run, guessed where they are not given."""
+    """Returns the lengths of texts, the number of rows and of iterations; guesses what is not given."""
     from experiments.planning.estimate import Lengths
 
-    load_spec(config.task)  # refuses an unknown task
-    rows = 2 * config.examples.shots
+    spec = load_spec(config.task)
+    labels = len(spec.words) or 2  # without labels a split has as many examples as for two: tasks.splits.build_data
+    rows = labels * min(config.examples.shots, spec.max_shots or config.examples.shots)
     steps = 0 if config.arm in GIVEN else config.steps or config.epochs * -(-rows // config.examples.batch_size)
-    frame = 60  # tokens of the meta-prompt around its pairs
-    return Lengths(query or frame + config.examples.pairs * example, config.sampling.max_new_tokens, example, steps)
+    query = query or FRAME + config.examples.pairs * example
+    return Lengths(query, config.sampling.max_new_tokens, example, steps, rows)
 
 
 def page(config: RunConfig, lengths: Lengths, plans: Sequence[Estimate]) -> Iterator[str]:
-    """The plan in words: a line for each option, and the first, which the configuration asks for, in full."""
+    """Yields the plan in words: a line per plan, then the details of the first one, that of the configuration."""
     from experiments.planning.estimate import BANDWIDTH_SHARE, COMPUTE_SHARE, CONTEXT, GIB, GPUS
 
     chosen = plans[0]
     for role, shadow in (("agent", chosen.agent), ("target", chosen.target)):
         yield f"{role:<8}{getattr(config, role)}: {shadow.parameters / 1e9:.3f} G parameters"
+    steps = f"{lengths.steps} iterations of {size_of_iteration(config)}" if lengths.steps else "no iterations"
     yield (
         f"texts   meta-prompt {lengths.query} tokens, prompt at most {lengths.prompt}, example {lengths.example}; "
-        f"{lengths.steps} iterations of {config.prompts} prompts x {config.examples.batch_size} examples"
+        f"{steps}"
     )
     yield ""
     yield f"memory in GiB under each option (and {CONTEXT / GIB:.0f} for the driver and fragments)"
@@ -92,14 +94,14 @@ def page(config: RunConfig, lengths: Lengths, plans: Sequence[Estimate]) -> Iter
         largest = max(plan.transients, key=lambda line: line.value)
         held = sum(line.value for line in plan.memory())
         where = f"held {held / GIB:.2f} + {largest.name} {largest.value / GIB:.2f}"
-        fits = [gpu.name for gpu in GPUS if plan.verdict(gpu).startswith("fits")]
+        fits = [gpu.name for gpu in GPUS if plan.needed() <= gpu.memory]
         yield f"  {plan.total() / GIB:8.2f}  {plan.options}: {where}; fits {', '.join(fits) or 'none'}"
     yield ""
     yield f"arithmetic of: {chosen.options}"
     for line in chosen.memory():
         yield f"  {line.value / GIB:8.3f} GiB  {line.name}: {line.how}"
     if chosen.options.shards > 1:
-        yield "  on each GPU; what an update takes on top is that of an agent in one piece, so that it takes less"
+        yield "  on each GPU; the update below is that of an undivided agent, so it will really take less"
     yield "  on top, in turn:"
     for line in chosen.transients:
         yield f"  {line.value / GIB:8.3f} GiB  {line.name}: {line.how}"

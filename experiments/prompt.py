@@ -1,11 +1,11 @@
-"""Prints a finished run's instruction for an input, and with --answer the target's answer.
+"""Prints a finished run's instruction for an input, and with --answer also the target's answer.
 
     appo prompt --run runs/mixed-... --input "premise : ... focus : place" --answer
     appo prompt --run runs/mixed-... --file inputs.txt --answer > answers.jsonl
 
-A run in mode fixed has one instruction for all inputs; a run in mode tte writes one for each. Inputs are texts as the
-target reads them; `\\n` stands for a line break. A file has one input per line or, as .jsonl, .csv and so on, one per
-row in a column "input".
+A run in mode fixed has one instruction for all inputs; a run in mode tte writes one for each input. Inputs are texts in
+the form that the target reads; `\\n` stands for a line break. A plain file has one input per line. A .jsonl or .csv
+file, and the like, has one input per row, in a column "input".
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def instructions(run: Run, inputs: Sequence[str]) -> list[str]:
-    """The run's instruction for each input."""
+    """Returns the run's instruction for each input."""
     from experiments.arms.editor import editor_of
 
     prompt = read_result(run.folder.path)["prompt"]
@@ -38,7 +38,7 @@ def instructions(run: Run, inputs: Sequence[str]) -> list[str]:
 
 
 def answers(run: Run, prompts: Sequence[str], inputs: Sequence[str]) -> list[dict[str, Any]]:
-    """The target's answer to each input under its prompt; with label words or letters also their probabilities."""
+    """Returns the target's answer to each input under its prompt, with probabilities of label words or letters."""
     from rewards.target import NO_NUMBERS
 
     choices = [len(offered_words(run, text)) or None for text in inputs]
@@ -49,7 +49,7 @@ def answers(run: Run, prompts: Sequence[str], inputs: Sequence[str]) -> list[dic
 
 
 def offered_words(run: Run, text: str) -> tuple[str, ...]:
-    """The possible answers to an input: the task's label words, or the letters of the input's choices; none for text.
+    """Returns the possible answers to an input: label words, or the letters of its choices; nothing if it is text.
 
     Raises:
         TaskError: the input offers no choices, or more than any input of the run's data.
@@ -75,15 +75,15 @@ def check_answerable(run: Run, inputs: Sequence[str]) -> None:
     room = run.config.sampling.max_new_tokens + (0 if run.data.words else run.config.reward.answer_tokens)
     for text in inputs:
         offered_words(run, text)
-        if run.config.mode == "tte":  # in mode fixed the instruction is known; its fit is checked when it runs
+        if run.config.mode == "tte":  # in mode fixed the length of the instruction is known, and checked when it runs
             run.target.check_fits(room, text)
 
 
 def read_inputs(path: Path) -> list[str]:
-    """The inputs of a file: one per row, from the column "input", or one per line of a plain text file.
+    """Reads the inputs in a file: one per row, from the column "input", or one per line of a plain text file.
 
     Raises:
-        TaskError: no such file, no inputs in it, or a row without one.
+        TaskError: there is no such file, it has no inputs, or a row has none.
     """
     if not path.is_file():
         raise TaskError(f"no file {str(path)!r}")
@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> int:
         from experiments.run.run import open_run  # takes seconds to load
     run = open_run(options.run, options.trust_remote_code)
     if parts := changed_since(options.run, run.fingerprint):
-        print(f"note: the task is not what the run was made with; changed: {parts}", file=sys.stderr)
+        print(f"note: the task has changed since the run: {parts}", file=sys.stderr)
     if options.answer:
         check_answerable(run, inputs)
     started = time.perf_counter()

@@ -4,9 +4,9 @@
     appo push --run runs/mnli-... --repo me/mnli-agent --private
     appo push --run runs/mnli-... --repo me/mnli-agent --merge        an adapter and its base, as one plain model
 
-The card is agent/README.md in the run's folder. One that is there is left as it is: complete it, say with a licence,
-between the dry run and the upload. With --merge both are in merged/, for whoever wants the plain model and no upload
-too. The token is the one of `hf auth login`, or HF_TOKEN.
+The card is agent/README.md in the run's folder. A card that is already there is kept: add to it, such as a licence,
+between the dry run and the upload. With --merge the model and its card are in merged/ instead; use --dry-run to get the
+merged model without an upload. The token comes from `hf auth login` or from HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.hub.upload import CARD, upload, write_card
-from experiments.run.folder import RESULT
+from experiments.hub.upload import CARD, check_name, upload, write_card
+from experiments.run.folder import RESULT, finished
 from experiments.terminal.command import Parser, in_order
 from tasks.errors import printable
 
@@ -27,16 +27,18 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser("appo push", __doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the agent's name on the hub")
-    parser.add_argument("--private", action="store_true", help="create it so that only its owner sees it")
+    parser.add_argument("--private", action="store_true", help="create a repository that only its owner sees")
     parser.add_argument("--merge", action="store_true", help="merge an adapter with its base, in the folder merged")
     parser.add_argument("--dry-run", action="store_true", help="write the card and list the files, without a network")
     options = parser.parse_args(argv)
+    check_name(options.repo)
+    finished(options.run)  # refuses any other folder, before the weights are merged
     agent = options.run / ("merged" if options.merge else "agent")
     if options.merge:
         from experiments.run.models import save_merged  # takes seconds to load
 
         save_merged(options.run / "agent", agent)
-    kept = "" if write_card(options.run, agent, options.repo) else "; it was there already, and is left as it is"
+    kept = "" if write_card(options.run, agent, options.repo) else "; it was there already and is kept"
     if kept and (agent / CARD).stat().st_mtime < (options.run / RESULT).stat().st_mtime:
         kept += ", though the run has a newer result: delete the card to have it written anew"
     print(f"card: {printable(str(agent / CARD))}{kept}", file=sys.stderr)

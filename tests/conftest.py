@@ -47,7 +47,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def plain_sampling(length: int, temperature: float = 1.0) -> SamplingConfig:
-    """Sampling from the whole softmax: any token at any place, and only the model's end tokens end a response."""
+    """Returns settings that sample from the whole softmax; only the model's end tokens end a response."""
     return SamplingConfig(length, temperature, nonempty=False, one_line=False, whole_sentences=False)
 
 
@@ -73,7 +73,7 @@ def gpt2(vocabulary: int, seed: int = 0) -> PreTrainedModel:
 
 
 def sharpen(model: PreTrainedModel) -> PreTrainedModel:
-    """Scales the tiny random weights up, so that answers depend on the input by far more than the tolerance."""
+    """Scales the tiny random weights up, so that inputs change answers by far more than the tolerance."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -102,7 +102,7 @@ def target_of(
     max_batch_tokens: int | None = None,
     inputs: Sequence[str] = ("input",),
 ) -> LocalTarget:
-    """A target on a model, whose weights it freezes."""
+    """Makes a target of a model, and freezes the model's weights."""
     lm = CausalLM(model.requires_grad_(False), tokenizer, chat)
     return LocalTarget(lm, template, words, inputs, max_batch_tokens)
 
@@ -129,5 +129,5 @@ def tiny_gpt2(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 
 @pytest.fixture(params=["llama", "gpt2"])
 def tiny_lm(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Rotary and learned positions in turn: a padding fault may show in one and not in the other."""
+    """Rotary and learned positions in turn, since a padding fault may show with only one of them."""
     return {"llama": llama, "gpt2": gpt2}[request.param](len(tokenizer))

@@ -20,7 +20,7 @@ COPIED = ("appo", "rewards", "tasks", "experiments", "tests", "setup.cfg")
 
 
 class Mutant(NamedTuple):
-    """What is broken, where, and which tests should notice."""
+    """A fault to insert, its place, and the tests that should notice it."""
 
     name: str
     file: str

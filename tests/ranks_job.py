@@ -1,4 +1,4 @@
-"""What the processes of tests/test_ranks.py do, and how they are started: as torchrun does, but without new imports."""
+"""The work of the processes in tests/test_ranks.py, which start as under torchrun, but without new imports."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def weights(made: APPOTrainer) -> Tensor:
 
 
 def verbs(ranks: Ranks) -> dict[str, Any]:
-    """What the verbs return."""
+    """Returns the results of each verb of Ranks."""
     lengths = [3, 1, 2, 5, 4]
 
     def rows(share: slice) -> list[Any]:
@@ -150,7 +150,7 @@ def runs(folder: Path) -> dict[str, int]:
 
 
 def look(folder: Path) -> None:
-    """Leaves in a file what this process finds when it does all of the above."""
+    """Does all of the above, and writes the results of this process to a file."""
     torch.set_num_threads(1)
     joined = job.join("cpu")
     kept = {"verbs": verbs(joined), "updates": updates(joined), "again": updates(joined, REPEATED)}
@@ -161,12 +161,12 @@ def look(folder: Path) -> None:
 
 
 def tune(*arguments: str) -> None:
-    """A run, as `python -m experiments.train` is one."""
+    """Makes a run, like `python -m experiments.train`."""
     sys.exit(main(arguments))
 
 
 def launch(log: Path, work: Callable[..., None], *arguments: Any) -> None:
-    """Two processes that work as torchrun's would, in a process group of their own; what they print goes to a file."""
+    """Starts two processes as torchrun would, in their own process group, with their output in a file."""
     os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)

@@ -1,6 +1,6 @@
-"""A server on this machine that speaks as vLLM, SGLang, llama.cpp or a plain OpenAI server does, over a real model.
+"""A local server with the interface of vLLM, SGLang, llama.cpp or a plain OpenAI server, over a real model.
 
-Logits are those of the model that it is given. Faults are injected: a status, a hang, a cut connection, a late answer.
+It answers with the logits of the given model. Faults can be injected: a status, a hang, a cut connection, a delay.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An agent that is a LoRA adapter on a frozen base: what is trained, shared, saved, and what the numbers are."""
+"""An agent that is a LoRA adapter on a frozen base: its numbers, and what is trained, shared and saved."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def logits(lm: CausalLM) -> torch.Tensor:
 
 
 def shake(model: torch.nn.Module) -> None:
-    """Gives a new adapter, which begins with no effect, random weights."""
+    """Gives a new adapter random weights, since a new one has no effect."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -304,13 +304,13 @@ def test_values_that_make_no_sense_are_refused(given: str, said: str) -> None:
         build_config({}, assignments=[given])
 
 
-def test_names_of_no_layer_are_one_line() -> None:
+def test_unknown_layer_names_are_refused_in_one_line() -> None:
     for wrong in ("wrong_proj", "q_proj,wrong_proj", "all-linear,wrong_proj"):
         with pytest.raises(ModelError, match=rf"agent: no adapter fits .* with lora.targets={wrong}: .*wrong_proj"):
             load_model(shared(**{"lora.targets": wrong}), "agent")
 
 
-def test_an_adapter_without_its_base_is_one_line(tmp_path: Path) -> None:
+def test_an_adapter_without_its_base_is_refused_in_one_line(tmp_path: Path) -> None:
     shutil.copytree(LAB_DIR / "agent", tmp_path / "base")
     agent = load_model(shared(agent=tmp_path / "base"), "agent")
     save_agent(Policy(agent), tmp_path / "agent")

@@ -1,4 +1,4 @@
-"""From scores to advantages: the whole chain equals a slow twin, and a reward that is equal for all moves nothing."""
+"""From scores to advantages: the whole chain equals a slow twin, and equal rewards move nothing."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_equal_scores_give_no_advantage_to_any_token(
     assert_close(returns, torch.zeros_like(returns), rtol=0, atol=1e-6)
 
 
-def test_a_lone_response_keeps_what_its_score_tells() -> None:
+def test_a_lone_response_keeps_its_score() -> None:
     given = scored([5], [9.0], [0])
     found, _ = advantages(given, APPOConfig(), kl_coef=0.0, mean_score=6.0)
     assert found.tolist() == [[3.0] * 5]
@@ -120,7 +120,7 @@ def test_a_constant_reward_moves_neither_length_nor_the_end_token() -> None:
     assert abs(sum(lengths[-5:]) - sum(lengths[:5])) / 5 < noise
 
 
-def test_a_constant_reward_moves_no_weight_where_each_response_is_the_only_one_to_its_query() -> None:
+def test_a_constant_reward_moves_no_weight_with_one_response_per_query() -> None:
     tokenizer = byte_tokenizer()
     policy = policy_of(llama(len(tokenizer)), tokenizer, plain_sampling(6))
     trainer = APPOTrainer(policy, APPOConfig(**REWARD_ALONE), generator=torch.Generator().manual_seed(0))
@@ -132,7 +132,7 @@ def test_a_constant_reward_moves_no_weight_where_each_response_is_the_only_one_t
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.05])
 def test_a_constant_reward_moves_no_weight_while_the_anchor_is_the_agent(kl_coef: float) -> None:
-    """Then the KL is rounding, which whitening would turn into full steps."""
+    """The KL is then only rounding error, which whitening would turn into full steps."""
     tokenizer = byte_tokenizer()
     policy = policy_of(sharpen(llama(len(tokenizer))), tokenizer, plain_sampling(12))
     config = APPOConfig(**REWARD_ALONE | {"kl_coef": kl_coef})

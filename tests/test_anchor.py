@@ -113,7 +113,7 @@ def test_rollback_restores_weights_and_optimizer_exactly(policy: Policy, optimiz
 
 
 def test_training_after_a_rollback_repeats_training_before_it(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """This needs live parameters, restored moments, and an anchor that its own rollback leaves whole."""
+    """This needs live parameters, restored moments, and an anchor that is unchanged after a rollback to it."""
     train_a_little(policy, optimizer)
     anchor = Anchor(policy, optimizer)
     train_a_little(policy, optimizer)

@@ -1,5 +1,6 @@
-"""How often an anchor is replaced by an agent that is no better: simulated reviews, for the paper's rule, a test, and
-many prompts on few rows each.
+"""Simulated reviews show how often an agent that is no better replaces the anchor.
+
+They compare the paper's rule, a test, and many prompts on few rows each.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def review(
 
 
 def rates(rows: int, lead: float = 0.0) -> dict[str, tuple[float, float]]:
-    """The shares of reviews that each rule ends with a promotion and with a rollback."""
+    """Returns each rule's share of promotions and of rollbacks."""
     rng, ended = np.random.default_rng(0), {"paper": [0, 0], "paired": [0, 0]}
     for _ in range(REVIEWS):
         agent, anchor = review(rng, rows, lead)
@@ -59,7 +60,7 @@ def test_an_agent_that_is_its_anchor_is_promoted_falsely(rows: int, expected: fl
 
 
 def decisions(lead: float, prompts: int, each: int | None) -> Counter[AnchorDecision]:
-    """How often the paper's rule decides for what."""
+    """Returns how often the paper's rule makes each decision."""
     rng = np.random.default_rng(0)
     means = (review(rng, ROWS, lead, prompts, each).mean(1) for _ in range(REVIEWS))
     return Counter(decide(agent, anchor, *THRESHOLDS) for agent, anchor in means)

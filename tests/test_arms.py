@@ -1,4 +1,4 @@
-"""Arms: what each asks and keeps, that all score as many pairs, and that a stopped one goes on from its state."""
+"""Arms: what each asks and keeps; all score the same number of pairs; a stopped arm resumes from its state."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from experiments.run.run import Run, prepare, stream
 from experiments.terminal.console import summary
 from experiments.train import train
 from experiments.tuning.loop import ARMS, arm_of
+from experiments.tuning.trial import trial
 from rewards.target import Asked
+from tasks.errors import TaskError
 from tasks.meta_prompt import meta_prompt
 from tasks.spec import Example
 
@@ -37,7 +39,7 @@ Under = Callable[[str], Run]
 
 @pytest.fixture(scope="module")
 def under(tmp_path_factory: pytest.TempPathFactory) -> Under:
-    """A run of each arm, on models that are loaded once; the agent gets its first weights back for each."""
+    """Makes a run of any arm on models that are loaded once; the agent gets its first weights back each time."""
     folder = tmp_path_factory.mktemp("runs")
     first = prepare(build_config({"task": "sst2", "run": str(folder / "run")}, assignments=SMALL))
     weights = {name: tensor.clone() for name, tensor in first.policy.state_dict().items()}
@@ -66,7 +68,7 @@ def test_every_arm_scores_as_many_prompts_on_as_many_rows(arm: str, under: Under
 
 
 @pytest.mark.parametrize("arm", ["paraphrase", "edits", "reinforce"])
-def test_an_arm_goes_on_from_its_state_as_if_it_had_not_stopped(arm: str, under: Under, tmp_path: Path) -> None:
+def test_an_arm_resumes_from_its_state_as_if_it_had_not_stopped(arm: str, under: Under, tmp_path: Path) -> None:
     way = arm_of(under(arm))
     for number in (1, 2):
         way.step(number)
@@ -160,6 +162,29 @@ def test_phrases_end_at_punctuation_and_after_four_words() -> None:
     assert " ".join(found) == text and phrases("  ") == []
 
 
+def test_edits_need_a_prompt_to_edit(under: Under) -> None:
+    run = under("edits")
+    data = replace(run.data, spec=replace(run.data.spec, manual_prompt=" "))
+    with pytest.raises(TaskError, match="the manual prompt is empty"):
+        arm_of(replace(run, data=data))
+
+
+def test_a_dry_run_leaves_a_review_out_of_the_time_of_an_iteration(
+    under: Under, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, clock = under("appo", "steps=10"), [0.0]
+    arm = arm_of(run)
+
+    def step(number: int) -> None:
+        arm.cost["review_seconds"] = 5.0
+        clock[0] += 7.0
+
+    monkeypatch.setattr(arm, "step", step)
+    monkeypatch.setattr("experiments.tuning.trial.arm_of", lambda run: arm)
+    monkeypatch.setattr("experiments.tuning.trial.time.perf_counter", lambda: clock[0])
+    assert "about 20 s for 10 iterations of 2 s" in list(trial(run))[-2]
+
+
 def test_edits_begin_with_the_manual_prompt_and_keep_what_scores_best(under: Under) -> None:
     way = arm_of(under("edits"))
     assert isinstance(way, PhraseEdits)
@@ -246,7 +271,7 @@ def test_arms_of_ppo_differ_in_the_reference_only(arm: str, reference: str, pres
     assert config == replace(appo, arm=arm, appo=replace(appo.appo, reference=reference, kl_target=target))
 
 
-def test_what_a_user_says_wins_over_the_arm_and_the_arm_over_the_preset() -> None:
+def test_user_keys_win_over_the_arm_and_the_arm_wins_over_the_preset() -> None:
     assert build_config(assignments=["arm=reinforce"]).appo.value_coef == 0
     assert build_config(assignments=["arm=reinforce", "appo.value_coef=0.5"]).appo.value_coef == 0.5
     assert build_config(assignments=["arm=grpo", "preset=paper"]).appo.kl_in_loss
@@ -257,6 +282,7 @@ def test_what_a_user_says_wins_over_the_arm_and_the_arm_over_the_preset() -> Non
     [
         (["arm=ppo", "appo.reference=initial"], "appo.reference is 'initial'; expected 'previous' in arm ppo"),
         (["arm=edits", "mode=tte"], "arm is 'edits', which finds one prompt for all inputs; expected mode fixed"),
+        (["arm=edits", "prompts=1"], "prompts is 1; expected at least 2 in arm edits"),
         (["arm=apo"], f"arm is 'apo'; expected one of {', '.join(ARMS['fixed'])}"),
         (["frozen=true"], "unknown key 'frozen'; "),
     ],

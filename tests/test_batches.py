@@ -1,4 +1,4 @@
-"""Batches: every example once per epoch, and labels in the same proportions as in the examples."""
+"""Batches: each epoch has every example once, and each batch has the labels in proportion."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_batch_has_each_label_in_proportion_to_within_one(labels: list[int], s
 
 
 @pytest.mark.parametrize(("labels", "size"), [((0, 1) * 16, 16), ((0, 1) * 16, 8), ((0, 1, 2) * 16, 24)])
-def test_of_even_labels_batches_are_even(labels: tuple[int, ...], size: int) -> None:
+def test_batches_of_balanced_labels_are_balanced(labels: tuple[int, ...], size: int) -> None:
     for seed in range(20):
         for batch in epoch(examples(*labels), size, seed):
             assert set(Counter(example.label for example in batch).values()) == {size // len(set(labels))}

@@ -33,6 +33,22 @@ def test_every_part_gives_rows_with_ratios(
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(found["rows"])
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--out", "no/bench.json"], "'no/bench.json' cannot be written: there is no folder 'no'"),
+        (["--device", "tpu9"], "device 'tpu9' cannot be used"),
+        (["--threads", "0"], "--threads is 0; expected 1 to"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_timed(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main(words) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and told in said.err
+
+
 def test_the_real_model_is_decoded_if_it_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -47,7 +63,7 @@ def test_the_real_model_is_decoded_if_it_is_there(
     assert bench.main() == 0
     said = capsys.readouterr()
     assert "reading its weights" in said.out
-    assert "not against llama.cpp: it needs the package xllamacpp and" in said.err
+    assert "llama.cpp is left out: it needs the package xllamacpp and" in said.err
 
 
 def test_ratios_are_medians_of_those_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:

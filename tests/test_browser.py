@@ -1,4 +1,4 @@
-"""The pages in a real browser: `make test-browser`. Skipped where Chromium or playwright is absent."""
+"""The pages in a real browser: `make test-browser`. Skipped without Chromium or playwright."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Specs by name and by file: what a good spec gives, and what the message about a bad one says."""
+"""Specs by name and by file: what a good spec defines, and which message refuses a bad one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_an_unknown_task_gets_the_nearest_name(wrong: str, near: str) -> None:
     assert refusal(wrong).startswith(f"unknown task {wrong!r}; did you mean {near!r}? tasks are ")
 
 
-def test_an_unknown_task_gets_the_list_of_all_but_for_the_subjects() -> None:
+def test_an_unknown_task_gets_the_list_of_all_tasks_without_subjects() -> None:
     short = [name for name in task_names() if not name.startswith("mmlu/")]
     assert refusal("xxxxxxxx") == f"unknown task 'xxxxxxxx'; tasks are {', '.join(short)} and those of mmlu/"
 
@@ -54,7 +54,7 @@ def test_a_spec_without_a_required_key_is_refused(key: str, tmp_path: Path) -> N
     assert refusal(path) == f"{path}: missing key {key!r}"
 
 
-def test_a_spec_that_does_not_say_what_an_answer_is_is_refused(tmp_path: Path) -> None:
+def test_a_spec_without_a_kind_of_answer_is_refused(tmp_path: Path) -> None:
     path = write_spec(tmp_path, verbalizer=None)
     assert refusal(path) == f"{path}: expected exactly one of verbalizer, choices, answers; found none"
 
@@ -69,7 +69,7 @@ def test_an_unknown_key_gets_the_nearest_one(tmp_path: Path) -> None:
     assert refusal(path) == f"{path}: unknown key 'manual_promt'; did you mean 'manual_prompt'?"
 
 
-def test_an_unknown_key_like_no_other_is_refused_all_the_same(tmp_path: Path) -> None:
+def test_an_unknown_key_without_a_near_match_is_refused(tmp_path: Path) -> None:
     path = write_spec(tmp_path, zzz=1)
     assert refusal(path).startswith(f"{path}: unknown key 'zzz'; expected one of name, description, ")
 
@@ -93,7 +93,7 @@ def test_a_verbalizer_that_yaml_does_not_read_as_text_is_told_what_needs_quotes(
 
 
 @pytest.mark.parametrize("word", ["", " ", " no", "no\n"])
-def test_a_word_is_not_white_space_nor_has_it_around(word: str, tmp_path: Path) -> None:
+def test_a_word_with_white_space_around_it_is_refused(word: str, tmp_path: Path) -> None:
     path = write_spec(tmp_path, verbalizer={"sad": word, "happy": "yes"})
     assert "expected a word without white space around it" in refusal(path)
 
@@ -179,11 +179,11 @@ def test_an_unknown_split_is_refused(key: str, value: dict[str, Any], fragment: 
 
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", "a//b", "/etc", "a/../b", "\x1b[2J"])
-def test_a_name_is_that_of_a_folder(name: str, tmp_path: Path) -> None:
+def test_a_task_name_must_be_a_folder_name(name: str, tmp_path: Path) -> None:
     assert "cannot be the name of a folder" in refusal(write_spec(tmp_path, name=name))
 
 
-def test_a_field_named_like_the_lettered_choices_is_refused(tmp_path: Path) -> None:
+def test_a_field_with_the_name_of_the_lettered_choices_is_refused(tmp_path: Path) -> None:
     path = write_spec(tmp_path, verbalizer=None, choices=["opts"], fields={"choices": []}, input="{choices}")
     assert "a field is called 'choices'" in refusal(path)
 
@@ -261,7 +261,7 @@ def test_a_spec_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     assert "not readable as YAML" in refusal(str(path))
 
 
-def test_a_key_that_stands_twice_is_named_with_both_lines(tmp_path: Path) -> None:
+def test_a_repeated_key_is_named_with_both_lines(tmp_path: Path) -> None:
     path = write_text(tmp_path, "name: mood\nfields:\n  a: []\n  b: []\n  a: []\n")
     assert refusal(path) == f"{path}: not readable as YAML: the key 'a' is given in line 3 and again in line 5"
 

@@ -1,4 +1,4 @@
-"""Checkpoints as files: whole or absent, skipped where damaged, and never run as code."""
+"""Checkpoints as files: complete or absent, skipped if damaged, and never run as code."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_without_a_whole_checkpoint_all_are_named(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "none")
 
 
-def test_leftovers_of_a_killed_writer_are_no_checkpoints(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_not_checkpoints(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, state(1))
     (tmp_path / "step-000002.tmp-77").mkdir()
     assert checkpoint.load(tmp_path).state["number"] == 1
@@ -141,7 +141,7 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize("name", CONTENTS)
-def test_whatever_fits_its_manifest_is_passed_over_unless_it_is_a_state(
+def test_a_file_that_fits_its_manifest_but_holds_no_state_is_skipped(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,14 +1,17 @@
-"""The final choice: made on validation, never worse there than the manual prompt, and reported in words."""
+"""The final choice is made on validation, never scores worse there than the manual prompt, and comes with a verdict."""
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
-from experiments.arms.choice.result import NO_BETTER, chance
+from experiments.arms.choice.result import NO_BETTER, Answers, chance
 from experiments.arms.editing import TestTimeEditing
 from experiments.arms.fixed import FixedPrompt
 from experiments.config import build_config
@@ -74,7 +77,7 @@ def test_the_difference_carries_its_interval(run: Run, better: str) -> None:
     assert result["chance"] == max(map(labels.count, run.data.words)) / len(labels)
 
 
-def test_a_constant_answer_is_right_wherever_it_is_among_the_right_ones() -> None:
+def test_a_constant_answer_counts_where_it_is_one_of_the_right_answers() -> None:
     rows = [Example("a", 0, "A", also=(1,)), Example("b", 1, "B"), Example("c", 0, "A", also=(1, 2))]
     assert chance(rows) == 1.0  # B is always right, though A comes first in two rows
     assert chance([Example("d", None, "text", answers=("text",))]) is None
@@ -104,7 +107,7 @@ def test_candidates_and_predictions_add_up_to_the_scores(run: Run, better: str) 
             )
 
 
-def test_the_winner_is_not_taken_at_the_value_that_it_won_with(run: Run, better: str) -> None:
+def test_the_winner_is_expected_to_score_lower_on_new_rows(run: Run, better: str) -> None:
     clear, luck = finish(run, *JUNK, better), finish(run, *JUNK)
     assert clear["expected_on_new_rows"] == pytest.approx(clear["validation_score"], abs=0.02)  # it wins on any rows
     assert luck["expected_on_new_rows"] < luck["validation_score"]
@@ -136,7 +139,7 @@ def test_few_shot_prompts_hold_the_manual_one_and_training_pairs(run: Run) -> No
     assert FixedPrompt(run)._few_shot_prompts(run.config.few_shot) == prompts
 
 
-def test_few_shot_prompts_stand_for_election(run: Run, better: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_shot_prompts_are_candidates(run: Run, better: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FixedPrompt, "_few_shot_prompts", lambda _arm, _count: [better])
     result = finish(run, *JUNK)
     assert (result["prompt"], result["chosen"]) == (better, "few-shot")
@@ -158,3 +161,39 @@ def test_an_agent_that_edits_worse_than_the_manual_prompt_is_not_the_result(edit
     assert (result["prompt"], result["chosen"]) == (editing.data.spec.manual_prompt, "manual")
     assert result["validation_score"] == result["manual_validation_score"]
     assert result["verdict"] == NO_BETTER
+
+
+def test_an_agent_whose_edits_are_scored_wins_over_a_manual_prompt_without_a_score(
+    editing: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manual = editing.data.spec.manual_prompt
+
+    def half_sound(run: Run, prompts: Sequence[str], examples: Sequence[Example]) -> Answers:
+        values = torch.tensor([math.nan if prompt == manual else 0.0 for prompt in prompts])
+        return Answers(values, [{"answer": "", "score": value} for value in values.tolist()])
+
+    monkeypatch.setattr("experiments.arms.editing.answers", half_sound)
+    assert TestTimeEditing(editing).result().result["chosen"] == "edits"
+
+
+def test_without_any_finite_score_there_is_no_result(editing: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsound(run: Run, prompts: Sequence[str], examples: Sequence[Example]) -> Answers:
+        return Answers(torch.full((len(examples),), math.nan), [{} for _ in examples])
+
+    monkeypatch.setattr("experiments.arms.editing.answers", unsound)
+    with pytest.raises(FloatingPointError, match="no prompt has a finite score"):
+        TestTimeEditing(editing).result()
+
+
+def test_the_papers_protocol_passes_over_prompts_without_a_score(
+    run: Run, better: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_example = run.reward.by_example
+
+    def first_unsound(prompts: Sequence[str], rows: Sequence[Example]) -> torch.Tensor:
+        values = by_example(prompts, rows)
+        values[0] = math.nan
+        return values
+
+    monkeypatch.setattr(run.reward, "by_example", first_unsound)
+    assert finish(run, *JUNK, better)["paper_protocol"]["test_score"] > 0.9

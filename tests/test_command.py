@@ -1,4 +1,4 @@
-"""How commands end: one line and an exit code for what a user can cause, a traceback for a fault of ours."""
+"""How commands end: with one line and an exit code for errors that users can cause, with a traceback for a bug."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def ending(error: BaseException | None) -> int:
-    """The exit code of a command that raises this."""
+    """Returns the exit code of a command that raises this error."""
 
     @in_order
     def main(argv: Sequence[str]) -> int:
@@ -62,16 +62,14 @@ ENDS = [  # what is raised, the exit code, what is said
 
 
 @pytest.mark.parametrize(("error", "code", "said"), ENDS, ids=[type(row[0]).__name__ for row in ENDS])
-def test_what_a_user_can_cause_is_one_line(
+def test_errors_that_users_can_cause_are_one_line(
     error: BaseException | None, code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (ending(error), capsys.readouterr().err) == (code, said)
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), RuntimeError("x"), ZeroDivisionError("x")])
-def test_a_fault_of_ours_shows_where_and_asks_to_be_reported(
-    error: Exception, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bug_shows_a_traceback_and_asks_to_be_reported(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     assert ending(error) == 70
     said = capsys.readouterr().err
     assert said.startswith("Traceback ") and "raise error" in said and said.endswith(f"{FAULT}\n")
@@ -108,7 +106,7 @@ def test_a_signal_while_torch_is_being_loaded_ends_without_a_traceback(number: i
     assert shown.startswith("task       mnli")  # the header comes before anything that takes long
 
 
-def test_an_output_that_nobody_reads_on_ends_a_command_without_a_word() -> None:
+def test_a_closed_pipe_ends_a_command_silently() -> None:
     process = started(["-m", "experiments.tasks"])
     assert process.stdout and process.stderr and process.stdout.readline()
     process.stdout.close()
@@ -116,7 +114,7 @@ def test_an_output_that_nobody_reads_on_ends_a_command_without_a_word() -> None:
     process.stderr.close()
 
 
-def test_an_output_that_cannot_be_written_to_is_one_line() -> None:
+def test_an_unwritable_output_is_reported_in_one_line() -> None:
     with Path("/dev/full").open("w", encoding="utf-8") as full:
         process = started(["-m", "experiments.tasks"], stdout=full)
         _, said = process.communicate()
@@ -128,7 +126,7 @@ def test_a_command_without_stdout_or_stderr_ends_with_its_own_code(closed: str) 
     for words, code in (("tasks --list", 0), ("tasks --show nix", 2)):
         line = f"exec {sys.executable} -m experiments.cli {words} {closed}"
         done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert (done.returncode, "fault of the program" in done.stderr) == (code, False)
+        assert (done.returncode, "bug in the program" in done.stderr) == (code, False)
         assert "error" not in done.stdout
 
 
@@ -165,7 +163,7 @@ def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
-def test_appo_works_in_a_folder_where_others_have_our_names(appo: Path) -> None:
+def test_appo_works_in_a_folder_with_modules_of_the_same_names(appo: Path) -> None:
     small = ("prompts=2", "threads=1", "headroom=0", "pool=2", "examples.test_limit=10", "sampling.max_new_tokens=8")
     done = run(appo, "train", "--task", "sst2", "--steps", "1", *small, "--run", "r")
     assert (done.returncode, (appo.parents[1] / "r" / "best_prompt.json").is_file()) == (0, True), done.stderr
@@ -173,7 +171,7 @@ def test_appo_works_in_a_folder_where_others_have_our_names(appo: Path) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_subcommand_says_what_it_takes(name: str, appo: Path) -> None:
+def test_every_subcommand_lists_its_options(name: str, appo: Path) -> None:
     done = run(appo, name, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"usage: appo {name} ")
@@ -214,7 +212,7 @@ def test_completion_offers_the_commands_in_bash() -> None:
     assert (done.stdout, done.stderr) == ("train\n", "")
 
 
-def test_help_loads_nothing_that_takes_long() -> None:
+def test_help_loads_no_slow_module() -> None:
     code = "import sys; from experiments.cli import main; sys.argv = ['appo', '--help']; main(); print(*sys.modules)"
     out, _ = started(["-c", code]).communicate()
     assert all(name in out for name in COMMANDS)

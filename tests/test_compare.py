@@ -1,4 +1,4 @@
-"""Arms side by side: what is compared with what, and an arm that fails does not stop the others."""
+"""Arms side by side: which runs are compared, and that a failing arm does not stop the others."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ ORDERS = [
 
 
 @pytest.mark.parametrize("given", ORDERS)
-def test_an_assignment_is_no_seed_and_no_arm(given: list[str]) -> None:
+def test_an_assignment_is_neither_a_seed_nor_an_arm(given: list[str]) -> None:
     options = parse_args(given)
     assert (options.seeds, sorted(options.assignments)) == ([0, 1], ["prompts=3", "steps=2"])
     assert options.arms == (["tte"] if "--arms" in given else ["appo", "frozen"])
@@ -87,9 +87,9 @@ def test_an_assignment_is_no_seed_and_no_arm(given: list[str]) -> None:
         (["--task", "mnIi"], "did you mean 'mnli'"),
         (["--seeds", "0", "stepz=2"], "unknown key 'stepz'"),
         (["--seeds", "steps=2"], "--seeds: expected a value before 'steps=2'"),
-        (["--seeds", "0", "seed=3"], "'seed=3' would make all runs alike; --seeds says it for each"),
-        (["run=here"], "'run=here' would make all runs alike; --folder says it for each"),
-        (["--arms", "appo", "arm=ppo"], "'arm=ppo' would make all runs alike; --arms says it for each"),
+        (["--seeds", "0", "seed=3"], "'seed=3' would make all runs alike; use --seeds"),
+        (["run=here"], "'run=here' would make all runs alike; use --folder"),
+        (["--arms", "appo", "arm=ppo"], "'arm=ppo' would make all runs alike; use --arms"),
     ],
 )
 def test_mistakes_are_one_clear_line(
@@ -176,7 +176,7 @@ def test_cells_run_side_by_side_in_processes_of_their_own(tmp_path: Path, capsys
     assert "| interquartile mean |" in arms_table and "| beats manual |" in arms_table
 
 
-def test_a_process_that_goes_on_takes_from_this_call_what_shapes_no_result(tmp_path: Path) -> None:
+def test_a_resumed_cell_takes_incidental_keys_from_this_call(tmp_path: Path) -> None:
     (cell,) = cells_of(parse_args(["--arms", "manual", "--seeds", "0", "--folder", str(tmp_path), "--jobs", "2"]))
     assert cell.going_on == ["--run", str(tmp_path / "manual-0"), "--resume"]
     asked = ["--arms", "manual", "--seeds", "0", "--folder", str(tmp_path), "--jobs", "2", "trust_remote_code=true"]
@@ -184,14 +184,14 @@ def test_a_process_that_goes_on_takes_from_this_call_what_shapes_no_result(tmp_p
     assert cell.going_on == ["--run", str(tmp_path / "manual-0"), "--resume", "trust_remote_code=true"]
 
 
-def test_a_process_that_ends_without_a_word_is_not_given_the_error_of_an_earlier_one(
+def test_a_process_without_an_error_message_does_not_get_an_older_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (cell,) = cells_of(parse_args(["--arms", "manual", "--seeds", "0", "--folder", str(tmp_path), "--jobs", "2"]))
     (tmp_path / "manual-0.log").write_text("error: the disk was full\n", encoding="utf-8")
     monkeypatch.setattr("sys.executable", shutil.which("false"))
     ((_, code, error),) = make([cell], 2)
-    assert code == 1 and error == f"ended without a word; see {tmp_path / 'manual-0.log'}"
+    assert code == 1 and error == f"ended without an error message; see {tmp_path / 'manual-0.log'}"
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_a_metric_that_a_file_names_is_escaped(made: dict[str, Path], tmp_path: 
 
 
 @pytest.mark.parametrize("lacking", [["test"], ["manual_test"], ["test", "manual_test"]])
-def test_a_score_that_is_no_number_leaves_its_places_empty(
+def test_a_score_that_is_not_finite_leaves_its_cells_empty(
     lacking: list[str], made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(made["random"], tmp_path / "frozen-0"))  # as a run whose target gave no number

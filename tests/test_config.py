@@ -287,7 +287,7 @@ def test_a_value_that_yaml_cannot_read_is_named() -> None:
     assert refusal("seed=[1") == "seed: cannot read the value '[1'"
 
 
-def test_a_value_where_a_section_belongs_names_a_key_of_it() -> None:
+def test_a_value_in_place_of_a_section_names_one_of_its_keys() -> None:
     assert refusal("appo=3") == "appo is 3; expected keys such as appo.learning_rate"
 
 
@@ -297,19 +297,19 @@ def test_a_section_may_be_assigned_as_a_whole() -> None:
 
 
 def test_a_key_below_a_value_is_refused() -> None:
-    assert refusal("seed=3", "seed.low=4") == "seed.low: 'seed' has been given a value already"
+    assert refusal("seed=3", "seed.low=4") == "seed.low: 'seed' already has a value"
 
 
 # -- values ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "0.00001", "'1e-5'"])
-def test_floats_may_be_written_as_yaml_would_not(text: str) -> None:
+def test_floats_may_be_written_in_forms_that_yaml_does_not_read(text: str) -> None:
     # YAML 1.1 reads 1e-5 as text: a float needs a point there.
     assert build_config(OTHER, None, [f"appo.learning_rate={text}"]).appo.learning_rate == 0.00001
 
 
-def test_floats_may_be_written_as_yaml_would_not_in_a_file(tmp_path: Path) -> None:
+def test_floats_in_a_file_may_be_written_in_forms_that_yaml_does_not_read(tmp_path: Path) -> None:
     config = build_config(OTHER, write(tmp_path, "appo: {learning_rate: 1e-5}\n"))
     assert config.appo.learning_rate == 0.00001
 
@@ -351,6 +351,12 @@ WRONG_TYPES = [
 @pytest.mark.parametrize(("key", "text", "expected"), WRONG_TYPES)
 def test_a_value_of_the_wrong_type_names_key_value_and_what_is_expected(key: str, text: str, expected: str) -> None:
     assert refusal(f"{key}={text}") == f"{key} is {yaml.safe_load(text)!r}; expected {expected}"
+
+
+def test_a_word_that_yaml_takes_for_a_truth_value_is_no_text() -> None:
+    with pytest.raises(ConfigError, match=r"^wandb is False; expected text or null$"):
+        build_config(assignments=["wandb=off"])
+    assert build_config(assignments=["wandb='off'"]).wandb == "off"
 
 
 def test_a_value_of_the_wrong_type_in_a_file_names_the_file(tmp_path: Path) -> None:
@@ -540,9 +546,9 @@ def test_values_are_shown_as_the_command_line_takes_them() -> None:
     [
         ([], None),
         (["few_shot=2", "race=true", "mode=fixed"], None),
-        (["few_shot=2", "race=true", "mode=tte"], "in mode tte nothing is done with few_shot, race"),
-        (["edit_manual=true"], "in mode fixed nothing is done with edit_manual"),
-        (["epochs=5"], "nothing is done with epochs, since steps is 100; steps=null counts by epochs"),
+        (["few_shot=2", "race=true", "mode=tte"], "few_shot, race: no effect in mode tte"),
+        (["edit_manual=true"], "edit_manual: no effect in mode fixed"),
+        (["epochs=5"], "epochs has no effect, since steps is 100; steps=null counts by epochs"),
         (["epochs=5", "steps=null"], None),
         (["epochs=5", "arm=manual"], None),
         (["edit_manual=true", "mode=tte"], None),

@@ -1,4 +1,4 @@
-"""What a run shows while it works: a bar that stays whole on a terminal, plain lines elsewhere."""
+"""The progress of a run: an intact bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from experiments.terminal.console import Progress, duration, our_command, stopped
+from experiments.terminal.console import Progress, clip, duration, our_command, stopped
 
 STATS = {"reward_mean": 1.0, "accuracy_mean": 0.5, "kl": 0.1}
 
 
 class Terminal(io.StringIO):
-    """Stands for a terminal, and knows what it shows."""
+    """Stands in for a terminal, and keeps what it shows."""
 
     def isatty(self) -> bool:
         return True
@@ -62,18 +62,18 @@ def test_the_bar_is_whole_at_the_end_and_nothing_is_left_below_it(monkeypatch: p
     assert rest == ["what follows", ""]
 
 
-def test_a_line_that_is_said_stands_above_the_bar_though_a_ctrl_c_was_echoed_onto_it(
+def test_a_printed_line_stands_above_the_bar_after_an_echoed_ctrl_c(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     terminal = on_a_terminal(monkeypatch)
     progress = Progress(4)
     progress.show(1, STATS, "best 1.00  Say yes.")
     terminal.write("^C")
-    progress.say("finishing this iteration; once more to stop at once")
+    progress.say("finishing this iteration; press Ctrl-C again to stop at once")
     progress.show(2, STATS, "best 1.00  Say yes.")
     progress.close()
     said, timed, bar, *rest = terminal.lines()
-    assert said == "finishing this iteration; once more to stop at once"
+    assert said == "finishing this iteration; press Ctrl-C again to stop at once"
     assert timed.startswith("about ") and timed.endswith(", then the test split")
     assert bar.startswith("tuning:  50%|") and bar.endswith("kl=0.10]")
     assert rest == [""]
@@ -105,6 +105,20 @@ def test_a_quiet_run_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         progress.show(iteration, STATS | {"empty_rate": 1.0})
     progress.close()
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "expected"),
+    [
+        ("abcdef", 6, "abcdef"),
+        ("abcdefg", 6, "abc..."),
+        ("abc", 2, ".."),
+        ("回答は", 6, "回答は"),  # two columns each
+        ("回答はい", 6, "回..."),
+    ],
+)
+def test_a_text_is_cut_to_the_columns_that_it_takes(text: str, width: int, expected: str) -> None:
+    assert clip(text, width) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Decoding in tensors that stay where they are equals decoding with a cache that grows."""
+"""Decoding in tensors of fixed size equals decoding with a growing cache."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_sampling_draws_the_same_prompts(tokenizer: PreTrainedTokenizerBase, mon
 
 
 def test_a_recording_is_of_certain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph reads the memory that it was recorded with, so other weights need another one."""
+    """A graph reads the memory with which it was recorded, so other weights need another graph."""
     made = always(monkeypatch)
     monkeypatch.setattr(recorded, "KEPT", 4)
     model = build("llama")

@@ -1,4 +1,4 @@
-"""A decoding step written out equals the model's own, and is used for models that it equals only."""
+"""The written-out decoding step equals the model's own, and is used only if it does."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_a_model_that_only_looks_alike_is_decoded_by_its_own_code(kind: str, cha
     ],
     ids=["other parts", "bfloat16", "sliding window"],
 )
-def test_others_are_not_even_tried(model) -> None:  # type: ignore[no-untyped-def]
+def test_other_models_are_not_tried(model) -> None:  # type: ignore[no-untyped-def]
     assert not looks_familiar(Growing(model(), CONTEXTS, [0, 1, 2]))
 
 
@@ -161,7 +161,7 @@ def test_contexts_of_one_token_and_autocast_are_left_to_the_model() -> None:
         assert not looks_familiar(begun)
 
 
-def test_a_model_that_somebody_watches_is_run_as_it_is() -> None:
+def test_a_model_with_hooks_runs_its_own_code() -> None:
     model = build("llama")
     begun = Growing(model, CONTEXTS, OWNERS["copies"][0])
     assert looks_familiar(begun)

@@ -1,4 +1,4 @@
-"""The docs: what they say about files, names, links, commands and keys is true, and their code runs."""
+"""The docs: files, names, links, commands and keys that they mention exist, and their code runs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 
 def spans(page: Path) -> list[str]:
-    """What stands in backticks, on one line each."""
+    """Returns the texts in backticks, each on one line."""
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
 
 
@@ -69,7 +69,7 @@ def test_a_name_is_defined_where_the_house_says(file: str, line: str, name: str)
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub makes of the page's headings."""
+    """Returns the anchors that GitHub makes for the page's headings."""
     found: list[str] = []
     for heading in re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE):
         slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
@@ -142,11 +142,11 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 
 class Parsed(BaseException):
-    """Not an error, and nothing that a command would catch: holds what its parser made of a command line."""
+    """Carries parsed options out of a command; as it is not an Exception, no command catches it."""
 
 
 def check(words: list[str]) -> None:
-    """Checks a command line by the parser of the command itself, without running it."""
+    """Checks a command line with the command's own parser, without running the command."""
     while re.fullmatch(r"[A-Z]+=.*", words[0]):  # of the environment
         words = words[1:]
     words = words[: words.index(">")] if ">" in words else words

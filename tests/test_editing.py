@@ -259,7 +259,7 @@ def test_evaluate_says_that_it_does_not_score_the_manual_prompt_that_was_chosen(
     result = json.loads((folder / "best_prompt.json").read_text())
     (folder / "best_prompt.json").write_text(json.dumps(result | {"prompt": "Say so.", "chosen": "manual"}))
     assert evaluate_module.main(["--run", str(folder)]) == 0
-    assert "note: this run chose the manual prompt; what is scored here" in capsys.readouterr().err
+    assert "note: the run chose the manual prompt; the scores here" in capsys.readouterr().err
 
 
 def test_prompt_prints_an_instruction_and_the_answer(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,7 +294,9 @@ def test_prompt_reads_files_of_inputs(finished: Path, tmp_path: Path, capsys: py
     assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5) for row in pages[0])
 
 
-def test_a_fixed_run_has_one_instruction_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fixed_run_has_one_instruction_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "fixed"
     options = {"task": "mnli", "steps": 1, "run": str(folder)}
     result = train(prepare(build_config(options, assignments=[*SMALL, "mode=fixed"])), quiet=True)
@@ -303,6 +305,7 @@ def test_a_fixed_run_has_one_instruction_for_all(tmp_path: Path, capsys: pytest.
     assert {json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()} == {result["prompt"]}
     assert evaluate_module.main(["--run", str(folder)]) == 0
     assert evaluate(open_run(folder))["test_score"] == pytest.approx(result["test_score"])
+    monkeypatch.setattr("experiments.run.run.open_run", lambda *_: pytest.fail("loaded first"))
     assert evaluate_module.main(["--run", str(folder), "--votes", "3"]) == 2
     assert "votes need a run in mode tte" in capsys.readouterr().err
 

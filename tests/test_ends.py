@@ -1,4 +1,4 @@
-"""Where responses end: at every end the model names, at a line break, never before something is written."""
+"""Where responses end: at each end token of the model, at a line break, never before there is visible text."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def rollout(*texts: str) -> Rollout:
     return Rollout.stack([QUERY], [0] * len(texts), responses)
 
 
-def test_no_prompt_is_empty_though_the_end_is_by_far_the_likeliest() -> None:
+def test_no_prompt_is_empty_even_if_the_end_token_is_most_likely() -> None:
     free, bound = make(END), make(END, nonempty=True)
     assert free.decode(sampled(free)).count("") > 32
     rollouts = sampled(bound)
@@ -118,7 +118,7 @@ def test_without_the_rule_prompts_go_on_over_line_breaks() -> None:
         ("\n\n\na", True, False),
     ],
 )
-def test_what_has_ended_and_what_was_cut_off(text: str, one_line: bool, expected: bool) -> None:
+def test_ended_and_cut_off_responses_are_told_apart(text: str, one_line: bool, expected: bool) -> None:
     assert make(A, one_line=one_line).ended(rollout(text, "filler to pad the other")).tolist()[0] is expected
 
 

@@ -1,4 +1,4 @@
-"""The examples: the one-file APPO does what appo/ does, and learns; the notebook runs."""
+"""The examples: the one-file APPO makes the same update as appo/, and learns; the notebook runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUERY = (5, 6, 7, 8)
 
 
 def ours() -> Updater:
-    """The package, with what the example leaves out switched off."""
+    """Makes the package's trainer, with everything switched off that the example leaves out."""
     policy = policy_of(llama(len(byte_tokenizer())), byte_tokenizer(), plain_sampling(8))
     config = APPOConfig(
         learning_rate=CONFIG.learning_rate,

@@ -214,7 +214,11 @@ FAULTS: list[tuple[str, Callable[[Path], list[str]], list[str]]] = [
     ("13 a preset that is a list", options("preset=[lab]"), ["unknown preset", "presets are lab"]),
     ("17 a device without numbers", options("device=meta"), ["device 'meta' cannot be used"]),
     ("33 a model that is a file", options("--target", "setup.cfg"), ["target", "'setup.cfg' is a file"]),
-    ("34 code, asked for in a file", config("trust_remote_code: true"), ["conf.yaml", "on the command line only"]),
+    (
+        "34 code, asked for in a file",
+        config("trust_remote_code: true"),
+        ["conf.yaml", "may only be set on the command line"],
+    ),
     ("36 a chat without a template", options("target_chat=true"), ["target_chat is true", "no chat template"]),
     ("39 a config that is a list", model(lambda f: write(f / "config.json", "[]")), ["target", "cannot load"]),
     ("39 no attention heads", model(changed(num_attention_heads=0)), ["target", "cannot load", "ZeroDivisionError"]),
@@ -244,7 +248,7 @@ ELSEWHERE = {
     16: "test_resume.py::test_a_folder_in_use_is_refused",
     26: "test_splits.py::test_rows_that_differ_in_case_and_spaces_only_count_once",
     27: "test_splits.py::test_a_text_with_two_labels_is_drawn_at_most_once",
-    29: "test_target.py::test_a_special_token_that_is_spelt_out_is_none",
+    29: "test_target.py::test_a_special_token_written_as_text_is_read_as_text",
     30: "test_hub.py::test_a_hub_that_fails_is_one_clear_line",
     32: "test_own_task.py::test_resuming_an_edited_task_is_refused_by_what_changed",
     34: "test_models.py::test_a_models_own_code_runs_only_if_trusted",
@@ -290,6 +294,6 @@ def test_every_fault_is_tested_or_cannot_come_up() -> None:
 
 
 @pytest.mark.parametrize("place", sorted(set(ELSEWHERE.values())))
-def test_what_is_said_to_be_tested_elsewhere_is(place: str) -> None:
+def test_tests_that_are_named_as_elsewhere_exist(place: str) -> None:
     file, name = place.split("::")
     assert f"def {name}(" in (Path(__file__).parent / file).read_text(encoding="utf-8")

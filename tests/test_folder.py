@@ -1,4 +1,4 @@
-"""What a run leaves behind: a folder that overwrites nothing, lines that read back as written, the prompt pool."""
+"""A run's folder, which overwrites nothing; its files, which read back as written; and the prompt pool."""
 
 from __future__ import annotations
 
@@ -288,7 +288,7 @@ def test_empty_prompts_do_not_enter_the_pool() -> None:
 
 
 @pytest.mark.parametrize("bad", [NAN, INFINITY, -INFINITY])
-def test_a_reward_that_is_no_number_says_nothing_of_a_prompt(bad: float) -> None:
+def test_a_reward_that_is_not_finite_is_left_out_of_the_pool(bad: float) -> None:
     best = pool((["never", "once", "always"], [bad, bad, 1.0]), (["once"], [3.0])).best(5)
     assert best == [PoolEntry("once", 3.0, 1), PoolEntry("always", 1.0, 1)]
 

@@ -1,4 +1,4 @@
-"""KL estimates, the rewards they turn into, log-probabilities and entropies, plain and in blocks of rows."""
+"""KL estimates, token rewards with them, log-probabilities and entropies, plain and in blocks of rows."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_entropy_of_the_uniform_and_of_the_certain() -> None:
     assert_close(entropy_from_logits(logits), torch.tensor([[math.log(4), 0.0]], dtype=F64))
 
 
-def test_gradient_of_the_entropy_for_who_wants_it_in_the_loss() -> None:
+def test_the_entropy_has_a_gradient_if_it_is_part_of_the_loss() -> None:
     logits = torch.randn(3, 5, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert torch.autograd.gradcheck(entropy_from_logits, logits)
 
@@ -175,7 +175,7 @@ def test_a_gradient_that_takes_the_place_of_the_logits_is_the_same(rows_at_once:
         loss.backward()
 
 
-def test_entropy_of_the_certain_has_no_row_that_is_no_number(rows_at_once: int) -> None:
+def test_the_entropy_of_a_certain_row_is_finite(rows_at_once: int) -> None:
     logits = torch.full((8, 5), -math.inf, dtype=F64).scatter(1, TOKENS.unsqueeze(1), 0.0)
     logprobs, entropy = logprobs_and_entropy(logits, TOKENS)
     assert (logprobs.tolist(), entropy.tolist()) == ([0.0] * 8, [0.0] * 8)

@@ -145,6 +145,6 @@ def test_only_the_new_numbers_are_differentiated(loss) -> None:
 
 
 @pytest.mark.parametrize("loss", [policy_loss, value_loss])
-def test_loss_of_nothing_is_zero(loss) -> None:
+def test_the_loss_of_no_tokens_is_zero(loss) -> None:
     empty = torch.zeros(2, 3, dtype=F64)
     assert loss(empty, empty, empty, empty).loss == 0

@@ -1,4 +1,4 @@
-"""Any content of a file is read, or refused in one line by the error of its layer; no other error escapes.
+"""Any content of a file is either read, or refused in one line with the error of its layer.
 
 CI draws the same examples every time; `make fuzz MINUTES=60` draws new ones for an hour.
 """

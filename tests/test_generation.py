@@ -1,4 +1,4 @@
-"""Generated answers: greedy continuations against the plain loop, stops and budgets, and how they are scored."""
+"""Generated answers: greedy continuations against a plain loop, stop strings, token limits, and scores."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BUDGET = 6
 
 
 def plain_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: str, budget: int) -> str:
-    """One row, no padding, no cache, everything run again for every token."""
+    """Continues one row without padding and cache: runs the whole text again for every token."""
     ids = tokenizer(context)["input_ids"]
     written: list[int] = []
     for _ in range(budget):
@@ -51,7 +51,7 @@ def test_generation_equals_the_plain_loop(
 
 
 def always(model: PreTrainedModel, token: int) -> PreTrainedModel:
-    """A model that says one token, whatever it reads: its head has zero weights and a bias of 1 for the token."""
+    """Makes a model that says one token, whatever it reads: its head has zero weights and a bias of 1 for the token."""
     model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
     bias = torch.zeros(model.lm_head.out_features)
     bias[token] = 1.0
@@ -208,7 +208,7 @@ def table_target(table: list[list[float]]) -> Target:
     return cast(Target, SimpleNamespace(class_logits=class_logits))
 
 
-def test_classes_that_an_example_does_not_offer_are_out_of_question() -> None:
+def test_classes_that_an_example_does_not_offer_do_not_count() -> None:
     # Class 2 is the likeliest, but the example has two choices: 0 is right, margin (.3 - .2) / (.3 + .2) = .2.
     result = ClassificationReward(table_target([[0.3, 0.2, 0.5]]))(["p"], [Example("x", 0, "A", choices=2)])
     assert result.metrics["accuracy"].item() == 1

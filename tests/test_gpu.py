@@ -1,4 +1,4 @@
-"""Whole runs on a GPU: `make test-gpu`. Skipped where there is none; the same files run on a CPU in the other tests."""
+"""Whole runs on a GPU: `make test-gpu`. Skipped without a GPU; the other tests cover the same code on a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numerical faults: a step that is not sound never touches the weights, is counted, and does not go on for ever."""
+"""Numerical faults: an unsound step never changes the weights and is counted; too many of them end the run."""
 
 from __future__ import annotations
 

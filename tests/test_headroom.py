@@ -1,4 +1,4 @@
-"""The look at the headroom before training, on the lab and on a target that ignores the prompt."""
+"""The headroom check before training, on the lab and with a target that ignores the prompt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments.config import build_config
-from experiments.diagnostics.headroom import look
+from experiments.diagnostics.headroom import TOO_FEW, look
 from experiments.run.run import Run, prepare
 from experiments.run.statistics import NO_VERDICT
 from experiments.train import train
@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def deaf(run: Run) -> Run:
-    """The same run with a target whose answers depend on the input alone: it always reads the same prompt."""
+    """The same run with a target that ignores prompts: it always reads the same one."""
     heard = run.target.target
     assert isinstance(heard, LocalTarget)
     target = LocalTarget(heard.lm, heard.template, heard.words)
@@ -55,11 +55,18 @@ def test_a_target_that_does_not_listen_is_called_out(run: Run) -> None:
     seen = look(deaf(run), 8)
     assert (seen.spread, seen.p) == (0.0, 1.0)
     assert seen.verdict.startswith("prompts hardly matter to this target: all within noise")
+    seen = look(replace(deaf(run), config=replace(run.config, mode="tte")), 8)
+    assert seen.verdict.endswith("all within noise (p = 1); a prompt for each input may")
 
 
-def test_an_agent_that_writes_one_prompt_only_is_called_out(run: Run) -> None:
-    seen = look(run, 1)
+def test_an_agent_that_writes_one_prompt_only_is_called_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.policy, "decode", lambda rollout: ["Sing."] * len(rollout))
+    seen = look(run, 3)
     assert seen.p is None and "has nothing to explore" in seen.verdict
+
+
+def test_an_agent_that_was_asked_for_one_prompt_is_not_blamed_for_it(run: Run) -> None:
+    assert look(run, 1).verdict == TOO_FEW
 
 
 def test_scores_that_are_not_numbers_give_no_verdict(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

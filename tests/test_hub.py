@@ -1,4 +1,4 @@
-"""Rows from the hub: what it is asked for, and what is said when it fails."""
+"""Rows from the hub: the requests to it, and the messages when it fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lab: what obeying means, that the data follow from the grammar, and that the shipped target obeys."""
+"""The lab: obeying is well defined, the data follow from the grammar, and the shipped target obeys."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from experiments.lab import grammar, landscape, packing, recipe, target_recipe, 
 from experiments.lab.grammar import Item, Judge, Treat
 from experiments.lab.models import Shape, build_tokenizer, llama
 from experiments.lab.rows import render, write_data
+from experiments.terminal.command import Program
 
 TASKS = list(grammar.LABS)
 MEGABYTE = 2**20
@@ -113,7 +114,7 @@ def test_wordplay_is_right_where_it_is_told_and_wrong_where_not(task: str) -> No
         ("Turn it around.", "first_word_letter", "cold", "hot"),
     ],
 )
-def test_operations(instruction: str, task: str, text: str, expected: str) -> None:
+def test_wordplay_operations_by_hand(instruction: str, task: str, text: str, expected: str) -> None:
     assert wordplay.answer(instruction, task, {"input": text}) == expected
 
 
@@ -216,3 +217,24 @@ def test_shipped_targets_of_other_sizes_obey_too(name: str) -> None:
     prompts = [landscape.KINDS[kind](random.Random(0), "mnli") for kind in ("best", "manual", "empty")]
     best, manual, empty = reward(prompts, data.test[:100]).metrics["accuracy"].tolist()
     assert best >= 0.9 and 0.3 <= manual <= best - 0.1 and empty <= 0.1
+
+
+def test_the_prior_counts_as_many_prompts_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(landscape, "accuracies", lambda *_: {"best": 0.0})  # which every prompt reaches
+    assert landscape.prior("sst2", samples=3, batch=2) == (3, 0.0)
+
+
+def test_the_bound_on_a_count_is_the_exact_one_to_a_percent() -> None:
+    # Half the 95 % quantiles of chi-square with 2, 4, 6 and 22 degrees of freedom, from tables.
+    exact = {0: 2.996, 1: 4.744, 2: 6.296, 10: 16.962}
+    assert {hits: landscape.poisson_bound(hits) for hits in exact} == pytest.approx(exact, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"), [(landscape.main, ["--prior", "-1"]), (recipe.main, ["data", "--scale", "-1"])]
+)
+def test_the_labs_commands_refuse_numbers_out_of_range(
+    command: Program, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(words) == 2
+    assert f"error: {words[-2]} is -1" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Who may import whom and who may touch the outside world, read off the syntax trees (design.md, section 2)."""
+"""Which module may import which, and which may touch the outside world, checked on the syntax trees."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def relative_import(_path: str, source: str) -> Iterator[str]:
 
 
 def more_than_example(path: str, source: str) -> Iterator[str]:
-    """What rewards imports from tasks, besides tasks.spec.Example."""
+    """Imports of rewards from tasks, besides tasks.spec.Example."""
     for module, name in imports(source):
         of_tasks = package(path) == "rewards" and package(module.replace(".", "/")) == "tasks"
         if of_tasks and (module, name) != ("tasks.spec", "Example"):

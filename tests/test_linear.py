@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: the numbers and gradients are those of torch's own, whatever the layout in memory."""
+"""Linear layers by oneDNN have the numbers and gradients of torch's own, whatever the layout in memory."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_numbers_and_gradients_are_those_of_torch(
             same(a.grad, b.grad)
 
 
-def test_nothing_is_computed_for_who_needs_no_gradient() -> None:
+def test_no_gradient_is_computed_for_inputs_that_need_none() -> None:
     _, ours = layers(bias=True)
     ours.requires_grad_(False)
     x = torch.randn(FEW, 24, requires_grad=True)
@@ -127,7 +127,9 @@ def test_a_model_without_onednn_is_torchs_own_to_the_bit() -> None:
         ({"architecture": "arm64"}, False),
     ],
 )
-def test_where_it_pays(cpu: dict[str, object], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_is_used_where_it_is_faster(
+    cpu: dict[str, object], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
     linear.is_faster.cache_clear()

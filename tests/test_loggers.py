@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases get what metrics.jsonl gets, once for each iteration, and only if asked."""
+"""TensorBoard and Weights & Biases get the rows of metrics.jsonl, once per iteration, and only if configured."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
 
 
 def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows of a run: name -> (iteration, value)."""
+    """Returns what TensorBoard shows of a run: name -> (iteration, value)."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     seen = accumulator.EventAccumulator(str(folder / "tensorboard"))
     seen.Reload()

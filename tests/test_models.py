@@ -1,4 +1,4 @@
-"""Loading models: folders from `save_pretrained` load, all others are refused in one clear line."""
+"""Loading models: folders from `save_pretrained` load; all others are refused in one clear line."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_lab_is_the_labs_folder_of_the_role(folder: Path, monkeypatch: pytest.Mo
     assert load_model(run, "agent").model.name_or_path == str(folder.parent / "small" / "agent")
 
 
-def test_what_the_lab_has_not_is_missing_like_any_folder() -> None:
+def test_a_model_that_the_lab_lacks_is_reported_as_a_missing_folder() -> None:
     with pytest.raises(ModelError, match=r"agent: no folder '.*deep.agent'"):
         check_source(RunConfig(agent="lab/deep"), "agent")
 
@@ -134,7 +134,7 @@ def test_a_missing_folder_gets_the_nearest_name(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["/none/at/all", "./none", "../none", "~/none", "a/b/c"])
-def test_a_missing_folder_like_no_other_is_refused_without_asking_the_hub(
+def test_a_missing_folder_without_a_near_match_is_refused_without_asking_the_hub(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -142,7 +142,7 @@ def test_a_missing_folder_like_no_other_is_refused_without_asking_the_hub(
     assert refusal(name) == f"agent: no folder {name!r}"
 
 
-def test_what_stands_in_models_is_no_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_path_below_models_is_not_taken_for_a_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_args, **_options: pytest.fail("asked"))
     assert refusal("models/smolm2") == "agent: no folder 'models/smolm2'; `make weights` puts models there"

@@ -1,4 +1,4 @@
-"""Prompts that win without instructing: copies of inputs, bare label words."""
+"""Prompts that score without an instruction: copies of inputs, bare label words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task of one's own, as a person would keep it: trained on, edited afterwards, and used with inputs of all kinds."""
+"""A user's own task: runs are trained on it, it is edited afterwards, and runs are used with inputs of all kinds."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_using_a_run_says_what_changed_since(tmp_path: Path, capsys: pytest.Capt
         for command, arguments in commands:
             assert command(["--run", str(run), *arguments]) == 0
             note = capsys.readouterr().err
-            assert "note: the task is not what the run was made with; changed: " in note and part in note
+            assert "note: the task has changed since the run: " in note and part in note
         assert part in json.loads((run / "evaluation.json").read_text())["changed"]
 
 

@@ -1,4 +1,4 @@
-"""A plan's memory is that of the real thing: the same step on real tensors, whose bytes are counted."""
+"""A plan's memory agrees with the same step on real tensors, whose bytes are counted; its work with real runs."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from experiments.config import TRAINED, build_config
 from experiments.planning.estimate import Estimate, Lengths, Machine, Options
 from experiments.planning.outlook import lengths_of, outlook
 from experiments.planning.shadow import LiveBytes, Shadow
+from experiments.planning.spent import spent
 from experiments.run.models import ModelError
 from experiments.run.run import prepare
 from experiments.tuning.loop import arm_of
@@ -157,6 +158,43 @@ def test_batches_are_planned_no_larger_than_the_data(tmp_path: Path) -> None:
     assert work(4) == work(1000)
 
 
+@pytest.mark.parametrize("task", ["mnli", "openbookqa", "sum"])  # three labels, choices, text
+def test_a_plan_without_data_knows_how_many_rows_and_iterations_there_will_be(task: str, tmp_path: Path) -> None:
+    words = ["threads=1", "steps=null", "epochs=3", "examples.shots=6", "examples.batch_size=5"]
+    config = build_config({"task": task, "run": str(tmp_path / "run")}, assignments=words)
+    run, lengths = prepare(config), plan.lengths_of(config)
+    assert (lengths.rows, lengths.steps) == (len(run.data.train), run.steps)
+    assert lengths_of(run).rows == len(run.data.validation)
+
+
+@pytest.mark.parametrize("mode", ["fixed", "tte"])
+def test_a_planned_review_has_the_prompts_and_rows_of_a_real_one(mode: str, tmp_path: Path) -> None:
+    words = ["threads=1", f"mode={mode}", "examples.shots=5", "anchor.prompts=3"]
+    run = prepare(build_config({"task": "sst2", "run": str(tmp_path / "run")}, assignments=words))
+    question = arm_of(run).ask_for_review(random.Random(0))
+    written = 2 * question.copies * len(question.queries)  # by the agent and by the anchor
+    (review,) = [
+        line for line in Estimate(run.config, lengths_of(run), Options(rank=4)).work() if line.name == "reviews"
+    ]
+    assert review.how.startswith(f"{written} prompts on {question.rows} rows, ")
+
+
+def test_the_work_that_a_run_has_spent_counts_batches_no_larger_than_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine("fixed rates", 1.0, 1e12, 1e12)
+    monkeypatch.setattr("experiments.planning.spent.measured", lambda *_: machine)
+
+    def told(size: int) -> list[str]:
+        words = ["threads=1", "examples.shots=2", f"examples.batch_size={size}"]  # 4 training rows
+        run = prepare(build_config({"task": "sst2", "run": str(tmp_path / str(size))}, assignments=words))
+        seconds = {"seconds": 3.0, "sampling_seconds": 1.0, "scoring_seconds": 1e-3, "update_seconds": 1.0}
+        run.folder.append("metrics.jsonl", [{"iteration": 1, "tokens": 320, **seconds}])
+        return list(spent(run))
+
+    assert told(1000) == told(4)
+
+
 def test_a_review_in_mode_tte_is_planned_as_a_prompt_for_each_input(tmp_path: Path) -> None:
     given = {"task": "mixed", "mode": "tte", "run": str(tmp_path / "run")}
     run = prepare(build_config(given, assignments=["threads=1", "examples.shots=8"]))
@@ -174,7 +212,7 @@ def test_a_review_in_mode_tte_is_planned_as_a_prompt_for_each_input(tmp_path: Pa
 
 
 @pytest.mark.parametrize("arm", ["appo", "ppo", "frozen", "edits", "manual"])
-def test_what_is_said_to_be_held_and_done_is_what_the_arm_holds_and_does(arm: str, tmp_path: Path) -> None:
+def test_an_arm_holds_and_does_what_its_plan_says(arm: str, tmp_path: Path) -> None:
     run = prepare(build_config({"task": "sst2", "run": str(tmp_path / "run")}, assignments=["threads=1", f"arm={arm}"]))
     plan = Estimate(run.config, lengths_of(run), Options.of(run.config, bfloat16=False))
     lines = {line.name: line.value for line in plan.memory()}
@@ -224,7 +262,7 @@ def test_recorded_steps_hold_what_the_plan_says(tmp_path: Path, monkeypatch: pyt
 
 def test_a_divided_agent_is_planned_by_its_part(capsys: pytest.CaptureFixture[str]) -> None:
     config = build_config({}, assignments=["shard=true"])
-    whole, part = (Estimate(config, Lengths(100, 50, 40, 10), Options.of(config, gpus=gpus)) for gpus in (1, 4))
+    whole, part = (Estimate(config, Lengths(100, 50, 40, 10, 32), Options.of(config, gpus=gpus)) for gpus in (1, 4))
     names = ("agent's weights", "optimizer", "anchor")
     sizes = [{line.name: line.value for line in estimate.memory()} for estimate in (whole, part)]
     assert [sizes[1][name] for name in names] == [sizes[0][name] / 4 for name in names]
@@ -277,7 +315,7 @@ def test_gpus_without_shard_are_told_of(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_a_pass_takes_at_least_its_launches() -> None:
-    lengths = Lengths(query=100, prompt=100, example=40, steps=10)
+    lengths = Lengths(query=100, prompt=100, example=40, steps=10, rows=32)
     estimate = Estimate(build_config({}), lengths, Options(rank=4))
     slow = Machine("slow to start", 80.0, 1e18, 1e18, launch=1e-3, step=1e-4)
     layers = estimate.agent.layers

@@ -1,4 +1,4 @@
-"""The policy: evaluation gives the log-probabilities of sampling, whatever shares the batch."""
+"""The policy: evaluation gives the log-probabilities of sampling, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_greedy_takes_the_likeliest_token(tiny_llama, tokenizer) -> None:
     assert torch.equal(policy.sample([query], seeded(), greedy=True).tokens, found.tokens)
 
 
-def test_what_all_queries_begin_with_is_run_once(tiny_lm, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_common_beginning_of_all_queries_is_run_once(tiny_lm, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make(tiny_lm, tokenizer)
     queries = [policy.query("A beginning that all have.", text) for text in ("a", "of different length")]
     passes, call = [], packed.call

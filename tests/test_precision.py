@@ -1,4 +1,4 @@
-"""Trained weights are float32 and move, whatever the model computes in."""
+"""Trained weights are float32 and move, whatever dtype the model computes in."""
 
 from __future__ import annotations
 

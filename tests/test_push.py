@@ -1,4 +1,4 @@
-"""The upload of an agent: its card is true and usable, a dry run needs no network, and failures are one line."""
+"""The upload of an agent: its card is true and usable, a dry run needs no network, and errors are one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from experiments import push, train
-from experiments.config import RunConfig
+from experiments.config import LABS, RunConfig
 from experiments.hub.card import model_card
 from experiments.run.folder import read_result, stored_config
 
@@ -47,7 +47,7 @@ def card_of(folder: Path) -> str:
 
 
 def pushed(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`appo push` in a process of its own, at a hub that nobody serves; HOME would hold a login."""
+    """`appo push` in its own process, with a hub that does not answer and without a login from HOME."""
     command = [sys.executable, "-c", "import sys; from experiments.cli import main; sys.exit(main())", "push"]
     without = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     given = without | {"HOME": str(folder), "HF_ENDPOINT": "http://127.0.0.1:9", **environment}
@@ -67,11 +67,11 @@ def test_a_dry_run_writes_the_card_and_lists_the_agents_files(folder: Path, caps
     assert captured.err == f"card: {folder / 'agent' / 'README.md'}\n" and card.startswith("---\n")
 
 
-def test_a_card_that_is_there_is_left_as_it_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_card_is_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     card_of(folder)
     (folder / "agent" / "README.md").write_text("mine", encoding="utf-8")
     assert card_of(folder) == "mine"
-    assert capsys.readouterr().err.endswith("it was there already, and is left as it is\n")
+    assert capsys.readouterr().err.endswith("it was there already and is kept\n")
     os.utime(folder / "best_prompt.json", (LATER, LATER))  # as a resumed run leaves it
     card_of(folder)
     assert "the run has a newer result: delete the card to have it written anew" in capsys.readouterr().err
@@ -125,6 +125,18 @@ def test_a_model_of_the_hub_is_named_as_the_base(folder: Path) -> None:
     card = model_card(config, read_result(folder), REPO, chat=False)
     assert metadata(card)["base_model"] == "some/model"
     assert "[some/model](https://huggingface.co/some/model)" in card
+
+
+@pytest.mark.parametrize("agent", LABS)
+def test_a_model_of_the_lab_is_no_base_on_the_hub(agent: str, folder: Path) -> None:
+    config = replace(stored_config(folder), agent=agent)
+    assert "base_model" not in metadata(model_card(config, read_result(folder), REPO, chat=False))
+
+
+def test_the_card_names_the_model_behind_a_server_and_not_its_address(folder: Path) -> None:
+    config = replace(stored_config(folder), target="http://10.0.0.7:8000#some/model")
+    card = model_card(config, read_result(folder), REPO, chat=False)
+    assert "`some/model`" in card and "10.0.0.7" not in card and "8000" not in card
 
 
 def test_a_task_of_ones_own_is_in_no_known_language(folder: Path) -> None:
@@ -212,6 +224,15 @@ def test_a_name_that_the_hub_would_not_take_is_refused(
     assert push.main(["--run", str(folder), "--repo", repo, "--dry-run"]) == 2
     assert f"error: the name on the hub is {repo!r}; expected OWNER/NAME" in capsys.readouterr().err
     assert not (folder / "agent" / "README.md").exists()
+
+
+@pytest.mark.parametrize("wrong", ["name", "run"])
+def test_a_wrong_name_or_run_is_refused_before_weights_are_merged(
+    wrong: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.run.models.save_merged", lambda *_: pytest.fail("merged first"))
+    folder, repo = (finished, "no-owner") if wrong == "name" else (tmp_path, REPO)
+    assert push.main(["--run", str(folder), "--repo", repo, "--merge"]) == 2
 
 
 @pytest.mark.parametrize(

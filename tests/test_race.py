@@ -1,4 +1,4 @@
-"""The race for the final choice: what it drops, what it costs, and that it finds as good a prompt as scoring all."""
+"""The race for the final choice: what it drops, what it costs, and that its prompt is as good as without a race."""
 
 from __future__ import annotations
 

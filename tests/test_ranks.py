@@ -1,4 +1,4 @@
-"""Two processes are as good as one: same prompts, same update, same decisions; and they end together, in order."""
+"""Two processes give the results of one: same prompts, update and decisions; and they end together, cleanly."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def started(log: Path, work: Callable[..., None], *arguments: Any) -> ForkServer
 
 
 def ended(process: ForkServerProcess, log: Path, seconds: float = 60) -> str:
-    """All that a job printed, once it has ended."""
+    """Returns all output of a job, once it has ended."""
     process.join(seconds)
     assert process.exitcode is not None, log.read_text(encoding="utf-8")
     return log.read_text(encoding="utf-8")
@@ -72,7 +72,7 @@ def job(alone: Path) -> tuple[Path, list[dict[str, Any]], str]:
 
 @pytest.fixture(scope="module")
 def one() -> dict[str, Any]:
-    """What one process finds."""
+    """Returns the results of one process."""
     return updates(None)
 
 
@@ -137,7 +137,7 @@ def test_ranks_that_divide_an_agent_end_in_the_update_of_one(
 
 
 @pytest.mark.parametrize("wrong", ["lora.rank=4", "shard=true"], ids=["an adapter", "one process"])
-def test_a_division_that_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: str) -> None:
+def test_an_impossible_division_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: str) -> None:
     assert main(arguments(tmp_path / "run", "shard=true", wrong)) == 2
     assert "error: shard is true" in capsys.readouterr().err and not (tmp_path / "run").exists()
 

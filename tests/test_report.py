@@ -337,7 +337,7 @@ def test_toy_models_on_foreign_data_are_warned_of(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(CONFIG, "target", "lab")  # type: ignore[arg-type]
     assert "toy models" not in render(tmp_path)  # the data are the lab's
     monkeypatch.setitem(CONFIG, "data", "hub")  # type: ignore[arg-type]
-    assert "target lab: toy models that know nothing but the lab" in render(tmp_path)
+    assert "target lab: toy models that only know the lab" in render(tmp_path)
 
 
 def test_a_collapse_during_the_run_is_warned_of(tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_the_cost_is_added_up(tmp_path: Path) -> None:
     ]
 
 
-def test_the_code_that_uses_the_result_compiles(tmp_path: Path) -> None:
+def test_the_code_for_using_the_result_compiles(tmp_path: Path) -> None:
     text = "Say \"yes\"\nor 'no' {x}"
     blocks = re.findall(r"<h3>With [^<]*</h3><pre>(.*?)</pre>", render(tmp_path, prompt=text), re.DOTALL)
     assert len(blocks) == 2

@@ -1,4 +1,4 @@
-"""Nothing is lost: checkpoints are whole or absent, stops are clean, and resuming is bit for bit."""
+"""No work is lost: checkpoints are complete or absent, stops are clean, and a resumed run is equal bit for bit."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_fewer_steps_than_are_done_are_refused(
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_a_new_run_in_the_folder_of_a_stopped_one_is_told_of_resume(
+def test_a_new_run_in_the_folder_of_a_stopped_one_is_pointed_to_resume(
     undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(undisturbed, tmp_path / "run")
@@ -345,7 +345,7 @@ def test_an_agent_that_does_not_fit_on_the_disk_is_one_line(
 # -- what may change ---------------------------------------------------------------------------------------------
 
 
-def test_steps_that_were_asked_for_at_a_resume_hold_for_the_next(
+def test_steps_given_at_a_resume_apply_to_the_next_one(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
@@ -384,7 +384,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(
     assert rows(folder) == before
 
 
-def test_a_folder_that_a_run_died_in_before_it_wrote_anything_is_as_good_as_empty(tmp_path: Path) -> None:
+def test_a_folder_of_a_run_that_wrote_nothing_counts_as_empty(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / LOCK).write_text("process 1 on elsewhere")

@@ -37,7 +37,7 @@ def test_what_counts_as_collapse(policy: Health, sign: str | None) -> None:
     assert (found is None) == (sign is None) and (sign or "") in (found or "")
 
 
-def test_an_agent_is_as_short_or_repetitive_as_its_anchor_may_be() -> None:
+def test_an_agent_may_be_as_short_or_repetitive_as_its_anchor() -> None:
     poor = Health(length=1.0, empty_rate=0.9, distinct=0.1, variety=0.1, entropy=1.0)
     assert collapse(poor, poor) is None
 
@@ -77,7 +77,7 @@ def collapsed() -> tuple[APPOTrainer, torch.Tensor]:
 
 
 @pytest.mark.parametrize("lead", [0.0, 0.05, -0.05])
-def test_a_collapsed_agent_goes_back_though_its_score_is_its_anchors(
+def test_a_collapsed_agent_is_rolled_back_despite_an_equal_score(
     collapsed: tuple[APPOTrainer, torch.Tensor], lead: float
 ) -> None:
     trainer, before = collapsed

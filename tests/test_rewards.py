@@ -1,4 +1,4 @@
-"""Rewards: the margin and the accuracy by hand, and the whole reward against a plain loop over the HF model."""
+"""Rewards: margin and accuracy against hand-computed values, the whole reward against a plain loop over the model."""
 
 from __future__ import annotations
 

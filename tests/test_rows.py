@@ -1,4 +1,4 @@
-"""Files of rows: each kind, with what real files do wrong."""
+"""Files of rows: each format, with the faults of real files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged run folders: every command that reads one works, or refuses it in one line."""
+"""Damaged run folders: every command that reads such a folder works, or refuses it in one line."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_an_agent_that_is_a_file_is_one_line_at_the_end_of_a_resumed_run(
     assert f"error: {folder / 'agent'}: File exists" in capsys.readouterr().err
 
 
-def test_scores_that_cannot_be_stored_are_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_are_printed_even_if_they_cannot_be_stored(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder in the place of the file makes writing fail, even for root."""
     (folder / "evaluation.json.part").mkdir()
     assert evaluate.main(["--run", str(folder)]) == 74
@@ -197,7 +197,7 @@ def test_a_runs_folder_cannot_have_its_code_run(
     assert not (tmp_path / "harmed").exists()
 
 
-def test_a_run_that_goes_on_runs_no_code_either(
+def test_a_resumed_run_runs_no_remote_code_either(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(folder / "agent", tmp_path / "model")
@@ -226,7 +226,7 @@ def test_the_flag_counts_when_it_is_given_to_this_call(command: str, folder: Pat
 def test_a_file_of_keys_cannot_ask_for_code_to_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "conf.yaml").write_text("trust_remote_code: true\n", encoding="utf-8")
     assert train.main(["--config", str(tmp_path / "conf.yaml"), "--run", str(tmp_path / "run")]) == 2
-    assert "conf.yaml: trust_remote_code counts on the command line only" in capsys.readouterr().err
+    assert "conf.yaml: trust_remote_code may only be set on the command line" in capsys.readouterr().err
 
 
 # -- the report --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Targets behind a server: the same scores as in this process, whatever goes wrong on the way, each paid for once."""
+"""Targets behind a server give the same scores as in this process, despite faults, and each score is paid for once."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_32_requests_are_under_way_at_once(lab: CausalLM) -> None:
 @pytest.mark.parametrize(
     "fault", [Fault(429), Fault(429, retry_after="0"), Fault(500), Fault(cut=True), Fault(delay=2)], ids=str
 )
-def test_what_may_pass_is_asked_again(fault: Fault, lab: CausalLM) -> None:
+def test_requests_that_fail_for_a_while_are_repeated(fault: Fault, lab: CausalLM) -> None:
     asked = grid(PROMPTS[:1], INPUTS)
     with Serving(lab, "vllm") as serving:
         target = served(serving, timeout=0.5)
@@ -178,7 +178,7 @@ def test_what_may_pass_is_asked_again(fault: Fault, lab: CausalLM) -> None:
 
 
 @pytest.mark.parametrize("header", ["nan", "tomorrow", "-3", "Wed, 21 Oct 2015 07:28:00 GMT"])
-def test_an_odd_retry_after_does_no_harm(header: str, lab: CausalLM) -> None:
+def test_an_odd_retry_after_header_does_no_harm(header: str, lab: CausalLM) -> None:
     with Serving(lab, "vllm") as serving:
         target = served(serving)
         first = len(serving.seen)
@@ -275,18 +275,18 @@ def test_an_answer_that_names_no_word_is_wrong_whatever_is_right() -> None:
         ("http://[::1#m", "is no address of a server"),
     ],
 )
-def test_an_address_that_is_none_is_refused_and_no_password_shown(address: str, message: str) -> None:
+def test_a_wrong_address_is_refused_without_showing_its_password(address: str, message: str) -> None:
     with pytest.raises(ServerError, match=message) as caught:
         address_of(address)
     assert "secret" not in str(caught.value)
 
 
-def test_addresses() -> None:
+def test_addresses_are_read() -> None:
     assert address_of("http://host:8000#a/b") == ("http://host:8000", "a/b")
     assert address_of("https://host/llm/v1/") == ("https://host/llm", "")
 
 
-def test_nothing_there_or_another_model_is_one_error(lab: CausalLM) -> None:
+def test_an_absent_server_or_another_model_is_one_error(lab: CausalLM) -> None:
     with pytest.raises(ServerError, match=r"no server at http://127\.0\.0\.1:9 "):
         find_server(quick("http://127.0.0.1:9"), "lab")
     with Serving(lab) as serving:

@@ -1,4 +1,4 @@
-"""Where the rows of a task are looked for, and real rows."""
+"""Where the rows of a task are found, and checks of real rows."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_of_equally_nested_files_the_first_by_name_is_taken(data: str, tmp_path:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_what_lies_further_down_in_a_folder_of_another_name_does_not_count(split: str, tmp_path: Path) -> None:
+def test_files_in_subfolders_of_other_names_do_not_count(split: str, tmp_path: Path) -> None:
     sst2_folder(tmp_path)
     (tmp_path / "sub").mkdir()
     (tmp_path / f"{split}.tsv").rename(tmp_path / "sub" / f"{split}.tsv")
@@ -147,7 +147,7 @@ def test_a_validation_file_that_the_spec_names_and_that_is_not_there_is_missed(t
     assert complaint(name, tmp_path).startswith("reviews: no validation file in ")
 
 
-def test_a_file_of_which_no_row_is_left_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_usable_rows_is_refused(tmp_path: Path) -> None:
     header = "premise\thypothesis\tgold_label\n"
     write(tmp_path / "train.tsv", header + "".join(f"p\th{i}\t{i % 3}\n" for i in range(6)))
     path = write(tmp_path / "test.tsv", header + "p\tq\t-\n")
@@ -182,7 +182,7 @@ def test_a_manual_prompt_file_is_read_or_refused(content: bytes, reason: str, tm
         ('{"annotations": ["\\ud800"]}', r"field 'annotations' is '\ud800'; expected some text"),
     ],
 )
-def test_annotations_that_are_none_are_refused(content: str, reason: str, tmp_path: Path) -> None:
+def test_malformed_annotations_are_refused(content: str, reason: str, tmp_path: Path) -> None:
     name = own_spec(tmp_path, files={"train": ["reviews.jsonl"], "manual": ["notes.json"]})
     path = write(tmp_path / "notes.json", content)
     assert complaint(name, tmp_path, shots=1) == f"{path}: {reason}"

@@ -1,4 +1,4 @@
-"""Intervals and paired tests: against published tables, exact sums, and what must hold for any scores."""
+"""Intervals and paired tests: against published tables and exact sums, and laws for any scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Studies: which runs a file describes, what is planned and recorded of them, and the tables made of the records."""
+"""Studies: the runs that a file describes, their plans and records, and the tables made from the records."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ def test_every_study_that_is_shipped_can_be_run(path: Path, tmp_path: Path) -> N
         (["ablate", "--seeds", "steps=3"], "--seeds: expected a value before 'steps=3'"),
         (["ablate", "--record", "tests"], "'tests' is a folder; expected a file"),
         (["ablate", "--record", "no/r.jsonl"], "'no/r.jsonl' cannot be written: there is no folder 'no'"),
-        (["ablate", "seed=3"], "'seed=3' would make all runs alike; --seeds says it for each"),
-        (["ablate", "--seeds", "0", "run=here"], "'run=here' would make all runs alike; --folder says it for each"),
+        (["ablate", "seed=3"], "'seed=3' would make all runs alike; use --seeds"),
+        (["ablate", "--seeds", "0", "run=here"], "'run=here' would make all runs alike; use --folder"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
@@ -123,9 +123,10 @@ def test_what_is_wrong_is_said_in_a_line(words: list[str], told: str, capsys: py
         ("arm=none", "[arm=none]", "axes.reference.none: expected a text of key=value, found ['arm=none']"),
         ("arm=none", "arm=none seed=3", "axes.reference.none: 'seed=3' would make all runs alike"),
         ("steps=2", "steps=0", "small, anchor, seed 0: steps is 0"),
-        ("    none: arm", "    no: arm", "axes.reference: the name False is no text to YAML; put it in quotes"),
-        ("  lr:", "  1:", "axes.1: the name 1 is no text to YAML"),
+        ("    none: arm", "    no: arm", "axes.reference: YAML reads the name False as no text; put it in quotes"),
+        ("  lr:", "  1:", "axes.1: YAML reads the name 1 as no text"),
         ("seeds: 0 2-3", "seeds: [0, x]", "seeds: 'x' is no seed"),
+        ("seeds: 0 2-3", "seeds: []", "seeds: expected at least one"),
         ("    small:", "    large!:", "axes: 'large!, anchor' and 'large, anchor' would share a folder"),
     ],
 )
@@ -235,7 +236,7 @@ def test_a_plan_shows_and_records_no_run(
 
 
 def record(
-    arm: str, seed: int, curve: list[float], test: float | None = 0.5, task: str = "t", mode: str = "fixed"
+    arm: str, seed: int, curve: list[float | None], test: float | None = 0.5, task: str = "t", mode: str = "fixed"
 ) -> Record:
     given = {"study": "s", "labels": {"arm": arm, "task": task}, "seed": seed, "task": task, "arm": arm}
     given |= {"agent": "a", "target": "b", "config": {"arm": arm, "mode": mode}}
@@ -275,7 +276,12 @@ def test_a_summary_has_what_the_seeds_end_with() -> None:
     )
 
 
-def test_what_does_not_train_cannot_fail() -> None:
+def test_a_run_whose_last_prompts_have_no_score_has_failed() -> None:
+    lost = record("appo", 3, [*[0.3] * 20, *[None] * 20])
+    assert summary([*RUNS, lost], "arm")[1][5] == "1 of 3"
+
+
+def test_arms_without_training_cannot_fail() -> None:
     frozen = [record("frozen", seed, [0.3] * 40) for seed in range(2)]
     assert summary([*RUNS, *frozen], "arm")[3][5] == ""
     assert plane([*RUNS, *frozen], "arm", "task")[3] == ["frozen", "0.30 (0.30 to 0.30)"]
@@ -390,7 +396,7 @@ def test_nothing_in_a_prompt_ends_a_cell() -> None:
 @pytest.mark.parametrize(
     "words", ["sums of arm", "plane of arm", "curve of arm by task", "summary of lr", "runs of arm where lr = 1"]
 )
-def test_tables_that_there_are_not(words: str) -> None:
+def test_unknown_tables_are_refused(words: str) -> None:
     with pytest.raises(ValueError, match=words.split(maxsplit=1)[0]):
         view(RUNS, words)
 

@@ -1,4 +1,4 @@
-"""The target: its class logits against the plain unpadded, uncached loop, and its label words found in place."""
+"""The target: its class logits against a plain loop without padding and cache, and the tokens of its label words."""
 
 from __future__ import annotations
 
@@ -550,7 +550,7 @@ def test_only_what_is_not_known_is_asked(counting: Counting) -> None:
     assert torch.equal(target.class_logits(wanted), found) and len(counting.asked) == 2
 
 
-def test_what_was_known_goes_on_being_known(counting: Counting) -> None:
+def test_remembered_answers_are_kept(counting: Counting) -> None:
     target, again = Remembered(counting), Remembered(counting)
     again.load_state_dict(target.state_dict())  # nothing is known yet
     found = target.class_logits(grid(PROMPTS, INPUTS))
@@ -712,7 +712,7 @@ SPECIALS = ("</s>", "<s>", "a </s> b <pad>")
 
 @pytest.mark.parametrize("text", SPECIALS)
 @pytest.mark.parametrize("place", ["prompt", "input"])
-def test_a_special_token_that_is_spelt_out_is_none(
+def test_a_special_token_written_as_text_is_read_as_text(
     place: str, text: str, tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     target = target_of(tiny_llama, tokenizer, TEMPLATE, WORDS)

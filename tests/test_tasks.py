@@ -1,4 +1,4 @@
-"""Tasks: what the specs of the paper's six say, and how rows are rendered or refused."""
+"""Tasks: the specs of the paper's six tasks, and how rows are rendered or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs on the lab: what they leave behind, how they refuse, and that they learn."""
+"""Whole runs on the lab: the files that they write, the mistakes that they refuse, and that they learn."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_show_config_says_where_each_value_comes_from(tmp_path: Path, capsys: py
     }  # fmt: skip
     assert {key: shown[key] for key in expected} == expected
     assert lines[lines.index(next(line for line in lines if line.startswith("seed=0"))) + 1] == (
-        "    of splits, batches, sampling and minibatch order"
+        "    seed of splits, batches, sampling and minibatch order"
     )
     assert not (tmp_path / "r").exists()
 

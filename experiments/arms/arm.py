@@ -1,4 +1,4 @@
-"""An arm: one way to find prompts. All arms share the budget of scored prompts, the splits and the final choice."""
+"""An arm is one way to find prompts. All arms get the same budget of scored prompts, splits and final choice."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Question:
     """The queries to the agent, and the reward of its prompts.
 
     Attributes:
-        queries: distinct ones.
-        copies: prompts for each of them.
-        reward_fn: maps prompts, with those for one query side by side, to their rewards.
+        queries: the distinct queries.
+        copies: how many prompts the agent writes for each query.
+        reward_fn: maps prompts to their rewards; the prompts for one query come one after another.
         rows: how many examples each prompt is scored on.
         alike: whether all prompts are scored on the same examples; then the target answers a repeated prompt once.
     """
@@ -49,11 +49,11 @@ class Step:
     """The prompts and rewards of one iteration.
 
     Attributes:
-        prompts: as they were scored.
+        prompts: the prompts, in the order of their rewards.
         rewarded: their rewards and metrics.
-        stats: of the iteration, by name.
-        tokens: that the agent wrote.
-        review: of the anchor, if one followed.
+        stats: statistics of the iteration, by name.
+        tokens: how many tokens the agent wrote.
+        review: the review of the anchor, if one followed.
     """
 
     prompts: list[str]
@@ -64,7 +64,7 @@ class Step:
 
     @classmethod
     def of(cls, iteration: Iteration) -> Self:
-        """That of an iteration of the trainer."""
+        """The step that an iteration of the trainer made."""
         found = iteration.collected
         return cls(found.prompts, found.rewarded, iteration.stats, int(found.rollout.mask.sum()), iteration.review)
 
@@ -72,16 +72,16 @@ class Step:
 class Arm(ABC):
     """Asks for prompts, scores them, updates the agent, and in the end chooses a result.
 
-    A subclass defines the questions (`ask`, `ask_for_review`), the result (`result`) and, if it does not learn by APPO,
-    an iteration (`learn`).
+    A subclass defines the questions (`ask`, `ask_for_review`) and the result (`result`). A subclass that does not learn
+    by APPO also defines how an iteration goes (`learn`).
 
     Attributes:
-        number: of the iteration, from 1.
-        pool: the prompts found so far, each for all inputs; empty in an arm that writes one for each input.
-        cost: of the last iteration: the seconds of sampling, of scoring, of the update (with the anchor's
-            log-probabilities) and of the whole review, and the target's answers, with those for the review.
-        generator: for sampling.
-        trainer: of the agent; an arm that never trains has none, and no anchor.
+        number: number of the iteration, from 1.
+        pool: the prompts found so far, each for all inputs; empty in an arm that writes a prompt for each input.
+        cost: what the last iteration cost: seconds of sampling, of scoring, of the update (with the anchor's
+            log-probabilities) and of the whole review, and how many answers the target gave, the review's included.
+        generator: random numbers for sampling.
+        trainer: trains the agent; an arm that never trains the agent has no trainer, hence no anchor.
     """
 
     trainer: APPOTrainer
@@ -90,30 +90,30 @@ class Arm(ABC):
         config = run.config
         self.run, self.pool, self.number = run, PromptPool(), 0
         self.cost = dict.fromkeys(COSTS, 0.0)
-        # A stream for each purpose: arms that use one of them differently still draw the same from the others.
+        # One stream per purpose: if an arm draws more from one of them, the others still give the same numbers.
         self.streams = {name: stream(config.seed, name) for name in ("batches", "pairs", "review")}
         self.batches = Batches(run.data.train, config.examples.batch_size, self.streams["batches"])
         self.generator = torch.Generator(run.policy.device).manual_seed(config.seed)
         self.prepare()
 
     def prepare(self) -> None:
-        """Makes the agent ready to be trained."""
+        """Prepares the agent for training."""
         self.trainer = APPOTrainer(self.run.policy, self.run.config.appo, self.run.config.anchor, self.generator)
 
     @abstractmethod
     def ask(self, batch: Sequence[Example], rng: random.Random) -> Question:
-        """The question of an iteration, to be scored on these training examples."""
+        """Returns the question of an iteration, whose prompts are scored on this batch of training examples."""
 
     @abstractmethod
     def ask_for_review(self, rng: random.Random) -> Question:
-        """The question of a review, to be scored on the validation split; its pairs are training examples as always."""
+        """Returns the question of a review: its pairs are training examples, its prompts are scored on validation."""
 
     @abstractmethod
     def result(self) -> Outcome:
-        """The result, its scores on validation and test, and the candidates. Reads the test split."""
+        """Returns the result with its scores on validation and test, and the candidates. Reads the test split."""
 
     def step(self, number: int) -> Step:
-        """Iteration `number`, from 1, and the review that is due after it.
+        """Makes iteration `number`, from 1, and the review after it, if one is due.
 
         Raises:
             SelfCheckError: the first rollout fails the self-check, or the first update changes no weight.
@@ -128,13 +128,13 @@ class Arm(ABC):
         return self.reviewed(step)
 
     def _check_moved(self) -> None:
-        """Raises SelfCheckError if training has not changed a single weight, which would otherwise stay unnoticed."""
+        """Raises SelfCheckError if the update changed no weight; otherwise such a run would go on unnoticed."""
         before = self.trainer.anchor.state_dict()["parameters"]
         if all(torch.equal(weight, before[name]) for name, weight in self.run.policy.trained().items()):
-            raise SelfCheckError("the first update had a gradient and changed no weight; what is trained is not used")
+            raise SelfCheckError("the first update had a gradient and changed no weight of the agent")
 
     def learn(self, question: Question) -> Step:
-        """Collects rollouts and updates the agent; the first time with checks of both."""
+        """Collects rollouts and updates the agent; checks both in the first iteration."""
         if self.number == 1:
             generator = torch.Generator(self.run.policy.device).manual_seed(0)
             rollout = self.run.policy.sample(question.queries, generator, question.copies)
@@ -145,7 +145,7 @@ class Arm(ABC):
         return step
 
     def reviewed(self, step: Step) -> Step:
-        """The step with its review; without one if none is due, or the reference is no anchor that may move."""
+        """Adds a review to the step if one is due and the reference is an anchor that reviews may move."""
         due = self.trainer.far or self.number % (self.run.config.anchor.period * self.run.steps_per_epoch) == 0
         if not (due and self.trainer.updater.reference.reviewed):
             return step
@@ -163,7 +163,7 @@ class Arm(ABC):
         return replace(step, review=review)
 
     def _counted(self, question: Question) -> Question:
-        """The question with a reward function that adds to `cost`; the agent writes until its first call."""
+        """Returns the question with a reward function that adds to `cost`. Sampling lasts until its first call."""
         asked = time.perf_counter()
 
         def reward(prompts: list[str]) -> RewardResult:
@@ -177,11 +177,11 @@ class Arm(ABC):
         return replace(question, reward_fn=reward)
 
     def best_so_far(self) -> dict[str, Any] | None:
-        """What best_so_far.json of a stopped run holds; None where there is no single prompt. Reads no test row."""
+        """Returns what best_so_far.json of a stopped run holds; None without a single prompt. Reads no test row."""
         return None
 
     def learnt(self) -> dict[str, Any]:
-        """The state of the training, to be saved."""
+        """Returns the state of the training, for a checkpoint."""
         return self.trainer.state_dict()
 
     def go_on(self, learnt: Mapping[str, Any]) -> None:
@@ -189,7 +189,7 @@ class Arm(ABC):
         self.trainer.load_state_dict(learnt)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next iteration depends on, to be saved."""
+        """Returns everything that the next iteration depends on, for a checkpoint."""
         return {
             "trainer": self.learnt(),
             "pool": self.pool.state_dict(),

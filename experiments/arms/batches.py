@@ -9,10 +9,11 @@ from tasks.spec import Example
 
 
 class Batches:
-    """Endless epochs of shuffled batches; the last of an epoch may be smaller.
+    """Endless epochs of shuffled batches; the last batch of an epoch may be smaller.
 
-    Each batch has nearly the shares of right labels (or letters) of all examples. Small targets prefer one label: a
-    batch with 11 of 16 examples of that label would reward every prompt that makes the target say it.
+    In each batch the right labels (or letters) have nearly the same shares as in all examples. This matters because
+    small targets prefer one label: if 11 of 16 examples had that label, every prompt that makes the target say it would
+    be rewarded.
     """
 
     def __init__(self, examples: Sequence[Example], size: int, rng: random.Random) -> None:
@@ -20,14 +21,14 @@ class Batches:
         self.order: list[int] = []
 
     def next(self) -> list[Example]:
-        """The next batch."""
+        """Returns the next batch."""
         if not self.order:
             self.order = self._epoch()
         taken, self.order = self.order[: self.size], self.order[self.size :]
         return [self.examples[i] for i in taken]
 
     def _epoch(self) -> list[int]:
-        """All examples, shuffled, with those of each label evenly spaced."""
+        """Returns the indices of all examples, shuffled, with the examples of each label evenly spaced."""
         shuffled = self.rng.sample(range(len(self.examples)), len(self.examples))
         of_label: dict[int | None, list[int]] = {}
         for i in shuffled:

@@ -1,4 +1,4 @@
-"""The agent as a writer of instructions for single inputs, in training and in use."""
+"""The agent writes instructions for single inputs, in training and in use."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ WRITTEN_AT_ONCE = 256  # most instructions that the agent writes in one batch
 
 @dataclass(frozen=True)
 class Editor:
-    """The agent with the rewriting meta-prompt, which has the same form in training and in use.
+    """The agent and its rewriting meta-prompt, which has the same form in training and in use.
 
     Attributes:
         policy: the agent.
-        examples: the training examples that pairs are drawn from.
+        examples: training examples, from which the pairs are drawn.
         pairs: how many pairs the meta-prompt shows.
-        instruction: a manual prompt that the agent is to edit; "": it writes from scratch.
+        instruction: the manual prompt that the agent edits; "": the agent writes from scratch.
     """
 
     policy: Policy
@@ -36,21 +36,21 @@ class Editor:
     instruction: str = ""
 
     def query(self, text: str, rng: random.Random) -> Query:
-        """The meta-prompt for one input, with pairs drawn from the training examples other than the input itself."""
+        """Returns the meta-prompt for one input; its pairs are training examples with other inputs."""
         others = [example for example in self.examples if example.input != text]
         pairs = rng.sample(others, min(self.pairs, len(others)))
         return self.policy.query(*rewrite_prompt(pairs, text, self.instruction))
 
     def write(self, inputs: Sequence[str], seed: int = 0, generator: torch.Generator | None = None) -> list[str]:
-        """An instruction for each input: the likeliest, or a sampled one if there is a generator.
+        """Writes an instruction for each input: by greedy decoding, or sampled if there is a generator.
 
         Args:
             inputs: rendered inputs.
-            seed: of the draw of pairs; the pairs for an input do not depend on the other inputs.
-            generator: of the sampling, on the agent's device; None: greedy.
+            seed: seed for drawing pairs; the pairs for an input do not depend on the other inputs.
+            generator: random numbers for sampling, on the agent's device; None: greedy decoding.
 
         Raises:
-            ContextTooLongError: an input is too long for the agent; nothing has been run.
+            ContextTooLongError: an input is too long for the agent. Lengths are checked before the agent writes.
         """
         queries = [self.query(text, random.Random(seed)) for text in inputs]
         for text, query in zip(inputs, queries, strict=True):
@@ -66,5 +66,5 @@ class Editor:
 
 
 def editor_of(run: Run) -> Editor:
-    """The editor of a run: its agent, training examples, number of pairs and instruction."""
+    """Returns the editor of a run, with the run's agent, training examples, number of pairs and instruction."""
     return Editor(run.policy, run.data.train, run.config.examples.pairs, run.instruction)

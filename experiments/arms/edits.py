@@ -1,4 +1,4 @@
-"""Phrase edits of the manual prompt, kept where they help: GrIPS (Prasad et al. 2023), without a parser."""
+"""Edits phrases of the manual prompt and keeps the edits that help: GrIPS (Prasad et al. 2023), without a parser."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 from experiments.arms.arm import Question, Step
 from experiments.arms.untrained import BestOfN
 from experiments.run.run import Run, stream
+from tasks.errors import TaskError
 from tasks.meta_prompt import paraphrase_prompt
 
-LONGEST = 4  # words of a phrase
-MOST_EDITS = 2  # that make a candidate
+LONGEST = 4  # words of a phrase, at most
+MOST_EDITS = 2  # edits of a candidate, at most
 
 
 def phrases(text: str) -> list[str]:
-    """The phrases of a text: they end at punctuation, and after four words at the latest."""
+    """Splits a text into phrases, which end at punctuation or after four words."""
     found: list[list[str]] = [[]]
     for word in text.split():
         found[-1].append(word)
@@ -27,24 +28,26 @@ def phrases(text: str) -> list[str]:
 
 
 class PhraseEdits(BestOfN):
-    """Every iteration scores the best prompt so far beside K - 1 edits of it; the best of them is edited next.
+    """Every iteration scores the base prompt and K - 1 edits of it; the best of these K is the next base.
 
-    An edit deletes a phrase, swaps two, has the untrained agent paraphrase one, or adds one that was deleted before.
-    All K are scored on the same batch, so the comparison is paired.
+    An edit deletes a phrase, swaps two phrases, has the untrained agent paraphrase one, or adds a phrase that was
+    deleted before. All K prompts are scored on the same batch, so the comparison is paired.
 
     Attributes:
         base: the prompt that is edited.
-        deleted: phrases that may come back.
-        written: tokens of the agent in this iteration.
+        deleted: phrases that were deleted, and may be added again.
+        written: how many tokens the agent has written in this iteration.
     """
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self.base, self.deleted, self.written = run.data.spec.manual_prompt, list[str](), 0
+        if not phrases(self.base):
+            raise TaskError(f"{run.data.spec.name}: the manual prompt is empty; arm edits needs one to edit")
         self.streams["edits"] = stream(run.config.seed, "edits")
 
     def learn(self, question: Question) -> Step:
-        """Scores the base and its edits; the best is the next base, the old one in a tie."""
+        """Scores the base and its edits; the best becomes the base. In a tie the base stays."""
         prompts = [self.base, *self._edits(self.run.config.prompts - 1)]
         rewarded = question.reward_fn(prompts)
         scores = rewarded.scores.nan_to_num(-math.inf).tolist()
@@ -61,7 +64,7 @@ class PhraseEdits(BestOfN):
         return Step(prompts, rewarded, stats, tokens)
 
     def _edits(self, count: int) -> list[str]:
-        """`count` edits of the base."""
+        """Returns `count` edits of the base."""
         drafts = [self._draft() for _ in range(count)]
         open_places = [(parts, i) for parts, i in drafts if i is not None]
         said = self._paraphrased([parts[i] for parts, i in open_places])
@@ -70,7 +73,7 @@ class PhraseEdits(BestOfN):
         return [" ".join(parts) for parts, _ in drafts]
 
     def _draft(self) -> tuple[list[str], int | None]:
-        """The base after one or two edits: its phrases, and the index of the one that is still to be paraphrased."""
+        """Makes one or two edits of the base; returns its phrases, and the index of the one to paraphrase, if any."""
         rng, parts = self.streams["edits"], phrases(self.base)
         for _ in range(rng.randint(1, MOST_EDITS)):
             kind = rng.choice(["delete", "swap", "paraphrase", "add"])
@@ -86,7 +89,7 @@ class PhraseEdits(BestOfN):
         return parts, None
 
     def _paraphrased(self, asked: Sequence[str]) -> list[str]:
-        """The agent's variations of phrases; the phrase itself where it writes nothing."""
+        """Has the agent paraphrase phrases; a phrase stays as it is if the agent writes nothing."""
         if not asked:
             return []
         policy = self.run.policy
@@ -95,7 +98,7 @@ class PhraseEdits(BestOfN):
         return [new or old for new, old in zip(policy.decode(rollout), asked, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """As any arm's, with the base and the phrases that may come back."""
+        """Returns the state of any arm, the base and the deleted phrases."""
         return super().state_dict() | {"base": self.base, "deleted": self.deleted}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -31,11 +31,11 @@ from tasks.meta_prompt import as_lines, meta_prompt
 from tasks.spec import Example
 
 REVIEW_QUERIES = 8  # most meta-prompts in a review
-PAPER_POOL = 5  # prompts that the paper runs on test, to report the best of them [P, 4.1]
+PAPER_POOL = 5  # the paper runs this many prompts on test and reports the best [P, 4.1]
 
 
 class Candidate(NamedTuple):
-    """A prompt that may become the result: manual, few-shot or tuned, with its training reward if it is known."""
+    """A prompt that may become the result, its kind (manual, few-shot, tuned, ...), and its training reward if any."""
 
     prompt: str
     kind: str
@@ -43,13 +43,13 @@ class Candidate(NamedTuple):
 
 
 def meta_query(run: Run, scored: Sequence[Example], rng: random.Random, best: Sequence[str] = ()) -> Query:
-    """A meta-prompt of training pairs, without the examples in `scored` if enough others remain.
+    """Returns a meta-prompt of training pairs; leaves out the examples in `scored` if enough others remain.
 
     Args:
-        run: whose training examples the pairs are, and whose agent is asked.
+        run: gives the training examples, and the agent that is asked.
         scored: the examples that the prompts will be scored on.
         rng: draws the pairs.
-        best: good prompts to show, best first; only as many of them as fit the agent's context.
+        best: good prompts to show, best first; only as many as fit the agent's context are shown.
     """
     known = set(scored)
     others = [example for example in run.data.train if example not in known]
@@ -69,16 +69,17 @@ class FixedPrompt(Arm):
     """Every iteration asks for K prompts and scores them on the same batch."""
 
     def ask(self, batch: Sequence[Example], rng: random.Random) -> Question:
-        """One meta-prompt, K times."""
+        """Asks for K prompts with one meta-prompt."""
         query = meta_query(self.run, batch, rng, self._shown())
         count, reward = self.run.config.prompts, self.run.reward
         return Question([query], count, lambda prompts: reward(prompts, batch), len(batch), alike=True)
 
     def ask_for_review(self, rng: random.Random) -> Question:
-        """Up to eight meta-prompts, with `anchor.prompts` prompts in all.
+        """Asks for `anchor.prompts` prompts, divided evenly among up to eight meta-prompts.
 
-        Prompts differ more than rows do, so many prompts on few rows each (`examples.review_rows`) tell more than a few
-        on all of them, for as many answers of the target. Both sides get the same rows in the same order.
+        Scores differ more between prompts than between rows. So for the same number of answers, many prompts on few
+        rows each (`examples.review_rows`) tell more than few prompts on all rows. Agent and anchor get the same rows in
+        the same order.
         """
         config, rows, reward = self.run.config, self.run.data.validation, self.run.reward
         count, best = config.anchor.prompts, self._shown()
@@ -92,33 +93,32 @@ class FixedPrompt(Arm):
         return Question(queries, count // asked, lambda prompts: reward.apart(prompts, own), each)
 
     def _shown(self) -> list[str]:
-        """The best prompts so far, as many as the meta-prompt is to show."""
+        """Returns the best prompts so far, as many as the meta-prompt shows (`show_best`)."""
         return [entry.prompt for entry in self.pool.best(self.run.config.show_best)]
 
     def learn(self, question: Question) -> Step:
-        """As in any arm; adds the prompts to the pool."""
+        """Learns as any arm, and adds the prompts to the pool."""
         step = super().learn(question)
         self.pool.add(step.prompts, step.rewarded.scores.tolist())
         return step
 
     def candidates(self) -> list[Candidate]:
-        """The candidates for the result: the manual prompt first, few-shot prompts, the best of the pool."""
+        """Returns the candidates for the result: the manual prompt first, then few-shot prompts, then tuned ones."""
         tuned = [Candidate(entry.prompt, "tuned", entry.reward) for entry in self.pool.best(self.run.config.pool)]
         shots = [Candidate(prompt, "few-shot") for prompt in self._few_shot_prompts(self.run.config.few_shot)]
         return [Candidate(self.run.data.spec.manual_prompt, "manual"), *shots, *tuned]
 
     def choose(self, means: Sequence[float], rewards: Sequence[float]) -> int:
-        """The index of the winner, from scores and rewards on validation; the manual prompt, the first, wins a tie."""
+        """Returns the index of the result, from scores and rewards on validation; the manual prompt wins a tie."""
         best = max(range(len(means)), key=lambda i: (means[i], rewards[i], -i))
         return best if means[best] > means[0] else 0
 
     def result(self) -> Outcome:
-        """Chooses the winner on validation and runs it on test.
+        """Chooses the best candidate on validation and runs it on test.
 
-        The manual prompt (and few-shot prompts, if wanted) are candidates too, so that the result never scores below
-        the manual prompt on validation; in a tie the manual prompt wins. The paper reports the best of the top five
-        *on test*, which selects on the test split; `paper_protocol` holds that number, to compare with published
-        tables.
+        The manual prompt is a candidate, so the result never scores below it on validation; in a tie the manual prompt
+        wins. The paper reports the best of the top five *on test*, which selects on the test split; `paper_protocol`
+        holds that number, to compare with published tables.
 
         Raises:
             FloatingPointError: no prompt has a finite score.
@@ -133,10 +133,7 @@ class FixedPrompt(Arm):
             raise FloatingPointError("no prompt has a finite score on the validation split; see metrics.jsonl")
         rewards, means = rewards.nan_to_num(-math.inf), validation.mean(1).nan_to_num(-math.inf).tolist()
         best = self.choose(means, rewards.tolist())
-        published = [prompt for prompt, kind, _ in candidates if kind == "tuned"][:PAPER_POOL] or [manual]
-        others = run.reward.by_example(published, test)
         of_manual, of_best = (answers(run, [prompt] * len(test), test) for prompt in (manual, prompts[best]))
-        luckiest = max(others.tolist(), key=sum)
         result = {
             "prompt": prompts[best],
             "chosen": candidates[best].kind,
@@ -148,14 +145,26 @@ class FixedPrompt(Arm):
             ),
             "expected_on_new_rows": None if run.config.race else corrected(validation.nan_to_num(0).tolist()),
             "answers_on_test": self._shares(of_best.records, of_manual.records) if run.data.words else {},
-            "paper_protocol": {
-                "name": f"best of the top {len(published)} by training reward, chosen on test",
-                "test_score": sum(luckiest) / len(luckiest),
-                "test_interval": interval(luckiest),
-            },
+            "paper_protocol": self._paper_protocol(candidates),
         }
-        scored = validation.isfinite() if run.config.race else torch.ones_like(validation, dtype=torch.bool)
-        scored[~scored.any(1)] = True  # no number at all: a target that is not sound
+        listed = self._listed(candidates, validation)
+        return Outcome(result, listed, predictions(test, of_manual, of_best, run.target.words))
+
+    def _paper_protocol(self, candidates: Sequence[Candidate]) -> dict[str, Any]:
+        """Returns the test score that the paper would report: that of the best of the top five on test."""
+        top = [prompt for prompt, kind, _ in candidates if kind == "tuned"][:PAPER_POOL]
+        values = self.run.reward.by_example(top or [self.run.data.spec.manual_prompt], self.run.data.test)
+        luckiest = values[int(values.sum(1).nan_to_num(-math.inf).argmax())].tolist()
+        return {
+            "name": f"best of the top {len(values)} by training reward, chosen on test",
+            "test_score": sum(luckiest) / len(luckiest),
+            "test_interval": interval(luckiest),
+        }
+
+    def _listed(self, candidates: Sequence[Candidate], validation: Tensor) -> list[dict[str, Any]]:
+        """Returns the rows of candidates.jsonl, best first; `validation` holds the scores on each row, [K, N]."""
+        scored = validation.isfinite() if self.run.config.race else torch.ones_like(validation, dtype=torch.bool)
+        scored[~scored.any(1)] = True  # a prompt without any finite score: its mean is NaN, not that of no rows
         listed = [
             {
                 **candidate._asdict(),
@@ -165,11 +174,10 @@ class FixedPrompt(Arm):
             }
             for candidate, values, known in zip(candidates, validation, scored, strict=True)
         ]
-        listed.sort(key=lambda row: (-row["validation_rows"], -row["validation_score"]))
-        return Outcome(result, listed, predictions(test, of_manual, of_best, run.target.words))
+        return sorted(listed, key=lambda row: (-row["validation_rows"], -row["validation_score"]))
 
     def _on_validation(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Metrics of the candidates on the validation rows, by name, [K, N]; NaN where a race left one out."""
+        """Returns the candidates' metrics on validation by name, [K, N]; NaN where a race did not score a prompt."""
         run, examples = self.run, self.run.data.validation
         if not run.config.race:
             return run.reward.table(prompts, examples)
@@ -180,7 +188,7 @@ class FixedPrompt(Arm):
         return race(score, len(prompts), len(examples), run.reward.metric, stream(run.config.seed, "race"))
 
     def best_so_far(self) -> dict[str, Any] | None:
-        """The best on validation of the manual prompt and as many prompts of the pool as an iteration scores."""
+        """Returns the best on validation of the manual prompt and the K best of the pool."""
         run, manual, metric = self.run, self.run.data.spec.manual_prompt, self.run.reward.metric
         candidates = [manual, *(entry.prompt for entry in self.pool.best(run.config.prompts))]
         values = run.reward.by_example(candidates, run.data.validation)
@@ -195,14 +203,14 @@ class FixedPrompt(Arm):
         }
 
     def _few_shot_prompts(self, count: int) -> list[str]:
-        """The manual prompt with training pairs behind it, drawn anew for each."""
+        """Returns `count` prompts, each the manual prompt followed by training pairs of its own."""
         config, data = self.run.config, self.run.data
         rng, pairs = stream(config.seed, "few-shot"), min(config.examples.pairs, len(data.train))
         drawn = [rng.sample(data.train, pairs) for _ in range(count)]
         return [f"{data.spec.manual_prompt}\n{as_lines(shown)}\n" for shown in drawn]
 
     def _shares(self, best: Sequence[dict[str, Any]], manual: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-        """How the target's answers on test, and the right ones, are spread over the labels."""
+        """Returns each label's share of the target's answers on test, and of the right answers."""
         given = {"best": [row["answer"] for row in best], "manual": [row["answer"] for row in manual]}
         given["right"] = [example.answer for example in self.run.data.test]
         return {name: shares(listed, self.run.data.words) for name, listed in given.items()}

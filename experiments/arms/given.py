@@ -1,4 +1,4 @@
-"""Prompts that need no search: the controls that cost nothing. They make no iterations and are only scored."""
+"""Controls without a search: each scores one given prompt, without any iteration."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ STEPWISE = "Let's think step by step."  # Kojima et al. 2022
 
 
 class Given(BestOfN):
-    """The prompt that the arm names is the result, whatever its score."""
+    """The result is the prompt that the arm names, whatever its score."""
 
     def candidates(self) -> list[Candidate]:
-        """The manual prompt and the arm's own."""
+        """Returns the manual prompt and the arm's own prompt, if it is another."""
         manual = self.run.data.spec.manual_prompt
         own = {
             "manual": lambda: Candidate(manual, "manual"),
@@ -25,5 +25,5 @@ class Given(BestOfN):
         return [Candidate(manual, "manual"), *([] if own.kind == "manual" else [own])]
 
     def choose(self, means: Sequence[float], rewards: Sequence[float]) -> int:
-        """The last one, which is the arm's own."""
+        """Returns the index of the arm's own prompt, the last candidate."""
         return len(means) - 1

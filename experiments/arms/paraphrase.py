@@ -1,4 +1,4 @@
-"""APE with iterative paraphrase (Zhou et al. 2023): propose, score, and write the best ones in other words."""
+"""APE with iterative paraphrase (Zhou et al. 2023): propose prompts, score them, and paraphrase the best."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tasks.meta_prompt import paraphrase_prompt
 from tasks.spec import Example
 
 PROPOSING = 0.5  # share of the iterations that ask for new prompts, as best-of-N does
-VARIATIONS = 2  # of each of the best prompts, in an iteration
+VARIATIONS = 2  # paraphrases of each of the best prompts, in an iteration
 
 
 class Paraphrase(BestOfN):
     """In the second half of the run the untrained agent rewrites the best prompts so far."""
 
     def ask(self, batch: Sequence[Example], rng: random.Random) -> Question:
-        """For new prompts; later for variations of the K / 2 best ones, K in all."""
+        """Asks for K new prompts; in the second half of the run, for K paraphrases of the K / 2 best prompts."""
         question = super().ask(batch, rng)
         count = self.run.config.prompts
         best = self.pool.best(max(1, count // VARIATIONS))

@@ -12,10 +12,10 @@ from experiments.arms.fixed import FixedPrompt
 
 
 class Untrained(Arm):
-    """Samples and scores as its arm does, but never updates the agent; holds neither optimizer nor anchor."""
+    """Samples and scores like the arm it is mixed into, but never updates the agent; has no optimizer and no anchor."""
 
     def prepare(self) -> None:
-        """All processes sample from the same weights."""
+        """Gives all processes the weights of the first one."""
         self.run.policy.ranks.begin(self.run.policy.model, self.run.policy.value_head)
 
     def learn(self, question: Question) -> Step:
@@ -30,11 +30,11 @@ class Untrained(Arm):
         return Step.of(Iteration(collected, collected.stats()))
 
     def reviewed(self, step: Step) -> Step:
-        """No review: the agent has not changed."""
+        """Returns the step without a review, since the agent has not changed."""
         return step
 
     def learnt(self) -> dict[str, Any]:
-        """The state of the sampling; the agent's weights are those that it was loaded with."""
+        """Returns the state of the sampling; the agent's weights never change."""
         return {"generator": self.generator.get_state()}
 
     def go_on(self, learnt: Mapping[str, Any]) -> None:

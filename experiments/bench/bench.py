@@ -1,19 +1,18 @@
 """Benchmarks: how fast scoring, sampling and updating are, against the plain way of doing the same.
 
-    python -m experiments.bench                         everything: tables, and bench.json; about 8 minutes
-    python -m experiments.bench --only scoring          one part: scoring, sampling, update, iteration, real
+    python -m experiments.bench                         all parts but `real`, in about 8 minutes; writes bench.json
+    python -m experiments.bench --only scoring          one part: scoring, sampling, update, iteration or real
 
-The part `real`, only if asked for (`make bench REAL=1`), decodes with the model in models/smollm2. Ratios depend on the
-machine, mostly on what its matrix libraries do.
+The part `real` (`make bench REAL=1`) decodes with the model in models/smollm2. Ratios depend on the machine, above all
+on its libraries for matrix products.
 
-Models have random weights, since only shapes matter here. All ways of doing a piece of work run in turn, round after
-round; times are medians, ratios are medians of the ratios within a round, so that a slow moment of the machine affects
-all alike. Scoring and updating are timed only after the ways have given the same numbers.
+Models have random weights, since only shapes matter here. The ways to do a piece of work take turns, round after round.
+Times are medians, and ratios are medians of the ratios within a round, so that a slow moment of the machine affects all
+ways alike. Scoring and updating are timed only after all ways have given the same numbers.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import os
@@ -44,8 +43,8 @@ from experiments.config import MAX_THREADS, RunConfig
 from experiments.config.extras import installed
 from experiments.lab import grammar
 from experiments.run.files import write_whole
-from experiments.run.models import load_model
-from experiments.terminal.command import Parser, UsageError, in_order
+from experiments.run.models import find_device, load_model
+from experiments.terminal.command import Parser, UsageError, in_order, new_file
 from rewards.local import LocalTarget
 from rewards.target import fill, grid
 
@@ -76,7 +75,7 @@ TEMPLATE = "{prompt} Input : {input} Output :"
 
 
 class Row(NamedTuple):
-    """One comparison; in seconds, or in bytes of memory."""
+    """One comparison of two ways to do a piece of work, in seconds or in bytes of memory."""
 
     work: str
     against: str
@@ -91,12 +90,12 @@ class Row(NamedTuple):
 
 
 class Bench:
-    """The parts of the benchmark; each yields its rows as they are measured.
+    """The parts of the benchmark; each part yields its rows as it measures them.
 
     Args:
-        budget: seconds for the rounds of one piece of work; at least two rounds are run.
-        device: where the models run.
-        dtype: in which agents compute, and targets too, except where scoring compares two.
+        budget: seconds for the rounds of one piece of work, which gets at least two rounds.
+        device: device of the models, "cpu" or "cuda".
+        dtype: dtype in which agents compute, and also targets, except in the part that compares two dtypes.
     """
 
     def __init__(self, budget: float, device: str, dtype: torch.dtype) -> None:
@@ -105,9 +104,9 @@ class Bench:
         self.tokenizer = load_model(RunConfig(device="cpu"), "target").tokenizer
 
     def timed(self, work: str, ways: Mapping[str, Work], pairs: Sequence[tuple[str, str]]) -> Iterator[Row]:
-        """Runs all ways in turn until the budget is spent, at least twice; rows for each (theirs, ours).
+        """Runs all ways in turn until the budget is spent, at least twice; yields a row for each pair (theirs, ours).
 
-        The first round measures peak memory, less what stays allocated afterwards, such as optimizer state.
+        The first round measures peak memory, minus what stays allocated afterwards, such as optimizer state.
         """
         size: dict[str, int] = {}
         seconds: dict[str, list[float]] = {}
@@ -134,7 +133,7 @@ class Bench:
             yield Row(work, theirs, size[theirs], size[ours], size[theirs] / max(1, size[ours]), "B")
 
     def _memory_in_use(self) -> int:
-        """Bytes in use; also resets the peak."""
+        """Returns the bytes in use, and resets the peak."""
         if self.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated()
@@ -154,7 +153,7 @@ class Bench:
     # -- scoring -------------------------------------------------------------------------------------------------
 
     def scoring(self) -> Iterator[Row]:
-        """K prompts on B inputs: one prompt at a time, in batches of four or whole batches, against ours."""
+        """Scores K prompts on B inputs: prompt by prompt, in batches of four or whole batches, against our way."""
         for name, prompts, inputs, prompt, length in (
             ("tiny", 4, 16, PROMPT, INPUT),
             ("tiny", 16, 16, PROMPT, INPUT),
@@ -192,9 +191,9 @@ class Bench:
         return LocalTarget(CausalLM(model, self.tokenizer), TEMPLATE, WORDS)
 
     def _products(self, target: LocalTarget, prompts: Sequence[str], inputs: Sequence[str]) -> Work:
-        """Only the linear layers' matrix products, for the tokens that must be run: a floor for the time.
+        """Returns a lower bound for the time: only the linear layers' products, for the tokens that must be run.
 
-        The ratio to ours is the share of this machine's matrix-product rate that ours reaches.
+        Its ratio to our time is the share of this machine's matrix-product rate that we reach.
         """
         around = len(self.tokenizer(fill(TEMPLATE, "", ""))["input_ids"])
         tokens = sum(len(ids) for ids in self.tokenizer([*prompts, *list(inputs) * len(prompts)])["input_ids"])
@@ -210,7 +209,7 @@ class Bench:
         return products
 
     def _texts(self, count: int, length: int) -> list[str]:
-        """`count` texts of about `length` tokens."""
+        """Returns `count` texts of about `length` tokens."""
         texts = []
         for _ in range(count):
             words = grammar.gibberish(self.rng, 3 * length)
@@ -221,7 +220,7 @@ class Bench:
     # -- sampling and updating -----------------------------------------------------------------------------------
 
     def sampling(self) -> Iterator[Row]:
-        """K responses to one query: `generate` plus a pass for log-probabilities and values, against ours."""
+        """Samples K responses to one query: `generate` and a pass for log-probabilities and values, against our way."""
         for name, count in (("tiny", 4), ("tiny", 8), ("small", 4)):
             plain, ours, query = self._plain_trainer(name).policy, self._trainer(name).policy, self._query()
             ways = {
@@ -231,7 +230,7 @@ class Bench:
             yield from self.timed(f"sampling {name}, K {count}", ways, [("generate and a pass", "ours")])
 
     def update(self) -> Iterator[Row]:
-        """Four PPO epochs on K responses, with the passes for reference log-probabilities before them."""
+        """Runs four PPO epochs on K responses, after the passes for the reference's log-probabilities."""
         for name, count, rank in UPDATES:
             if rank and not installed("peft"):
                 continue
@@ -249,7 +248,7 @@ class Bench:
             yield from self.timed(f"{'LoRA ' if rank else ''}update {name}, K {count}", ways, pairs)
 
     def iteration(self) -> Iterator[Row]:
-        """Sampling, scoring and updating: all the plain way, against all ours."""
+        """Samples, scores and updates: everything the plain way, against everything our way."""
         for name, count, size in (("tiny", 4, 16), ("tiny", 8, 32)):
             prompts, inputs, query = self._texts(count, PROMPT), self._texts(size, INPUT), self._query()
             plain, ours = self._plain_trainer(name), self._trainer(name)
@@ -270,7 +269,7 @@ class Bench:
             yield from self.timed(f"iteration {name}, K {count}, B {size}", ways, [("all the plain way", "ours")])
 
     def real(self) -> Iterator[Row]:
-        """SmolLM2-135M: sampling, and a decoding step."""
+        """Samples with SmolLM2-135M, and makes decoding steps."""
         model = real.Real()
         yield from self.timed(f"sampling {real.NAME}", model.ways(), [("generate and a pass", "ours")])
         rounds = list(model.rounds(self.budget))
@@ -279,7 +278,7 @@ class Bench:
             ratio = statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
             yield Row(f"a step of {real.COUNT} rows", name, statistics.median(theirs), statistics.median(ours), ratio)
         if not real.has_llama_cpp():
-            print(f"not against llama.cpp: it needs the package xllamacpp and {real.GGUF}", file=sys.stderr)
+            print(f"llama.cpp is left out: it needs the package xllamacpp and {real.GGUF}", file=sys.stderr)
 
     def _trainer(self, name: str, rank: int = 0) -> APPOTrainer:
         sampling = SamplingConfig(RESPONSE, 1.0, nonempty=False, one_line=False)
@@ -300,7 +299,7 @@ class Bench:
 
 
 def build(shape: Shape, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
-    """A model with random weights, the same in every call."""
+    """Builds a model with random weights, which are the same in every call."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
@@ -319,7 +318,7 @@ def build(shape: Shape, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
 
 
 def as_batch(rollout: Rollout) -> Batch:
-    """The rollout as a minibatch with made-up advantages."""
+    """Returns the rollout as a minibatch with made-up advantages."""
     advantages = torch.linspace(-1, 1, rollout.mask.numel(), device=rollout.mask.device).view(rollout.mask.shape)
     scored = Scored.of(rollout, advantages[:, 0], rollout.logprobs)
     return Batch(**vars(scored), advantages=advantages, returns=advantages + rollout.values)
@@ -333,7 +332,7 @@ def our_update(trainer: APPOTrainer, rollout: Rollout) -> None:
 
 
 def gradients(trainer: APPOTrainer, loss: Tensor) -> Tensor:
-    """All gradients of the loss, as one flat vector."""
+    """Returns all gradients of the loss as one flat vector."""
     trainer.updater.optimizer.zero_grad()
     loss.backward()
     found = torch.cat([p.grad.flatten() for p in trainer.policy.parameters() if p.grad is not None])
@@ -349,7 +348,7 @@ def same(theirs: Tensor, ours: Tensor) -> None:
 
 
 def _status(key: str) -> int:
-    """Bytes of memory of this process, as Linux counts them; elsewhere 0."""
+    """Returns the bytes of memory of this process, as Linux counts them; 0 on other systems."""
     lines = (PROC / "status").read_text(encoding="ascii").splitlines() if PROC.is_dir() else []
     return 1024 * next((int(line.split()[1]) for line in lines if line.startswith(key)), 0)
 
@@ -358,29 +357,26 @@ def _status(key: str) -> int:
 def main(argv: Sequence[str]) -> int:
     """Runs the parts, prints a table as it goes, and writes bench.json."""
     parts = ("scoring", "sampling", "update", "iteration")  # by default
-    parser = Parser(
-        prog="python -m experiments.bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m experiments.bench", __doc__)
     parser.add_argument(
-        "--only", choices=(*parts, "real"), action="append", help="one part (may be repeated; default: all)"
+        "--only", choices=(*parts, "real"), action="append", help="one part; may be repeated (default: all but real)"
     )
     parser.add_argument("--seconds", type=float, default=6.0, help="for each piece of work (default: 6)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto, a GPU if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
-    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="(default: bench.json)")
+    parser.add_argument("--out", type=new_file, default="bench.json", help="file to write (default: bench.json)")
     options = parser.parse_args(argv)
+    device = find_device(options.device).type
     if not 1 <= options.threads <= MAX_THREADS:
         raise UsageError(f"--threads is {options.threads}; expected 1 to {MAX_THREADS}")
     torch.set_num_threads(options.threads)
-    bench = Bench(options.seconds, options.device, getattr(torch, options.dtype))
+    bench = Bench(options.seconds, device, getattr(torch, options.dtype))
     about = {
         "date": str(date.today()),
         "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-        "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu",
+        "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
         "torch": torch.__version__,
         "threads": options.threads,
     }

@@ -1,6 +1,6 @@
-"""The plain way to score, sample and update: whole sequences in padded rows, all logits at all positions.
+"""The plain way to score, sample and update: whole sequences in padded rows, with all logits at all positions.
 
-This is what published implementations do. `experiments.bench` times ours against it, and tests compare the numbers.
+Published implementations work this way. `experiments.bench` compares our speed with theirs; tests compare the numbers.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def as_plain(lm: CausalLM) -> None:
     """Restores the linear layers and the attention that torch and transformers choose for the model."""
     model = lm.model
     linear.uninstall(model)
-    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)  # which SDPA ignores
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)  # SDPA would ignore it
     model.set_attn_implementation("sdpa" if model._supports_sdpa and not capped else "eager")
 
 
 @torch.inference_mode()
 def plain_scores(target: LocalTarget, prompts: Sequence[str], inputs: Sequence[str], size: int) -> Tensor:
-    """Class logits [K, N, C]: prompt by prompt, in padded batches of `size`, all logits of all positions."""
+    """Returns class logits [K, N, C], prompt by prompt, in padded batches of `size`."""
     words = [word[0] for word in target.verbalizer.tokens]
     logits = []
     for prompt in prompts:
@@ -49,7 +49,7 @@ def plain_scores(target: LocalTarget, prompts: Sequence[str], inputs: Sequence[s
 
 @torch.no_grad()
 def plain_sample(policy: Policy, query: Query, count: int, length: int) -> Rollout:
-    """`count` responses of exactly `length` tokens by `generate`; one more pass gives logprobs and values."""
+    """Samples `count` responses of exactly `length` tokens by `generate`; another pass gives logprobs and values."""
     ids = torch.tensor([query.tokens], device=policy.device)
     sequences = policy.model.generate(
         input_ids=ids,
@@ -70,7 +70,7 @@ def plain_sample(policy: Policy, query: Query, count: int, length: int) -> Rollo
 
 
 def plain_forward(policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities and values of the responses [B, T], and all logits of the whole sequences [B, L, V]."""
+    """Returns log-probabilities and values of the responses, [B, T] each, and all logits of the sequences [B, L, V]."""
     queries = torch.tensor([query.tokens for query in rollout.queries], device=policy.device)[rollout.owner]
     ids = torch.cat([queries, rollout.tokens], dim=1)
     output = policy.model(ids, output_hidden_states=True, use_cache=False)
@@ -82,7 +82,7 @@ def plain_forward(policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor, Ten
 
 
 def plain_loss(trainer: APPOTrainer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The loss of `Updater.loss` on the plain pass, and the entropies, which TRL too computes, at all positions."""
+    """Returns the loss of `Updater.loss` from a plain pass, and the entropies at all positions, as TRL does."""
     config = trainer.config
     logprobs, values, logits = plain_forward(trainer.policy, batch)
     policy = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip_range)
@@ -92,7 +92,7 @@ def plain_loss(trainer: APPOTrainer, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def plain_update(trainer: APPOTrainer, batch: Batch, passes: int) -> None:
-    """`passes` forward passes (one for the reference; in TRL, another for the policy itself), then the PPO epochs."""
+    """Makes `passes` forward passes (for the reference and, in TRL, for the policy itself), then the PPO epochs."""
     with torch.no_grad():
         for _ in range(passes):
             plain_forward(trainer.policy, batch)

@@ -1,7 +1,7 @@
-"""Decoding with a real model: SmolLM2-135M against `generate`, the time to read its weights, and llama.cpp.
+"""Decoding with SmolLM2-135M, compared with `generate`, with the time to read its weights once, and with llama.cpp.
 
-llama.cpp runs the same model in a GGUF file, whose weights have about five bits here and thirty-two with us: what it
-does in a step is the least that this CPU can do, not the same work.
+llama.cpp runs the model from a GGUF file with about five bits per weight, while ours have thirty-two. So its time shows
+what this CPU can reach, not the same work.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ NAME = f"SmolLM2-135M, K {COUNT}, {QUERY} + {RESPONSE} tokens"
 
 
 class Real:
-    """The model twice, as ours and as the plain way runs it.
+    """The model twice: one copy runs our way, the other the plain way.
 
     Raises:
-        UsageError: it is not there.
+        UsageError: the model is not in its folder.
     """
 
     def __init__(self) -> None:
@@ -52,14 +52,17 @@ class Real:
         self.query = Query(tuple(tokens.tolist()))
 
     def ways(self) -> dict[str, Callable[[], Any]]:
-        """K responses to the query, in each way."""
+        """Returns, by name, the ways to sample K responses to the query."""
         return {
             "generate and a pass": lambda: plain_sample(self.plain, self.query, COUNT, RESPONSE),
             "ours": lambda: self.ours.sample([self.query], copies=COUNT),
         }
 
     def rounds(self, budget: float) -> Iterator[dict[str, float]]:
-        """Seconds of reading all weights once, of our decoding step of K rows, and of llama.cpp's; at least twice."""
+        """Yields the seconds to read all weights once, of our decoding step for K rows, and of llama.cpp's step.
+
+        It runs for `budget` seconds, and at least two rounds.
+        """
         theirs = llama_cpp(self.query.tokens) if has_llama_cpp() else None
         until, count = time.perf_counter() + budget, 0
         while count < 2 or time.perf_counter() < until:
@@ -85,7 +88,7 @@ class Real:
 
 
 def has_llama_cpp() -> bool:
-    """Whether llama.cpp and its file are there."""
+    """Whether llama.cpp and its model file are there."""
     return installed("xllamacpp") and GGUF.is_file()
 
 
@@ -104,7 +107,7 @@ def _policy() -> Policy:
 
 
 def llama_cpp(tokens: tuple[int, ...]) -> Callable[[], Any]:
-    """Writes K responses by llama.cpp: as many requests at once, each in a slot that has read the query before."""
+    """Returns a function that writes K responses with llama.cpp: K requests at once, in slots that hold the query."""
     xllamacpp = import_module("xllamacpp")  # without types
     params = xllamacpp.CommonParams()
     params.model.path, params.hostnames, params.port = str(GGUF), ["127.0.0.1"], 0

@@ -1,11 +1,11 @@
-"""One APPO run at the sizes of real models, with random weights: memory and time of an iteration, without a download.
+"""Measures memory and time of an APPO iteration at the sizes of real models, with random weights, without a download.
 
     python -m experiments.bench.shapes 1b 7b
     python -m experiments.bench.shapes 7b --tokenizer models/smollm2 --data DIR --task sst2
 
-Agent and target share one base in bfloat16; a LoRA adapter is trained (`preset=lora`). What the models write is noise,
-so the numbers say what an iteration costs, not what it finds. The first run of a shape warms up; the phases are timed
-after it, three times each, and the median is shown.
+Agent and target share one base in bfloat16, and a LoRA adapter is trained (`preset=lora`). The models write noise, so
+the numbers say what an iteration costs, not what it finds. A short run warms up each shape; then each phase is timed
+three times, and the median is shown.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _llama(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, voca
 
 
 def shapes() -> dict[str, PretrainedConfig]:
-    """The configurations of models by name."""
+    """Returns the configurations of some models by name."""
     qwen: dict[str, Any] = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28}
     qwen |= {"num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": False}
     return {
@@ -55,26 +55,26 @@ def shapes() -> dict[str, PretrainedConfig]:
 
 
 class Measured(NamedTuple):
-    """What a phase took.
+    """The cost of a phase.
 
     Attributes:
-        seconds: the median.
-        passes: tokens that went through the model.
-        gigabytes: of memory at the peak, weights included.
+        seconds: median time.
+        tokens: tokens that went through the model.
+        gigabytes: peak memory, with the weights.
     """
 
     seconds: float
-    passes: int
+    tokens: int
     gigabytes: float
 
 
 class Bench:
-    """A model of a shape with random weights, as agent and target of a run.
+    """A model of some shape with random weights, as both agent and target of a run.
 
     Args:
         shape: the model's configuration.
-        config: of the run; its agent and target are ignored.
-        tokenizer: the folder of a tokenizer with no more tokens than the model.
+        config: the run's configuration; its agent and target are ignored.
+        tokenizer: folder of a tokenizer with no more tokens than the model.
     """
 
     def __init__(self, shape: PretrainedConfig, config: RunConfig, tokenizer: str) -> None:
@@ -98,7 +98,7 @@ class Bench:
         self.trainer = APPOTrainer(self.policy, config.appo, config.anchor, generator)
 
     def run(self, steps: int) -> None:
-        """A whole run: iterations, and reviews of the anchor every `anchor.period` of them."""
+        """Makes a run: iterations, and a review of the anchor after every `anchor.period` of them."""
 
         def score(prompts: list[str]) -> list[float]:
             found: list[float] = self.reward(prompts, self.validation).metrics["accuracy"].tolist()
@@ -112,7 +112,7 @@ class Bench:
             print(f"  {shown} review: {review}", file=sys.stderr, flush=True)
 
     def phases(self) -> Iterator[tuple[str, Measured]]:
-        """Each phase of an iteration, by name."""
+        """Yields the name and cost of each phase of an iteration."""
         trainer, copies = self.trainer, self.config.prompts
         collected = trainer.collect(self.queries, self._reward, copies)
         scored = trainer.buffer.stacked()
@@ -146,7 +146,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def _count(self, _embedding: torch.nn.Module, ids: tuple[torch.Tensor], _output: torch.Tensor) -> None:
-        if ids[0].shape[1] > 1:  # no step of decoding, which a GPU may replay without this hook
+        if ids[0].shape[1] > 1:  # not a decoding step: a GPU may replay these without this hook
             self.tokens += ids[0].numel()
 
     def _written(self, rollout: Rollout) -> None:
@@ -160,10 +160,10 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser("python -m experiments.bench.shapes", __doc__)
     parser.add_argument("shapes", nargs="+", choices=known, help="which sizes to run")
     parser.add_argument("--steps", type=int, default=4, help="iterations of the run before the timing (default: 4)")
-    parser.add_argument("--task", default="sst2")
+    parser.add_argument("--task", default="sst2", help="name or spec of the task (default: sst2)")
     parser.add_argument("--data", default=str(LAB_DIR / "data"), help="folder of the task's rows (default: the lab's)")
-    parser.add_argument("--tokenizer", default=str(LAB_DIR / "agent"), help="folder of a tokenizer")
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="fields of the configuration")
+    parser.add_argument("--tokenizer", default=str(LAB_DIR / "agent"), help="its folder (default: the lab's)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="keys of the configuration")
     options = parser.parse_args(argv)
     fixed = ["preset=lora", "prompts=4", "examples.batch_size=16", "sampling.max_new_tokens=100", "anchor.period=2"]
     for name in options.shapes:

@@ -1,7 +1,7 @@
 """The configuration of a run: one frozen dataclass, filled from a preset, a file and key=value pairs, strictly.
 
-A comment at each key says what it means and where its default comes from. An unknown key, a wrong type or a value out
-of range is a `ConfigError` that names it, before anything is loaded.
+The comment at each key says what the key means and where its default comes from. An unknown key, a wrong type or a
+value out of range raises a `ConfigError` that names the key, before anything is loaded.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tasks.catalogue import is_spec_file
 from tasks.errors import shown
 
 CONFIG_DIR = Path(__file__).parents[1] / "configs"
-ARMS_DIR = CONFIG_DIR / "arms"  # the keys of arms that are settings of APPO's trainer
+ARMS_DIR = CONFIG_DIR / "arms"  # presets of the arms that differ from appo in keys only
 LAB = "lab"
 MODELS = "models"  # the folder that `make weights` fills
 COMMAND_LINE = "command line"
 Dtype = Literal["auto", "float32", "bfloat16"]
 LAB_DIR = Path(__file__).parents[1] / "lab"
-LABS = (LAB, f"{LAB}/small", f"{LAB}/deep")  # names of its models; no agent is deep
+LABS = (LAB, f"{LAB}/small", f"{LAB}/deep")  # names of the lab's models; lab/deep has a target only
 DEFAULT_PRESETS = {  # (the lab's agent, mode tte) -> name
     (True, False): LAB,
     (True, True): f"{LAB}_tte",
@@ -40,22 +40,22 @@ ArmName = Literal[
 # fmt: on
 TRAINED = ("appo", "ppo", "rlhf", "none", "reinforce", "grpo")  # arms that update the agent
 GIVEN = ("manual", "empty", "few_shot", "step_by_step")  # arms that evaluate one prompt, without any iteration
-MAX_THREADS = 1024  # torch crashes if the system cannot start as many as asked
-REFERENCES = {"ppo": "previous", "rlhf": "initial", "none": "none"}  # arms that differ from appo in this only
-OF_MODE = {"fixed": ("few_shot", "race", "show_best"), "tte": ("edit_manual",)}  # keys of one mode only
-INCIDENTAL = ("run", "checkpoint_every", "trust_remote_code", "tensorboard", "wandb", "shard")  # shape no result
-RESUMABLE = ("steps", "epochs", *INCIDENTAL)  # what may change on a resume: how far it goes, too
+MAX_THREADS = 1024  # torch crashes if the system cannot start as many threads as asked
+REFERENCES = {"ppo": "previous", "rlhf": "initial", "none": "none"}  # arms that differ from appo in appo.reference only
+OF_MODE = {"fixed": ("few_shot", "race", "show_best"), "tte": ("edit_manual",)}  # keys that have no effect in the other
+INCIDENTAL = ("run", "checkpoint_every", "trust_remote_code", "tensorboard", "wandb", "shard")  # do not alter results
+RESUMABLE = ("steps", "epochs", *INCIDENTAL)  # keys that --resume may change: also how long the run is
 
 
 @dataclass(frozen=True)
 class ExamplesConfig:
-    """How many examples are used for what."""
+    """How many examples a run uses, and for what."""
 
-    shots: int = 16  # per label in train, and as many in validation [P, Table 7]
+    shots: int = 16  # training examples per label, and as many validation examples [P, Table 7]
     pairs: int = 5  # input-output pairs in the meta-prompt [P, Figure 6]
-    batch_size: int = 32  # training examples that the prompts of an iteration are scored on; published code: 16
-    review_rows: int | None = None  # validation rows for each prompt of a review, others for each; ours; null: all
-    test_limit: int | None = None  # at most so many test examples; null: all of them
+    batch_size: int = 32  # training examples on which an iteration's prompts are scored; published code: 16
+    review_rows: int | None = None  # validation rows per prompt in a review, different for each prompt; null: all; ours
+    test_limit: int | None = None  # most test examples; null: all
 
     def __post_init__(self) -> None:
         _at_least(self, shots=1, pairs=1, batch_size=1, review_rows=1, test_limit=1)
@@ -65,11 +65,11 @@ class ExamplesConfig:
 class RewardConfig:
     """R = accuracy_weight * accuracy + margin_weight * softmax margin, or metric_weight * metric of generated text."""
 
-    accuracy_weight: float = 10.0  # c_a [P]
-    margin_weight: float = 10.0  # c_s; [P]: 0.1. The margin separates prompts with equal accuracy on few examples
-    metric_weight: float = 10.0  # for generated text, on the scale of the accuracy; [P]: 1, the F1 itself
-    likelihood_weight: float = 0.0  # for generated text: rewards a likely right answer, which breaks ties; ours
-    answer_tokens: int = 50  # longest generated answer, in tokens of the target (APE, Zhou et al. 2023)
+    accuracy_weight: float = 10.0  # c_a, the weight of the accuracy [P]
+    margin_weight: float = 10.0  # c_s, the weight of the margin, which separates prompts of equal accuracy; [P]: 0.1
+    metric_weight: float = 10.0  # weight of the metric of generated text; 10 is the accuracy's scale; [P]: 1
+    likelihood_weight: float = 0.0  # weight of the right answer's likelihood, to break ties in generated text; ours
+    answer_tokens: int = 50  # most tokens of a generated answer (APE, Zhou et al. 2023)
 
     def __post_init__(self) -> None:
         _at_least(self, accuracy_weight=0, margin_weight=0, metric_weight=0, likelihood_weight=0, answer_tokens=1)
@@ -77,11 +77,11 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """The adapter that is trained in place of all weights of the agent; needs the extra `lora`."""
+    """An adapter, trained instead of all the agent's weights; needs the extra `lora`."""
 
-    rank: int | None = None  # of its matrices; null: train all weights. Published code: 16
-    alpha: float | None = None  # products are scaled by alpha / rank; null: twice the rank
-    targets: str = "all-linear"  # layers that get one: all linear ones but the head, or names such as q_proj,v_proj
+    rank: int | None = None  # rank of the adapter; null: no adapter, all weights are trained. Published code: 16
+    alpha: float | None = None  # the adapter's output is scaled by alpha / rank; null: alpha is twice the rank
+    targets: str = "all-linear"  # layers with an adapter: all-linear (without the head), or names such as q_proj,v_proj
     dropout: float = 0.0  # only 0 is accepted: with dropout, PPO's ratios would not start at 1
 
     def __post_init__(self) -> None:
@@ -95,45 +95,45 @@ class LoRAConfig:
 
     @property
     def layers(self) -> list[str]:
-        """The targets, one by one."""
+        """The names in `targets`, as a list."""
         return [name.strip() for name in self.targets.split(",")]
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that shapes a run."""
+    """All settings of a run."""
 
-    task: str = "mnli"  # a name (tasks/specs) or the path of a spec
-    agent: str = LAB  # writes the prompts: a folder or hub id of a causal LM, or lab, lab/small
-    target: str = LAB  # answers under them: likewise, or lab/deep, or http://host:port#model, behind a server
-    data: str = LAB  # where examples come from: lab, hub, or a folder
-    arm: ArmName = "appo"  # the way to find a prompt, see docs/arms.md; frozen: best-of-N from the untrained agent
+    task: str = "mnli"  # name of a task (tasks/specs), or path of a spec
+    agent: str = LAB  # model that writes the prompts: a folder or hub id of a causal LM, or lab, lab/small
+    target: str = LAB  # model that answers: like agent, or lab/deep, or one behind a server: http://host:port#model
+    data: str = LAB  # source of the examples: lab, hub, or a folder
+    arm: ArmName = "appo"  # how prompts are found (docs/arms.md); for example frozen: best-of-N, without training
     mode: Literal["fixed", "tte"] = "fixed"  # one prompt for the task, or (test-time editing) one for each input
-    edit_manual: bool = False  # in mode tte: show the agent the manual prompt, for it to edit
+    edit_manual: bool = False  # in mode tte: the agent edits the manual prompt, which its meta-prompt shows
     run: str | None = None  # the run's folder; null: runs/TASK-DATE-TIME
-    seed: int = 0  # of splits, batches, sampling and minibatch order
+    seed: int = 0  # seed of splits, batches, sampling and minibatch order
     epochs: int = 100  # passes over the training examples [P, A.5]
     steps: int | None = None  # iterations; null: as many as the epochs take
-    prompts: int = 8  # K, sampled per iteration, in mode tte per input; [P, Table 6]: 4
-    pool: int = 16  # best prompts by training reward that are re-scored on validation at the end; [P, 4.1]: 5
-    few_shot: int = 0  # candidates beside the pool: the manual prompt followed by training pairs, drawn for each
-    race: bool = False  # drop candidates early at the end, by racing on blocks of validation rows; ours
-    show_best: int = 0  # best prompts so far that the meta-prompt shows (GFlowPO, arXiv 2602.03358); 0: none [P]
-    headroom: int = 16  # prompts of the untrained agent that are scored before training; 0: no such check
-    checkpoint_every: int = 10  # iterations between checkpoints; a stop by signal and the end of a run write one too
-    tensorboard: bool = False  # log to TensorBoard too, in the run's folder; needs the extra `tensorboard`
-    wandb: str | None = None  # log to this project of Weights & Biases too; null: do not; needs the extra `wandb`
-    device: str = "auto"  # auto: cuda where there is one, else cpu
-    dtype: Dtype = "auto"  # of the agent's arithmetic; weights stay float32. auto: bfloat16 on a GPU, float32 on a CPU
-    target_dtype: Dtype = "auto"  # of the frozen target. auto: bfloat16 where the device has instructions for it
-    target_quantization: Literal["int8", "int4"] | None = None  # of the target's weights; needs bitsandbytes
-    threads: int = 2  # CPU threads of torch; results repeat bit for bit only under the same number
-    gradient_checkpointing: bool = False  # of the agent: a third more time for far less memory in updates
+    prompts: int = 8  # K, prompts sampled in an iteration (in mode tte for each input of it); [P, Table 6]: 4
+    pool: int = 16  # how many prompts, best by training reward, are scored on validation at the end; [P, 4.1]: 5
+    few_shot: int = 0  # further candidates at the end: the manual prompt followed by training pairs, drawn for each
+    race: bool = False  # at the end, drop candidates that fall behind on the first validation rows; ours
+    show_best: int = 0  # how many of the best prompts so far the meta-prompt shows (GFlowPO, arXiv 2602.03358); [P]: 0
+    headroom: int = 16  # prompts of the untrained agent to score before training; 0: no such check
+    checkpoint_every: int = 10  # iterations between checkpoints; a signal and the end of a run write one too
+    tensorboard: bool = False  # also log to TensorBoard, in the run's folder; needs the extra `tensorboard`
+    wandb: str | None = None  # also log to this project of Weights & Biases; null: do not; needs the extra `wandb`
+    device: str = "auto"  # auto: cuda if there is a GPU, else cpu
+    dtype: Dtype = "auto"  # the agent computes in it, its weights stay float32. auto: bfloat16 on a GPU, else float32
+    target_dtype: Dtype = "auto"  # dtype of the target. auto: bfloat16 if the device has instructions for it
+    target_quantization: Literal["int8", "int4"] | None = None  # quantise the target's weights; needs bitsandbytes
+    threads: int = 2  # CPU threads of torch; results repeat bit for bit only with the same number
+    gradient_checkpointing: bool = False  # for the agent's updates: far less memory, a third more time
     shard: bool = False  # divide the agent's weights and optimizer among several GPUs: docs/several-gpus.md
-    onednn: bool = True  # use oneDNN for large matrix products on CPUs where it is faster; false: torch's own
+    onednn: bool = True  # use oneDNN for large matrix products on CPUs if it is faster; false: never
     agent_chat: bool | None = None  # use the agent's chat template; null: if it has one
-    target_chat: bool = False  # likewise the target's; the paper's template is plain text
-    trust_remote_code: bool = False  # run code that comes with a model; only the command line can set it, never a file
+    target_chat: bool = False  # use the target's chat template; the paper's template is plain text
+    trust_remote_code: bool = False  # run code that comes with a model; can be set on the command line, not in a file
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -146,11 +146,13 @@ class RunConfig:
         _at_least(self, few_shot=0, show_best=0, headroom=0)
         if self.mode == "tte" and self.arm not in (*TRAINED, "frozen"):
             raise ValueError(f"arm is {self.arm!r}, which finds one prompt for all inputs; expected mode fixed")
+        if self.arm == "edits" and self.prompts == 1:
+            raise ValueError("prompts is 1; expected at least 2 in arm edits: one of them is the prompt that is edited")
         expected = REFERENCES.get(self.arm, self.appo.reference)
         if self.appo.reference != expected:
             raise ValueError(f"appo.reference is {self.appo.reference!r}; expected {expected!r} in arm {self.arm}")
         if self.shard and self.lora.rank is not None:
-            raise ValueError("shard is true, and lora.rank is set; an adapter is small enough for every GPU: drop one")
+            raise ValueError("shard is true and lora.rank is set; expected one: an adapter fits each GPU undivided")
         if self.wandb == "":
             raise ValueError("wandb is ''; expected the name of a project, or null")
         if self.threads > MAX_THREADS:
@@ -172,8 +174,8 @@ class Source(NamedTuple):
 
     Attributes:
         name: "preset NAME", "config file PATH", "command line" or, on a resume, "the run's config.yaml".
-        file: the file that they were read from, for errors; "" for the command line.
-        keys: nested.
+        file: the file that holds the keys, for errors; "" for the command line.
+        keys: the keys and their values, nested.
     """
 
     name: str
@@ -184,7 +186,7 @@ class Source(NamedTuple):
 def build_config(
     options: Mapping[str, Any] | None = None, file: str | None = None, assignments: Sequence[str] = ()
 ) -> RunConfig:
-    """The configuration of a run, from its `sources`.
+    """Builds the configuration of a run from its `sources`.
 
     Raises:
         ConfigError: unknown key or preset, wrong type, value out of range, file not readable.
@@ -193,7 +195,7 @@ def build_config(
 
 
 def check_keys(assignments: Sequence[str]) -> None:
-    """Refuses "dotted.key=value" strings that no configuration can be made of, whatever else it holds.
+    """Refuses "dotted.key=value" strings that are wrong in every configuration.
 
     Raises:
         ConfigError: one is not of that form, has an unknown key, or a value of the wrong type.
@@ -206,7 +208,7 @@ def check_keys(assignments: Sequence[str]) -> None:
 def sources(
     options: Mapping[str, Any] | None = None, file: str | None = None, assignments: Sequence[str] = ()
 ) -> list[Source]:
-    """What fills a configuration; later sources win: preset, arm, file, named options, assignments.
+    """Returns the sources of a configuration; later ones win: preset, arm, file, named options, assignments.
 
     Args:
         options: top-level keys, as from --task and --seed; None values are left out.
@@ -215,11 +217,11 @@ def sources(
             preset is `lab` (in mode tte `lab_tte`) for the lab's agent, and none (in mode tte `tte`) for any other.
 
     Raises:
-        ConfigError: unknown preset, file not readable, a string that is no assignment.
+        ConfigError: unknown preset, file not readable, or an assignment that is not key=value.
     """
     tree = read_yaml(Path(file)) if file else {}
     if tree.get("trust_remote_code"):
-        raise ConfigError(f"{file}: trust_remote_code counts on the command line only, as trust_remote_code=true")
+        raise ConfigError(f"{file}: trust_remote_code may only be set on the command line: trust_remote_code=true")
     found = [Source(f"config file {file}", file, tree)] if file else []
     found += [Source(COMMAND_LINE, "", _given(options)), Source(COMMAND_LINE, "", assigned(assignments))]
     preset: object = None
@@ -238,7 +240,7 @@ def sources(
 
 
 def _with_arm(found: list[Source]) -> list[Source]:
-    """The sources with what the arm asks for: it wins over presets, and what a user says wins over it."""
+    """Adds the keys of the arm to the sources. They win over presets; the user's own keys win over them."""
     arm = next((source.keys["arm"] for source in reversed(found) if "arm" in source.keys), None)
     path = ARMS_DIR / f"{arm}.yaml"
     if arm not in get_args(ArmName) or not path.is_file():
@@ -248,7 +250,7 @@ def _with_arm(found: list[Source]) -> list[Source]:
 
 
 def merged_config(found: Sequence[Source]) -> RunConfig:
-    """The configuration that these sources fill; later ones win.
+    """Builds the configuration from these sources; later ones win.
 
     Raises:
         ConfigError: unknown key, wrong type, value out of range.
@@ -260,15 +262,15 @@ def merged_config(found: Sequence[Source]) -> RunConfig:
 
 
 def origins(found: Sequence[Source]) -> dict[str, str]:
-    """The name of the source that each key's value comes from; keys that have their default are left out."""
+    """Returns the name of each key's source; leaves out keys that no source sets."""
     return {key: source.name for source in found for key in flat(source.keys)}
 
 
 def read_config(path: Path) -> RunConfig:
-    """The configuration that a run left in its folder; its `trust_remote_code` is ignored.
+    """Reads the configuration that a run left in its folder; ignores its `trust_remote_code`.
 
     Raises:
-        ConfigError: the file cannot be read, or is not what a run writes.
+        ConfigError: the file cannot be read, or no run has written it.
     """
     tree = {key: value for key, value in read_yaml(path).items() if key not in ("environment", "trust_remote_code")}
     merged: Tree = {}
@@ -279,10 +281,10 @@ def read_config(path: Path) -> RunConfig:
 def resumed_config(
     before: RunConfig, options: Mapping[str, Any], file: str | None, assignments: Sequence[str]
 ) -> RunConfig:
-    """The configuration of a resumed run: the one it began with, where only the keys in RESUMABLE may change.
+    """Returns the configuration of a resumed run: the one it began with, in which only RESUMABLE keys may change.
 
     Raises:
-        ConfigError: another key would change (all such keys are named), or a file or preset is given.
+        ConfigError: another key would change (the error names them all), or a file or preset is given.
     """
     asked = (_given(options), assigned(assignments))
     if file or any("preset" in source for source in asked):
@@ -299,14 +301,14 @@ def resumed_config(
 
 
 def data_source(task: str, data: str) -> str:
-    """Where a task's data are; "lab" is the lab's folder or, if `task` is a spec file, the folder of that file."""
+    """Returns where a task's data are; "lab" means the lab's folder or, for a spec file, the folder of that file."""
     if data != LAB:
         return data
     return str(Path(task).parent) if is_spec_file(task) else str(LAB_DIR / "data")
 
 
 def lab_folder(name: str, role: str) -> Path:
-    """Where the lab keeps the agent or the target of this name, one of LABS."""
+    """Returns the folder of the lab's model `name`, one of LABS, in the role "agent" or "target"."""
     return LAB_DIR / name.removeprefix(LAB).strip("/") / role
 
 
@@ -316,22 +318,22 @@ def is_served(target: str) -> bool:
 
 
 def on_toys(task: str, data: str, agent: str, target: str) -> str | None:
-    """A warning if the lab's tiny models are to work on data that are not the lab's; None if they are not."""
+    """Returns a warning if a run uses the lab's tiny models on other data; else None."""
     toys = [f"{role} {name}" for role, name in (("agent", agent), ("target", target)) if name in LABS]
     if not toys or data_source(task, data) == data_source(LAB, LAB):
         return None
     return (
-        f"{' and '.join(toys)}: toy models that know nothing but the lab's own language; what they make of other data "
-        "means nothing. Name real models with --agent and --target"
+        f"{' and '.join(toys)}: toy models that only know the lab's own language; their scores on other data mean "
+        "nothing. Name real models with --agent and --target"
     )
 
 
 def idle_keys(config: RunConfig) -> str | None:
-    """A warning if keys are set that do nothing in the run's mode, or beside its steps; None if there are none."""
+    """Returns a warning if some keys that are set have no effect, because of the mode or of `steps`; else None."""
     idle = [key for mode, keys in OF_MODE.items() if config.mode != mode for key in keys if getattr(config, key)]
-    found = [f"in mode {config.mode} nothing is done with {', '.join(idle)}"] if idle else []
+    found = [f"{', '.join(idle)}: no effect in mode {config.mode}"] if idle else []
     if config.steps and config.epochs != RunConfig.epochs and config.arm not in GIVEN:  # a preset may have set steps
-        found.append(f"nothing is done with epochs, since steps is {config.steps}; steps=null counts by epochs")
+        found.append(f"epochs has no effect, since steps is {config.steps}; steps=null counts by epochs")
     return "; ".join(found) or None
 
 
@@ -349,7 +351,7 @@ def _preset(name: object) -> Path:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys and values as dotted keys and values."""
+    """Returns nested keys and values as dotted keys and values."""
     found: Tree = {}
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -357,5 +359,5 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The configuration as nested plain values, ready for YAML."""
+    """Returns the configuration as nested plain values, ready for YAML."""
     return dataclasses.asdict(config)

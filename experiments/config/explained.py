@@ -1,6 +1,6 @@
-"""Every key of a configuration as readable text: its value, the value's source, and the key's meaning.
+"""Shows every key of a configuration: its value, where the value comes from, and what the key means.
 
-The meanings are the comments beside the fields of the dataclasses; they are written there only.
+The meanings are the comments at the fields of the dataclasses; they are written nowhere else.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 from experiments.config import RunConfig, flat, to_dict
 from tasks.errors import printable
 
-LEGEND = "[P]: the paper (arXiv 2410.07652). [TRL]: TRL 0.11, with whose defaults the published code ran."
+LEGEND = "[P]: the paper (arXiv 2410.07652). [TRL]: the defaults of TRL 0.11, which the published code used."
 
 
 def explained(config: RunConfig, origins: Mapping[str, str]) -> Iterator[str]:
-    """Two lines for every key: value and origin, then the meaning; in the end what the short names stand for.
+    """Yields two lines for every key: value and origin, then the meaning; at the end a legend.
 
     Args:
-        config: the values.
-        origins: dotted key -> where its value comes from; a key that is not in it has its default.
+        config: the configuration.
+        origins: dotted key -> where its value comes from; other keys have their defaults.
     """
     meaning = meanings(RunConfig)
     for key, value in flat(to_dict(config)).items():
@@ -36,12 +36,12 @@ def explained(config: RunConfig, origins: Mapping[str, str]) -> Iterator[str]:
 
 
 def as_written(value: Any) -> str:
-    """A value as it is given on the command line."""
+    """Returns a value as one writes it on the command line."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def meanings(cls: Any, prefix: str = "") -> dict[str, str]:
-    """The comment beside each field of a dataclass and of those in it, by the field's dotted name."""
+    """Returns the comment at each field of a dataclass and of nested dataclasses, by the field's dotted name."""
     source = inspect.getsource(cls)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}

@@ -1,4 +1,4 @@
-"""The keys of the configuration that need a package beyond the required ones."""
+"""Keys of the configuration that need an optional package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXTRAS = {  # key -> (package, the extra that installs it)
 
 
 def check_extras(config: RunConfig) -> None:
-    """Refuses a configuration that needs a package that is not installed.
+    """Refuses a configuration if the package that one of its keys needs is not installed.
 
     Raises:
         ConfigError: such a key is set.
@@ -30,6 +30,6 @@ def check_extras(config: RunConfig) -> None:
 
 
 def installed(package: str) -> bool:
-    """Whether a package can be imported; a mere folder of that name, which has no origin, is none."""
+    """Whether a package can be imported. A plain folder of that name has no origin and is no package."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None

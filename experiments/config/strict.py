@@ -1,4 +1,4 @@
-"""Frozen dataclasses from YAML and key=value pairs, strictly: errors name unknown keys, wrong types and bad values."""
+"""Fills frozen dataclasses from YAML and key=value pairs, strictly: errors name unknown keys and wrong values."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import yaml
 from tasks.catalogue import parse_yaml
 from tasks.errors import shown
 
-LARGEST = {int: 2**64 - 1, float: 3.4e38}  # what a seed and a tensor of float32 can hold
+LARGEST = {int: 2**64 - 1, float: 3.4e38}  # the largest seed, and the largest float32
 
 Tree = dict[str, Any]
 
 
 class ConfigError(ValueError):
-    """A configuration is invalid; the message names the file, the key and what was expected."""
+    """A configuration is wrong; the message names the file, the key and what was expected."""
 
 
 def read_yaml(path: Path) -> Tree:
-    """The keys and values of a YAML file.
+    """Returns the keys and values of a YAML file.
 
     Raises:
         ConfigError: the file cannot be read, is not YAML, or holds anything but keys and values.
@@ -43,10 +43,10 @@ def read_yaml(path: Path) -> Tree:
 
 
 def assigned(assignments: Sequence[str]) -> Tree:
-    """The tree of keys and values that "dotted.key=value" strings describe.
+    """Returns the tree of keys and values that "dotted.key=value" strings describe.
 
     Raises:
-        ConfigError: one of them is not of that form, or sets a key below one that has a value already.
+        ConfigError: a string is not of that form, or sets a key below another that already has a value.
     """
     tree: Tree = {}
     for assignment in assignments:
@@ -65,10 +65,10 @@ def merge(into: Tree, source: Mapping[str, Any], cls: type, origin: str = "") ->
     """Adds a tree of keys to another, checking every key and type against a dataclass.
 
     Args:
-        into: the tree to add to.
-        source: the tree to add; its values win.
-        cls: the dataclass that the tree is to fill.
-        origin: the file that the source was read from, for errors.
+        into: the tree that is changed.
+        source: the tree that is added; its values win.
+        cls: the dataclass whose keys and types the tree must have.
+        origin: the file of the source, for errors.
 
     Raises:
         ConfigError: an unknown key, or a value of the wrong type.
@@ -77,7 +77,7 @@ def merge(into: Tree, source: Mapping[str, Any], cls: type, origin: str = "") ->
 
 
 def construct(cls: Any, tree: Mapping[str, Any], prefix: str = "") -> Any:
-    """The dataclass that a tree of keys fills.
+    """Builds a dataclass from a tree of keys.
 
     Raises:
         ConfigError: a value is out of range; the message begins with `prefix` and the key.
@@ -94,7 +94,7 @@ def construct(cls: Any, tree: Mapping[str, Any], prefix: str = "") -> Any:
 
 
 def dotted_keys(cls: Any, prefix: str = "") -> list[str]:
-    """The dotted names of all fields of a dataclass, with those of nested dataclasses."""
+    """Returns the dotted names of all fields of a dataclass and of nested dataclasses."""
     keys: list[str] = []
     for name, kind in typing.get_type_hints(cls).items():
         keys += dotted_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [f"{prefix}{name}"]
@@ -102,7 +102,7 @@ def dotted_keys(cls: Any, prefix: str = "") -> list[str]:
 
 
 def _parse(text: str) -> Any:
-    """The value of a YAML text; raises yaml.YAMLError for anything else."""
+    """Returns the value of a YAML text; raises yaml.YAMLError if the text is not YAML."""
     try:
         return parse_yaml(text)
     except yaml.YAMLError:
@@ -115,7 +115,7 @@ def _put(tree: Tree, keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"{'.'.join(keys)}: {key!r} has been given a value already")
+            raise ConfigError(f"{'.'.join(keys)}: {key!r} already has a value")
     tree[keys[-1]] = value
 
 
@@ -138,11 +138,11 @@ def _merge(into: Tree, source: Mapping[str, Any], cls: type, origin: str, prefix
 
 
 def _coerce(value: Any, kind: Any, where: str) -> Any:
-    """`value` as `kind`, or an error; 1e-5 is text to YAML but a number here."""
+    """Returns `value` as `kind`, or raises an error; 1e-5 is text to YAML but a number here."""
     union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
     options = typing.get_args(kind) if union else (kind,)
     if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
-        raise ConfigError(f"{where} is {shown(value)}, which holds a character that is no text")
+        raise ConfigError(f"{where} is {shown(value)}; it holds a character that is not text")
     for option, largest in LARGEST.items():
         if option in options and _exceeds(value, largest):
             raise ConfigError(f"{where} is {shown(value)}; expected at most {largest:.3g}")
@@ -157,7 +157,7 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
             return value
         if option is float and not isinstance(value, bool) and _is_number(value):
             return float(value)
-    if str in options and not isinstance(value, (dict, list, type(None))):
+    if str in options and not isinstance(value, (bool, dict, list, type(None))):  # off is false to YAML, not "off"
         return str(value)
     raise ConfigError(f"{where} is {shown(value)}; expected {_kind_name(options)}")
 

@@ -1,7 +1,7 @@
-"""A look before training: do prompts matter to this target on this task, and how much is there to gain?
+"""Checks before training whether prompts matter to this target on this task, and how much there is to gain.
 
-The manual prompt, no prompt at all and a few prompts of the untrained agent answer the validation rows. If the
-prompts differ by no more than chance, training has little to gain, and the verdict says so before it begins.
+Scores the manual prompt, the empty prompt and some prompts of the untrained agent on the validation rows. If these
+scores differ by no more than chance, training has little to gain, and the verdict says so.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from experiments.diagnostics.records import mean
 from experiments.run.run import Run, stream
 from experiments.run.statistics import LEVEL, NO_VERDICT, Interval, interval, spread
 
+TOO_FEW = "one prompt was sampled, which tells nothing of how prompts differ; raise headroom"
+
 
 @dataclass(frozen=True)
 class Headroom:
@@ -26,13 +28,13 @@ class Headroom:
 
     Attributes:
         metric, rows: the metric, and the number of rows.
-        chance: score of the best constant answer; 0 where answers are text.
+        chance: score of the best constant answer; 0 if answers are text.
         manual, manual_interval: score of the manual prompt, and its 95 % interval.
         empty: score of the empty prompt.
         sampled: scores of the agent's distinct prompts.
-        spread, noise, p: standard deviation of these scores, its size by chance alone, and the p-value of a
-            permutation test of "prompts have no effect"; null for fewer than two distinct prompts.
-        verdict: the same in words.
+        spread, noise, p: standard deviation of the sampled scores, its expected size by chance alone, and the p-value
+            of a permutation test of "prompts have no effect"; None for fewer than two distinct prompts.
+        verdict: what these numbers mean, in words.
     """
 
     metric: str
@@ -48,11 +50,11 @@ class Headroom:
     verdict: str
 
     def as_json(self) -> dict[str, Any]:
-        """What headroom.json holds."""
+        """Returns the content of headroom.json."""
         return asdict(self) | {"lines": self.lines()}
 
     def lines(self) -> list[str]:
-        """Four lines for a person."""
+        """Returns four lines for a person to read."""
         low, high = self.manual_interval
         average, best = mean(self.sampled), max(self.sampled)
         differ = "" if self.spread is None else f", spread {self.spread:.3f} (chance alone: {self.noise:.3f})"
@@ -86,15 +88,17 @@ def look(run: Run, count: int) -> Headroom:
         spread=seen and seen.between,
         noise=seen and seen.noise,
         p=seen and seen.p,
-        verdict=_verdict(seen.p if seen else None, sampled, mean(manual)),
+        verdict=_verdict(seen.p if seen else None, sampled, mean(manual), run.config.mode) if count > 1 else TOO_FEW,
     )
 
 
-def _verdict(p: float | None, sampled: Sequence[float], manual: float) -> str:
+def _verdict(p: float | None, sampled: Sequence[float], manual: float, mode: str) -> str:
     if p is None:
-        return "the agent wrote one prompt only: it has nothing to explore; raise sampling.temperature"
+        return "the agent wrote the same prompt every time: it has nothing to explore; raise sampling.temperature"
     if math.isnan(p):
         return NO_VERDICT
+    if p >= LEVEL and mode == "tte":
+        return f"one prompt for all inputs hardly matters: all within noise (p = {p:.2g}); a prompt for each input may"
     if p >= LEVEL:
         return f"prompts hardly matter to this target: all within noise (p = {p:.2g}); expect little from training"
     if max(sampled) <= manual:

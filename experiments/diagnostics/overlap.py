@@ -1,20 +1,20 @@
-"""How a prompt may score well without instructing anything: copied training inputs, bare lists of label words."""
+"""Detects prompts that may score well without an instruction: copied training inputs, bare lists of label words."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-RUN = 4  # words in a row that count as copied
+RUN = 4  # this many words in a row count as copied
 
 
 def word_runs(texts: Iterable[str]) -> set[tuple[str, ...]]:
-    """All runs of RUN words that occur in the texts."""
+    """Returns all runs of RUN words that occur in the texts."""
     every = (_words(text) for text in texts)
     return {tuple(words[i : i + RUN]) for words in every for i in range(len(words) - RUN + 1)}
 
 
 def overlap(prompt: str, runs: set[tuple[str, ...]]) -> float:
-    """Share of the prompt's word runs that are among `runs`; 0 for a prompt too short to have any."""
+    """Returns the share of the prompt's word runs that are in `runs`; 0 for a prompt that is too short."""
     own = word_runs([prompt])
     return len(own & runs) / len(own) if own else 0.0
 

@@ -1,4 +1,4 @@
-"""Runs as data: a JSON object for each run of a study, with all that the tables about it are made of."""
+"""Runs as data: a JSON object for each run of a study, with everything that the tables need."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from experiments.diagnostics.results import arm_of
 from experiments.run.folder import CONFIG, METRICS, PROMPTS, RESULT, finished, read_optional, stored_config
 from tasks.catalogue import load_spec
 
-DIGITS = 3  # of the scores of a curve
-LEFT_OUT = {*INCIDENTAL, "threads", "seed", "agent", "target", "data"}  # a record has its own seed and models; no paths
+DIGITS = 3  # decimals of the scores of a curve
+LEFT_OUT = {*INCIDENTAL, "threads", "seed", "agent", "target", "data"}  # stored elsewhere in the record, or paths
 RESULTS = (
     *("chosen", "prompt", "validation_rows", "validation_score"),
     *("test_rows", "test_score", "test_interval", "manual_test_score", "p"),
@@ -23,22 +23,22 @@ Record = dict[str, Any]
 
 
 def record_of(folder: Path, study: str, labels: Mapping[str, str]) -> Record:
-    """What a run did and found; without scores on validation and test if the run is not finished.
+    """Returns what a run did and found; an unfinished run has no scores on validation and test.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         study: the name of the study.
         labels: axis -> setting of this run.
 
     Raises:
-        RunFolderError, ConfigError: the folder holds no run, or a file in it is not what a run writes.
+        RunFolderError, ConfigError: the folder holds no run, or one of its files is damaged.
     """
     config = stored_config(folder)
     result = finished(folder)[1] if (folder / RESULT).is_file() else {}
     spec, rows = load_spec(config.task), read_optional(folder / METRICS)
     scores = [row[f"{spec.metric}_mean"] for row in rows]
     decisions = [row["anchor"] for row in rows]
-    distances = [row.get("kl") for row in rows]  # an arm that edits without sampling whole prompts has none
+    distances = [row.get("kl") for row in rows]  # arm edits has none: it does not sample whole prompts
     named = {name: Path(getattr(config, name)).name for name in ("agent", "target")}
     chosen = flat(to_dict(config)).items()
     environment = read_yaml(folder / CONFIG).get("environment", {})
@@ -66,6 +66,6 @@ def record_of(folder: Path, study: str, labels: Mapping[str, str]) -> Record:
 
 
 def mean(values: Sequence[float | None]) -> float:
-    """The mean of those that are numbers; NaN if none is."""
+    """Returns the mean of the values that are not None; NaN if there are none."""
     real = [value for value in values if value is not None]
     return sum(real) / len(real) if real else math.nan

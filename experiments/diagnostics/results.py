@@ -16,7 +16,7 @@ from experiments.run.fingerprint import Fingerprint
 from experiments.run.folder import METRICS, RESULT, finished, read_optional, stored_config
 from tasks.catalogue import load_spec
 
-NOT_THE_TEST = {"train rows", "validation rows", "manual prompt"}  # parts of a task that do not alter its test
+NOT_THE_TEST = {"train rows", "validation rows", "manual prompt"}  # parts of a fingerprint that do not alter the test
 UNFINISHED = "unfinished"
 COPIED = (  # from the result into the row, under the same name
     *("task", "metric", "test_rows", "test_score", "manual_test_score", "validation_rows", "validation_score"),
@@ -26,7 +26,7 @@ COPIED = (  # from the result into the row, under the same name
 
 @dataclass(frozen=True)
 class RunRow:
-    """What a run did and found; None where it is not finished."""
+    """What a run did and found; scores are None if the run is not finished."""
 
     run: str
     task: str
@@ -47,24 +47,24 @@ class RunRow:
     manual_test_high: float | None = None
     validation_rows: int | None = None
     validation_score: float | None = None
-    chosen: str | None = None  # what the result is: manual, tuned, few-shot or edits
+    chosen: str | None = None  # kind of the result: manual, tuned, few-shot, edits, ...
     verdict: str = UNFINISHED
-    test: str | None = None  # names the test: equal for runs that were scored on the same one
+    test: str | None = None  # short name of the test; runs that were scored on the same test have the same name
 
 
 def scored(score: float | None, low: float | None, high: float | None, rows: int | None) -> str:
-    """A score with its interval and number of rows; empty for a run that is not finished."""
+    """Returns a score with its interval and number of rows; "" for a run that is not finished."""
     if score is None or low is None or high is None:
         return ""
     return f"{score:.3f} ({low:.3f} to {high:.3f}, n = {rows})"
 
 
 def read_row(folder: Path) -> RunRow:
-    """The row of a run, finished or not.
+    """Returns the row of a run, finished or not.
 
     Raises:
-        RunFolderError, ConfigError: the folder holds no run, or a file in it is not what a run writes.
-        TaskError: the run is not finished, and its task is not known here.
+        RunFolderError, ConfigError: the folder holds no run, or one of its files is damaged.
+        TaskError: the run is not finished, and its task is unknown here.
     """
     config = stored_config(folder)
     steps = len(read_optional(folder / METRICS))
@@ -85,9 +85,9 @@ def read_row(folder: Path) -> RunRow:
 
 
 def arm_of(config: RunConfig) -> str:
-    """The name of the way in which a run looks for prompts, as `appo compare --arms` has it."""
+    """Returns the name of a run's arm, as in `appo compare --arms`."""
     arm: str = config.arm
-    if arm == "appo":  # with another reference it is one of its siblings
+    if arm == "appo":  # with another reference it is another arm
         arm = next((name for name, other in REFERENCES.items() if other == config.appo.reference), arm)
     if config.mode == "tte":
         return {"appo": "tte", "frozen": "tte-untrained"}.get(arm, f"tte, {arm}")
@@ -95,13 +95,13 @@ def arm_of(config: RunConfig) -> str:
 
 
 def _test(fingerprint: Fingerprint | None) -> str:
-    """A short name of what a run was tested on: the test rows and how they are put to the target."""
+    """Returns a short name for the test of a run: its rows, and how they are shown to the target."""
     parts = {name: hashed for name, hashed in (fingerprint or {}).items() if name not in NOT_THE_TEST}
     return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()[:8]
 
 
 def grouped(rows: Sequence[RunRow]) -> list[list[RunRow]]:
-    """The rows in groups whose scores can be compared; an unfinished run joins the first group of its task."""
+    """Groups rows whose scores can be compared; an unfinished run joins the first group of its task."""
     groups: list[list[RunRow]] = []
     for row in sorted(rows, key=lambda row: not row.finished):  # the sort keeps the order of equals
         like = (group for group in groups if _comparable(group[0], row))

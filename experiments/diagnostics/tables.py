@@ -1,12 +1,12 @@
-"""Tables of records: what the runs of a study show, in Markdown.
+"""Tables of the runs of a study, in Markdown.
 
-summary of AXIS                 a row for each setting: the seeds' last prompts, and the chosen prompts
+summary of AXIS                 a row for each setting: scores of its seeds' last prompts, and of the results on test
 runs of AXIS                    a row for each run
-plane of AXIS by AXIS           a cell for each pair of settings: the mean score of the last prompts
-curve of AXIS by AXIS at N N    the same at some iterations
-test of AXIS by AXIS            the same for the chosen prompts on test
+plane of AXIS by AXIS           a cell for each pair of settings: scores of the last prompts
+curve of AXIS by AXIS at N N    a cell for each pair of settings: scores of the prompts up to some iterations
+test of AXIS by AXIS            a cell for each pair of settings: scores of the results on test
 
-" where AXIS = SETTING" behind one of them leaves out the other runs.
+With " where AXIS = SETTING" at its end, a table counts the runs of that setting only.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from experiments.run.statistics import (
 )
 from tasks.errors import printable
 
-LAST = 20  # iterations at the end of a run, over which its scores are averaged
+LAST = 20  # a run ends with the mean score of this many last iterations
 FIRST = 5
 SHORT = 60  # characters of a prompt in a table
-GAIN = 0.05  # above the untrained agent; a run that ends with less has failed
+GAIN = 0.05  # a run has failed if its last prompts score less than this much above the untrained agent's
 Table = list[list[str]]  # the first row is the header
 VIEW = re.compile(r"(summary|runs) of (.+)|(plane|test) of (.+) by (.+)|(curve) of (.+) by (.+) at ([0-9 ]*[0-9])")
 WHERE = re.compile(r"(.+) where (.+?) = (.+)")
 
 
 class Asked(NamedTuple):
-    """What the words for a table ask for."""
+    """The table that some words ask for."""
 
     kind: str
     axes: list[str]
     at: list[int]  # iterations of a curve
-    where: tuple[str, str] | None  # the axis and the setting whose runs alone count
+    where: tuple[str, str] | None  # axis and setting; only its runs count
 
 
 def view(records: Sequence[Record], words: str) -> Table:
-    """The table that the words ask for, as above.
+    """Returns the table that the words ask for; the module's docstring lists the tables.
 
     Raises:
-        ValueError: they ask for none, or for an axis that the records lack.
+        ValueError: the words ask for no table, or for an axis that the records lack.
     """
     records, (kind, axes, at, _) = _chosen(records, words)
     if not records:
@@ -65,10 +65,10 @@ def view(records: Sequence[Record], words: str) -> Table:
 
 
 def scores_on_test(records: Sequence[Record], words: str) -> dict[str, dict[str, float]] | None:
-    """What a table `test of AXIS by AXIS` shows, as numbers: setting -> setting -> mean score on test.
+    """Returns the numbers of a table `test of AXIS by AXIS`: setting -> setting -> mean score on test.
 
     Returns:
-        None for other tables.
+        The numbers; None for other tables.
 
     Raises:
         ValueError: as `view`.
@@ -85,14 +85,14 @@ def scores_on_test(records: Sequence[Record], words: str) -> dict[str, dict[str,
 
 
 def _chosen(records: Sequence[Record], words: str) -> tuple[Sequence[Record], Asked]:
-    """The runs that a table counts, and what its words ask for."""
+    """Returns the runs that a table counts, and the table that its words ask for."""
     shared = [axis for axis in records[0]["labels"] if all(axis in record["labels"] for record in records)]
     found = asked(words, shared)
     return (by(records, found.where[0]).get(found.where[1], []) if found.where else records), found
 
 
 def asked(words: str, known: Sequence[str]) -> Asked:
-    """What the words ask for.
+    """Reads the words for a table.
 
     Raises:
         ValueError: they ask for no table, or for an axis that is not in `known`.
@@ -101,7 +101,7 @@ def asked(words: str, known: Sequence[str]) -> Asked:
     table, *where = limited.groups() if limited else [words]
     found = VIEW.fullmatch(table)
     if not found:
-        raise ValueError(f"{words!r} is no table; expected such as 'summary of arm' or 'plane of task by arm'")
+        raise ValueError(f"{words!r} is no table; expected words such as 'summary of arm' or 'plane of task by arm'")
     kind, *axes = [part for part in found.groups() if part]
     at = [int(n) for n in axes.pop().split()] if kind == "curve" else []
     for axis in [*axes, *where[:1]]:
@@ -111,11 +111,11 @@ def asked(words: str, known: Sequence[str]) -> Asked:
 
 
 def summary(records: Sequence[Record], axis: str) -> Table:
-    """A row for each setting: mean and deviation of the seeds' last scores, failures, and the chosen prompts on test.
+    """Returns a row for each setting of an axis: where its seeds end, their deviation, failures and test scores.
 
-    A run that trains has failed if its last prompts are not better, by GAIN, than those of the untrained agent: it has
-    learnt nothing, or lost it again. The probability to beat the first setting is that of a seed's test score; it and
-    the interquartile mean carry bootstrap intervals over seeds.
+    A run that trains has failed if its last prompts do not score at least GAIN above those of the untrained agent: it
+    has learnt nothing, or has lost what it learnt. "beats" is the probability that a seed's test score beats that of a
+    seed of the first setting; it and the interquartile mean have bootstrap intervals over seeds.
     """
     groups = by(records, axis)
     first = next(iter(groups.values()))
@@ -138,7 +138,7 @@ def summary(records: Sequence[Record], axis: str) -> Table:
 
 
 def plane(records: Sequence[Record], rows: str, columns: str) -> Table:
-    """A cell for each pair of settings: the mean of the last prompts, lowest to highest seed, and how many failed.
+    """Returns a cell for each pair of settings: mean of the last prompts, lowest to highest seed, and failures.
 
     Runs of arms that do not train cannot fail, so their cells do not count failures.
     """
@@ -154,7 +154,10 @@ def plane(records: Sequence[Record], rows: str, columns: str) -> Table:
 
 
 def over_time(records: Sequence[Record], rows: str, columns: str, at: Sequence[int]) -> Table:
-    """A cell for each pair of settings: mean scores of prompts up to some iterations, over seeds that came that far."""
+    """Returns a cell for each pair of settings: mean scores of the LAST iterations up to each of some iterations.
+
+    A seed that has not come that far does not count.
+    """
 
     def cell(runs: list[Record]) -> str:
         curves = [run["curve"] for run in runs]
@@ -166,7 +169,7 @@ def over_time(records: Sequence[Record], rows: str, columns: str, at: Sequence[i
 
 
 def on_test(records: Sequence[Record], rows: str, columns: str) -> Table:
-    """A cell for each pair of settings: the mean test score, lowest to highest seed, beside the manual prompt's."""
+    """Returns a cell for each pair of settings: mean test score, lowest to highest seed, and the manual prompt's."""
 
     def cell(runs: list[Record]) -> str:
         scores = [run["test_score"] for run in runs if run["test_score"] is not None]
@@ -179,7 +182,7 @@ def on_test(records: Sequence[Record], rows: str, columns: str) -> Table:
 
 
 def listed(records: Sequence[Record], axis: str) -> Table:
-    """A row for each run."""
+    """Returns a row for each run."""
     header = [axis, "seed", f"first {FIRST}", f"last {LAST // 2}", "KL, mean (most)", "promoted", "rolled back"]
     found = [[*header, "validation", "test (95 % interval)", "manual, test", "prompt"]]
     for run in records:
@@ -196,7 +199,7 @@ def listed(records: Sequence[Record], axis: str) -> Table:
 
 
 def _over_seeds(tests: Sequence[float], base: Sequence[float]) -> list[str]:
-    """Cells of the test scores of some seeds: interquartile mean, lowest, variation, and how often they beat others."""
+    """Returns the cells for some seeds' test scores: interquartile mean, lowest, variation, and how often they win."""
     if not tests:
         return [""] * 4
     beats = better(tests, base) if base else ""
@@ -204,17 +207,17 @@ def _over_seeds(tests: Sequence[float], base: Sequence[float]) -> list[str]:
 
 
 def middle(scores: Sequence[float]) -> str:
-    """The interquartile mean of some seeds' scores, with its interval."""
+    """Returns the interquartile mean of some seeds' scores, with its interval."""
     return f"{interquartile_mean(scores):.3f} {_range(interquartile_interval([scores]))}"
 
 
 def better(scores: Sequence[float], others: Sequence[float]) -> str:
-    """The probability that a seed beats one of the others, with its interval."""
+    """Returns the probability that a seed beats one of the others, with its interval."""
     return f"{probability_of_improvement(scores, others):.2f} {_range(improvement_interval(scores, others))}"
 
 
 def _scores(run: Record) -> list[str]:
-    """The cells of the chosen prompt and its scores; empty for a run that was stopped."""
+    """Returns the cells for the result of a run; they are empty if the run was stopped."""
     if run["test_score"] is None:
         return ["", f"(stopped after {run['iterations']})", "", ""]
     low, high = run["test_interval"]
@@ -226,19 +229,19 @@ def _scores(run: Record) -> list[str]:
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
-    """The table as Markdown, with a line break at the end."""
+    """Returns the table as Markdown, with a line break at the end."""
     header, *rows = map(markdown_row, table)
     return "".join(f"{line}\n" for line in (header, "|---" * len(table[0]) + "|", *rows))
 
 
 def markdown_row(cells: Sequence[str]) -> str:
-    """A row of a table in Markdown; no | in a cell ends it."""
+    """Returns a row of a table in Markdown; a | in a cell is escaped."""
     inside = "|".join(f" {cell} ".replace("|", "\\|") for cell in cells)
     return f"|{inside}|"
 
 
 def by(records: Iterable[Record], axis: str) -> dict[str, list[Record]]:
-    """The records of each setting of an axis, in their order."""
+    """Returns the records of each setting of an axis, in their order."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record["labels"][axis], []).append(record)
@@ -246,25 +249,24 @@ def by(records: Iterable[Record], axis: str) -> dict[str, list[Record]]:
 
 
 def last(run: Record) -> float:
-    """The mean score of the prompts of the last iterations; NaN for a run without iterations."""
+    """Returns the mean score of a run's last iterations; NaN if there are none."""
     return mean(run["curve"][-LAST:])
 
 
 def _ends(runs: Sequence[Record]) -> list[float]:
-    """The last scores of the runs that have iterations."""
-    return [last(run) for run in runs if run["curve"]]
+    """Returns the mean score of the last iterations of each run, without runs that have no score there."""
+    return [end for run in runs if not math.isnan(end := last(run))]
 
 
 def _kl(run: Record) -> list[float]:
-    """The KL of the iterations that have one."""
+    """Returns the KL of each iteration that has one."""
     return [value for value in run["kl"] if value is not None]
 
 
 def untrained(records: Iterable[Record], like: Record) -> float:
-    """The mean score of the prompts of a run's untrained agent: of all first iterations with its task and models.
+    """Returns the mean score of the untrained agent: that of all first iterations with the same task, models and mode.
 
-    In mode tte the agent is asked for something else, so a mode counts by itself. Edits of phrases begin with the
-    manual prompt, not with what the agent writes, so they do not count.
+    Runs of arm edits do not count: they begin with the manual prompt, not with prompts of the agent.
     """
 
     def asked_for(run: Record) -> tuple[str, ...]:
@@ -276,7 +278,7 @@ def untrained(records: Iterable[Record], like: Record) -> float:
 
 def _failures(runs: Sequence[Record], records: Sequence[Record]) -> str:
     trained = [run for run in runs if run["config"]["arm"] in TRAINED and run["curve"]]
-    failed = sum(last(run) < untrained(records, run) + GAIN for run in trained)
+    failed = sum(not last(run) >= untrained(records, run) + GAIN for run in trained)  # not: a NaN has failed, too
     return f"{failed} of {len(trained)}" if trained else ""
 
 
@@ -302,6 +304,6 @@ def _range(ends: Interval) -> str:
 
 
 def _short(text: str) -> str:
-    """The beginning of a prompt, in italics; nothing in it ends the cell or controls the terminal."""
+    """Returns the beginning of a prompt in italics, without what would end the cell or control the terminal."""
     text = printable(" ".join(text.replace("|", "/").replace("*", "").replace("_", " ").replace("`", "'").split()))
     return f"*{text if len(text) <= SHORT else text[: SHORT - 3].rstrip() + '...'}*" if text else "(empty)"

@@ -1,6 +1,7 @@
-"""The model card of a run's agent: README.md with metadata for the hub, written from the run's files.
+"""Writes the model card of a run's agent from the run's files: a README.md with metadata for the hub.
 
-A card is public, so it quotes no example (except in a few-shot prompt) and names local files by their last part only.
+The card is public. So it quotes no example, except in a few-shot prompt; of a path it shows only the last part, and of
+a server's address only the name of the model.
 """
 
 from __future__ import annotations
@@ -12,33 +13,33 @@ from typing import Any
 
 import yaml
 
-from experiments.config import INCIDENTAL, LABS, TRAINED, RunConfig, to_dict
+from experiments.config import INCIDENTAL, LABS, TRAINED, RunConfig, is_served, to_dict
 from tasks.catalogue import is_spec_file
 from tasks.meta_prompt import meta_prompt, rewrite_prompt
 from tasks.spec import Example
 
 TAGS = ("stableprompt", "appo", "prompt-tuning", "reinforcement-learning")
-CHOSEN = {  # what a run's prompt is
-    "manual": "The manual prompt, which no other beat on validation",
+CHOSEN = {  # kind of a run's result -> how the card introduces it
+    "manual": "The manual prompt; no other prompt scored higher on validation",
     "tuned": "The best prompt that it found, chosen on validation",
-    "empty": "No prompt at all",
-    "step-by-step": "The manual prompt, with a request to think step by step",
-    "few-shot": "The best prompt on validation, the manual one with training examples behind it",
+    "empty": "The empty prompt",
+    "step-by-step": "The manual prompt with a request to think step by step",
+    "few-shot": "The best prompt on validation: the manual prompt followed by training examples",
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 PATHS = ("task", "agent", "target", "data")  # keys that may name a file or folder
-OF_THE_MACHINE = (*INCIDENTAL, "device", "threads")  # keys that mean nothing on the reader's machine
+OF_THE_MACHINE = (*INCIDENTAL, "device", "threads")  # keys that concern this machine only
 
 
 def model_card(config: RunConfig, result: Mapping[str, Any], repo: str, chat: bool, adapter: bool = False) -> str:
-    """The card of a finished run's agent.
+    """Returns the card of a finished run's agent.
 
     Args:
-        config: of the run.
-        result: what best_prompt.json holds.
+        config: the run's configuration.
+        result: the content of best_prompt.json.
         repo: the agent's name on the hub, OWNER/NAME.
         chat: whether the agent was asked through its chat template.
-        adapter: whether only an adapter to the base model is there.
+        adapter: whether the upload holds only an adapter, without its base model.
     """
     parts = [
         f"---\n{yaml.safe_dump(_metadata(config, adapter), sort_keys=False)}---",
@@ -56,10 +57,10 @@ def model_card(config: RunConfig, result: Mapping[str, Any], repo: str, chat: bo
 
 
 def _metadata(config: RunConfig, adapter: bool) -> dict[str, Any]:
-    """What the hub reads. The licence is for the owner to add: it depends on the base model's."""
+    """Returns the metadata for the hub. The owner has to add the licence, which depends on the base model's."""
     library = "peft" if adapter else "transformers"
     found: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": [*TAGS]}
-    if _on_hub(config.agent):
+    if config.agent not in LABS and _on_hub(config.agent):
         found["base_model"] = config.agent
     if not is_spec_file(config.task):  # the catalogue's tasks are in English
         found["language"] = "en"
@@ -98,7 +99,7 @@ def _score(result: Mapping[str, Any], name: str) -> str:
 
 
 def _use(config: RunConfig, instruction: str, repo: str, chat: bool) -> str:
-    """Python that lets the agent write, with the meta-prompt that it was trained on around pairs of one's own."""
+    """Returns Python code that lets the agent write, with its meta-prompt around the reader's own pairs."""
     pairs = [Example("FIRST INPUT", None, "ITS OUTPUT"), Example("SECOND INPUT", None, "ITS OUTPUT")]
     asked = rewrite_prompt(pairs, "THE INPUT", instruction) if config.mode == "tte" else meta_prompt(pairs)
     text = 'f"{request}\\n{opening}"'
@@ -115,12 +116,12 @@ write = pipeline("text-generation", {repo!r})
 text = {text}
 written = write(text, do_sample=True, {sampling}, return_full_text=False)
 print(written[0]["generated_text"])"""
-    note = f"It was trained on requests with {config.examples.pairs} pairs; give it as many."
+    note = f"It was trained on requests with {config.examples.pairs} pairs; use as many."
     return f"{_fenced('python', code)}\n\n{note}"
 
 
 def _differences(config: RunConfig) -> str:
-    """The keys that differ from the defaults, without those that only concern a machine."""
+    """Returns the keys that differ from the defaults, without those that only concern this machine."""
     default = to_dict(RunConfig())
     found: dict[str, Any] = {}
     for key, value in to_dict(config).items():
@@ -144,12 +145,14 @@ def _on_hub(name: str) -> bool:
 
 
 def _public(name: str) -> str:
-    """A hub id or plain name as it is; of a path only the last part."""
+    """Returns a name without what is private: the last part of a path, or the model's name from a server's address."""
+    if is_served(name):
+        return name.partition("#")[2] or "a model behind a server"
     return name if _on_hub(name) else Path(name).name
 
 
 def _fenced(language: str, text: str) -> str:
-    """A block of code; its fence is longer than any in the text, which a model may have written."""
+    """Returns a block of code, with a longer fence than any in the text, which a model may have written."""
     longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"

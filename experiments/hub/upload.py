@@ -16,15 +16,27 @@ class PushError(ValueError):
     """The hub cannot be reached, or refuses the upload."""
 
 
-def write_card(run: Path, agent: Path, repo: str) -> bool:
-    """Writes the card of a run's agent into the folder of its weights, unless one is there; returns whether it did.
+def check_name(repo: str) -> None:
+    """Refuses a name that no model on the hub can have.
 
     Raises:
         PushError: `repo` is not of the form OWNER/NAME.
-        RunFolderError: the folder holds no finished run.
     """
     if not HUB_ID.fullmatch(repo):
         raise PushError(f"the name on the hub is {repo!r}; expected OWNER/NAME, of letters, digits, '-', '_' and '.'")
+
+
+def write_card(run: Path, agent: Path, repo: str) -> bool:
+    """Writes a model card into the folder of a run's agent, unless there is one; returns whether it wrote one.
+
+    Args:
+        run: the run's folder.
+        agent: the folder of the agent's weights.
+        repo: the agent's name on the hub, OWNER/NAME.
+
+    Raises:
+        RunFolderError: the folder holds no finished run.
+    """
     config, result = finished(run)
     if not agent.is_dir():
         raise RunFolderError(f"{str(run)!r} holds no folder {agent.name!r}; expected the folder of a finished run")
@@ -36,7 +48,7 @@ def write_card(run: Path, agent: Path, repo: str) -> bool:
 
 
 def _has_chat_template(agent: Path) -> bool:
-    """Whether the agent's tokenizer has a chat template: a file of its own, or in the tokenizer's configuration."""
+    """Whether the agent's tokenizer has a chat template, in a separate file or in the tokenizer's configuration."""
     if (agent / "chat_template.jinja").is_file():
         return True
     try:
@@ -46,7 +58,7 @@ def _has_chat_template(agent: Path) -> bool:
 
 
 def upload(agent: Path, repo: str, private: bool = False) -> str:
-    """Uploads a folder as a model, which is created if need be; returns its address.
+    """Uploads a folder as a model, and creates the model if it does not exist; returns its address.
 
     Raises:
         PushError: there is no token, no network, or no right to write there.

@@ -1,15 +1,15 @@
 """The lab's little language: inputs with hidden cases, instructions made of clauses, and what obeying means.
 
-The classification tasks that the tiny models learn and are tested on come from here; no model is used. An *item*
-is one input of a task. Either it carries a marker ("in a dream ..."), or the property that its task asks about
+This module defines the classification tasks on which the tiny models are trained and tested; it uses no model. An
+*item* is one input of a task. Either it carries a marker ("in a dream ..."), or the property that its task asks about
 holds, fails or is unclear. An *instruction* is a list of clauses:
 
     Judge    what to look at                    "Look for the same action."
     Treat    what to make of a marked input     "Open every letter."  "Lose every game."
 
-`obey` gives the answer of a reader who follows the instruction to the letter and knows nothing else: an input
-whose marker has no clause is judged like any other (mostly wrongly), and a reader who was not told what to judge
-answers by `habit`, which is wrong. So every right clause gains some accuracy, no clause replaces another, and
+`obey` gives the answer of a reader who follows the instruction to the letter and knows nothing else. If an input's
+marker has no clause, the reader judges the input like any other, mostly wrongly. Without a clause on what to judge, the
+reader answers by `habit`, which is wrong. So every right clause gains some accuracy, no clause replaces another, and
 text that is not an instruction scores nothing.
 """
 
@@ -45,12 +45,12 @@ TRAITS = {  # criterion -> (words for which it holds, words for which it fails)
 }
 FILMS = ["film", "movie", "drama", "comedy", "thriller", "picture"]
 
-MARKERS = {  # marker -> the answer that is right for it, wherever it occurs
+MARKERS = {  # marker -> the right answer for every input that carries it
     "letter": "yes", "story": "yes", "plan": "yes", "song": "yes",
     "dream": "no", "joke": "no", "rumour": "no", "game": "no",
     "poem": "maybe", "myth": "maybe",
 }  # fmt: skip
-MISLEADING = 0.7  # share of marked inputs whose property never points to the right answer
+MISLEADING = 0.7  # share of marked inputs whose property points to a wrong answer
 OUTCOMES = {"holds": "yes", "fails": "no", "is unclear": "maybe"}  # outcome of the judged property -> right answer
 STANDARD = OUTCOMES | MARKERS
 ANSWERS = ("yes", "maybe", "no")
@@ -58,7 +58,7 @@ ANSWERS = ("yes", "maybe", "no")
 
 @dataclass(frozen=True)
 class Lab:
-    """One lab task: which property decides, and how often each case occurs, so that labels are balanced."""
+    """One lab task: the property that decides, and the share of each case; the shares balance the labels."""
 
     criterion: str | None  # None: each input names its own
     shares: dict[str, float]  # case -> probability
@@ -90,8 +90,8 @@ LABS = {
     "mnli": _ternary("action", "letter", "song", "dream", "poem"),
     "snli": _ternary("action", "story", "plan", "game", "myth"),
 }
-FOCUS = {"person": "who", "action": "deed", "thing": "object", "place": "where"}  # as inputs of the mixed task name it
-MIXED = "mixed"  # the task without one right instruction: each input says what to judge
+FOCUS = {"person": "who", "action": "deed", "thing": "object", "place": "where"}  # names of criteria in mixed inputs
+MIXED = "mixed"  # a task without one right instruction: each input says what to judge
 TASKS = LABS | {MIXED: Lab(None, dict.fromkeys(("holds", "is unclear", "fails"), 1 / 3))}
 
 
@@ -103,7 +103,7 @@ class Item:
     fields: dict[str, str]
     marker: str | None
     outcomes: dict[str, str]  # criterion -> holds | fails | is unclear
-    criterion: str  # the one that decides
+    criterion: str  # the criterion that decides
 
     @property
     def case(self) -> str:
@@ -116,7 +116,7 @@ class Item:
 
 
 def sample_item(rng: random.Random, task: str, case: str | None = None) -> Item:
-    """A random item of `task`, of the given case if one is named."""
+    """Draws a random item of `task`, of the given case if there is one."""
     lab = TASKS[task]
     criterion = lab.criterion or rng.choice(list(PAIR_SLOTS))
     case = case or rng.choices(list(lab.shares), list(lab.shares.values()))[0]
@@ -155,7 +155,7 @@ NOUN_PHRASES = {
     "mood": "a good mood", "size": "a large size", "style": "a new style", "price": "a high price",
 }  # fmt: skip
 JUDGE_WORDINGS = ("Look for {}.", "Check for {}.", "Judge if it has {}.", "The question is {}.")
-TREATMENTS = {  # marker -> the verb that stands for each answer; no two markers share one
+TREATMENTS = {  # marker -> answer -> the verb that stands for it; no two markers share a verb
     "letter": {"yes": "Open", "no": "Burn", "maybe": "File"},
     "story": {"yes": "Believe", "no": "Forget", "maybe": "Question"},
     "plan": {"yes": "Follow", "no": "Cancel", "maybe": "Delay"},
@@ -196,10 +196,10 @@ Clause = Judge | Treat
 
 
 def habit(item: Item) -> str:
-    """The answer of a reader who was not told enough: a wrong one, except in the mixed task.
+    """Returns the answer of a reader without enough instruction: a wrong one, except in the mixed task.
 
-    There it is always the same answer. To answer wrongly, the target would have to know what the focus of the input
-    means, and some prompt ("Check for the same.") would then make it use that knowledge.
+    In the mixed task it is always "maybe". To answer these inputs wrongly, the target would have to know what the focus
+    of an input means, and then some prompt ("Check for the same.") could make it use that knowledge.
     """
     if item.task == MIXED:
         return "maybe"
@@ -207,7 +207,7 @@ def habit(item: Item) -> str:
 
 
 def obey(clauses: Sequence[Clause], item: Item) -> str:
-    """The answer of a reader who follows `clauses` and nothing else; on each matter, the first clause counts."""
+    """Returns the answer of a reader who follows `clauses` and nothing else; on each matter the first clause counts."""
     judged = None
     for clause in clauses:
         if isinstance(clause, Treat):
@@ -219,28 +219,28 @@ def obey(clauses: Sequence[Clause], item: Item) -> str:
 
 
 def right_clauses(task: str) -> list[Clause]:
-    """The full instruction of a task: what to judge, and how to answer its marked inputs."""
+    """Returns the full instruction of a task: what to judge, and how to answer its marked inputs."""
     return [*manual_clauses(task), *(Treat(marker, MARKERS[marker]) for marker in TASKS[task].markers)]
 
 
 def manual_clauses(task: str) -> list[Clause]:
-    """The instruction of a person who has not looked at the marked inputs."""
+    """Returns the instruction of a person who has not looked at the marked inputs."""
     return [Judge(TASKS[task].criterion or "action")]
 
 
 def reversed_clauses(task: str) -> list[Clause]:
-    """The full instruction with a wrong answer for every marked input."""
+    """Returns the full instruction with a wrong answer for every marked input."""
     swap = {"yes": "no", "no": "yes", "maybe": "no"}
     return [*manual_clauses(task), *(Treat(marker, swap[MARKERS[marker]]) for marker in LABS[task].markers)]
 
 
 def write(rng: random.Random, clauses: Sequence[Clause]) -> str:
-    """The clauses as text, each in one of its wordings."""
+    """Writes the clauses as text, each in one of its wordings."""
     return " ".join(rng.choice(clause.wordings()) for clause in clauses)
 
 
 def parse(text: str) -> list[Clause]:
-    """The clauses that a text holds, in order; other sentences are skipped."""
+    """Returns the clauses in a text, in order; skips other sentences."""
     sentences = (sentence.strip() + "." for sentence in text.split("."))
     return [_CLAUSES[sentence] for sentence in sentences if sentence in _CLAUSES]
 
@@ -263,7 +263,7 @@ VAGUE = (
 
 
 def sample_clauses(rng: random.Random, task: str) -> list[Clause]:
-    """Clauses as the untrained agent draws them: plausible for the kind of input, blind to its right answers."""
+    """Draws clauses as the untrained agent does: plausible for the kind of input, blind to its right answers."""
     own, other = (TRAITS, PAIR_SLOTS) if task == "sst2" else (PAIR_SLOTS, TRAITS)
     clauses: list[Clause] = []
     for marker in rng.sample(list(MARKERS), rng.choices((1, 2, 3, 4, 5), (1, 2, 3, 3, 1))[0]):
@@ -276,7 +276,7 @@ def sample_clauses(rng: random.Random, task: str) -> list[Clause]:
 
 
 def sample_prior(rng: random.Random, task: str, criterion: str | None = None) -> str:
-    """One instruction from the agent's prior; one in twenty is vague. It judges by the criterion, if one is given."""
+    """Draws an instruction from the agent's prior; one in twenty is vague. It judges by `criterion`, if given."""
     clauses = sample_clauses(rng, task)
     if criterion:
         clauses = [Judge(criterion) if isinstance(clause, Judge) else clause for clause in clauses]
@@ -287,14 +287,14 @@ def sample_prior(rng: random.Random, task: str, criterion: str | None = None) ->
 
 
 def shuffled(rng: random.Random, text: str) -> str:
-    """The same words in random order."""
+    """Returns the words of a text in random order."""
     words = re.sub(r"([.,])", r" \1", text).split()
     rng.shuffle(words)
     return " ".join(words)
 
 
 def corrupted(rng: random.Random, text: str) -> str:
-    """The text with a small fault: cut off somewhere, or a word left out, replaced, doubled, or in another place."""
+    """Returns the text with a small fault: it is cut off, or a word is left out, replaced, doubled or moved."""
     words = text.split()
     if not words:
         return text
@@ -313,13 +313,13 @@ def corrupted(rng: random.Random, text: str) -> str:
 
 
 def gibberish(rng: random.Random, length: int) -> str:
-    """Random words of the language, including words from clauses."""
+    """Draws random words of the language, including words from clauses."""
     clauses = " ".join(rng.sample(list(_CLAUSES), 8)).replace(".", " ").replace(",", " ").split()
     return " ".join(rng.choices([*PEOPLE, *ACTIONS, *THINGS, *PLACES, *MARKERS, *clauses], k=length))
 
 
 def sample_junk(rng: random.Random, task: str) -> str:
-    """Text that must score nothing: empty, one word, repeated, vague, shuffled or random."""
+    """Draws a text that must score nothing: empty, one word, repeated, vague, shuffled or random."""
     kind = rng.randrange(6)
     if kind == 0:
         return ""

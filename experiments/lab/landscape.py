@@ -1,7 +1,7 @@
-"""Measures the lab: the target's accuracy under good and bad instructions, and how rare a good one is.
+"""Measures the lab: the target's accuracy under good and bad instructions, and how rare good instructions are.
 
     python -m experiments.lab.landscape                 the table of accuracies
-    python -m experiments.lab.landscape --prior 1024    and how often the untrained agent nearly writes the best
+    python -m experiments.lab.landscape --prior 1024    also how often the untrained agent comes close to the best
 
 Accuracies are measured on the test rows and averaged over several wordings of each kind of instruction.
 """
@@ -28,7 +28,7 @@ from tasks.meta_prompt import meta_prompt
 from tasks.sources import load_task
 from tasks.splits import TaskData
 
-WORDINGS = 3  # wordings for every kind of instruction
+WORDINGS = 3  # of each kind of instruction
 Writer = Callable[[random.Random, str], str]
 
 
@@ -54,14 +54,14 @@ KINDS: dict[str, Writer] = {
 
 
 def load_reward(task: str, folder: Path = LAB_DIR) -> tuple[TaskData, ClassificationReward]:
-    """A lab task and the reward of its target."""
+    """Loads a lab task, and the reward with the lab's target."""
     data = load_task(task, str(LAB_DIR / "data"))
     target = load_model(build_config({"target": str(folder / "target")}), "target")
     return data, ClassificationReward(LocalTarget(target, data.spec.template, data.words))
 
 
 def accuracies(task: str, folder: Path = LAB_DIR, seed: int = 0) -> dict[str, float]:
-    """Mean test accuracy under each kind of instruction."""
+    """Returns the mean test accuracy under each kind of instruction."""
     rng = random.Random(seed)
     data, reward = load_reward(task, folder)
     prompts = {kind: [write(rng, task) for _ in range(WORDINGS)] for kind, write in KINDS.items()}
@@ -69,10 +69,17 @@ def accuracies(task: str, folder: Path = LAB_DIR, seed: int = 0) -> dict[str, fl
 
 
 def prior(task: str, samples: int, folder: Path = LAB_DIR, seed: int = 0, batch: int = 256) -> tuple[int, float]:
-    """How many of `samples` prompts of the untrained agent come within two points of the best, and the best accuracy.
+    """Counts prompts of the untrained agent that come within two points of the best; also returns the best accuracy.
 
-    Prompts are screened on eight validation rows first (two may go wrong), then on all of them; those within ten
-    points of the best go on to the test rows.
+    Prompts are screened first: on eight validation rows they may miss two, on all validation rows ten points. Prompts
+    that pass are scored on the test rows.
+
+    Args:
+        task: a task of the lab.
+        samples: how many prompts the agent writes.
+        folder: the folder of agent and target.
+        seed: seed of the sampling.
+        batch: most prompts for one meta-prompt.
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     data, reward = load_reward(task, folder)
@@ -80,10 +87,9 @@ def prior(task: str, samples: int, folder: Path = LAB_DIR, seed: int = 0, batch:
     agent = load_model(build_config({"agent": str(folder / "agent")}), "agent")
     policy = Policy(agent, SamplingConfig(96))
     hits = 0
-    for _ in tqdm(range(0, samples, batch), desc=f"prior {task}", disable=None):
+    for start in tqdm(range(0, samples, batch), desc=f"prior {task}", disable=None):
         query = policy.query(*meta_prompt(rng.sample(data.train, 5)))
-        prompts = policy.decode(policy.sample([query], generator, batch))
-        near = prompts
+        near = policy.decode(policy.sample([query], generator, min(batch, samples - start)))
         for rows, slack in ((data.validation[:8], 0.25), (data.validation, 0.1)):
             scores = reward(near, rows).metrics["accuracy"].tolist() if near else []
             near = [prompt for prompt, score in zip(near, scores, strict=True) if score >= best - slack]
@@ -92,10 +98,15 @@ def prior(task: str, samples: int, folder: Path = LAB_DIR, seed: int = 0, batch:
     return hits, best
 
 
+def poisson_bound(hits: int) -> float:
+    """The upper 95 % bound on the mean of a Poisson variable that was `hits` once (Gehrels 1986, Eq. 9)."""
+    return (hits + 1) * (1 - 1 / (9 * (hits + 1)) + 1.645 / (3 * (hits + 1) ** 0.5)) ** 3
+
+
 @in_order
 def main(argv: Sequence[str]) -> int:
     """Prints the tables, in Markdown."""
-    parser = Parser(prog="python -m experiments.lab.landscape", description=(__doc__ or "").split("\n")[0])
+    parser = Parser("python -m experiments.lab.landscape", __doc__)
     parser.add_argument("tasks", nargs="*", default=list(grammar.LABS), help="tasks of the lab (default: all six)")
     parser.add_argument("--prior", type=int, default=0, metavar="N", help="prompts of the untrained agent to sample")
     parser.add_argument("--folder", type=Path, default=LAB_DIR, help="where agent and target are")
@@ -103,6 +114,8 @@ def main(argv: Sequence[str]) -> int:
     for task in options.tasks:
         if task not in grammar.LABS:
             raise UsageError(f"the lab has no task {task!r}; tasks are {', '.join(grammar.LABS)}")
+    if options.prior < 0:
+        raise UsageError(f"--prior is {options.prior}; expected at least 0")
     torch.set_num_threads(2)
     print("| task | " + " | ".join(KINDS) + " |\n|" + "---|" * (len(KINDS) + 1))
     for task in options.tasks:
@@ -112,9 +125,7 @@ def main(argv: Sequence[str]) -> int:
         print("\n| task | prompts sampled | within two points of the best | upper 95 % bound |\n|---|---|---|---|")
         for task in options.tasks:
             hits, _ = prior(task, options.prior, options.folder)
-            # Exact (Poisson) for no hits, the usual approximation otherwise.
-            bound = (3.0 if hits == 0 else hits + 1.645 * (hits + 1) ** 0.5 + 1) / options.prior
-            print(f"| {task} | {options.prior} | {hits} | {bound:.1e} |", flush=True)
+            print(f"| {task} | {options.prior} | {hits} | {poisson_bound(hits) / options.prior:.1e} |", flush=True)
     return 0
 
 

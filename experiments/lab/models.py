@@ -1,4 +1,4 @@
-"""What the models of the lab share: a tokenizer, a shape, and the instructions of the untrained agent."""
+"""The parts that the lab's models share: tokenizer, architecture, and the instructions of the untrained agent."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from experiments.lab import grammar, wordplay
 from experiments.lab.rows import SPECS, manual_prompt, render, row_of, sample_example
 from tasks.meta_prompt import MetaPrompt, meta_prompt, rewrite_prompt
 
-HABIT = "action"  # criterion the untrained agent mostly prefers to the one that an input asks for
-PAIRS = 5  # in the meta-prompts that the agent learns from, as in runs
+HABIT = "action"  # the untrained agent mostly writes this criterion, rather than the one that an input asks for
+PAIRS = 5  # pairs in the meta-prompts that the agent learns from, as in runs
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
 def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the lab's own text, with <s> put before every text."""
+    """Trains a byte-level BPE tokenizer on the lab's own text; it puts <s> before every text."""
     rng = random.Random(seed)
     texts = []
     for _ in range(6_000):
@@ -52,7 +52,7 @@ class Shape(NamedTuple):
 
 
 def llama(tokenizer: PreTrainedTokenizerBase, shape: Shape) -> LlamaForCausalLM:
-    """A small Llama with random weights."""
+    """Builds a small Llama with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden,
@@ -67,7 +67,7 @@ def llama(tokenizer: PreTrainedTokenizerBase, shape: Shape) -> LlamaForCausalLM:
 
 
 def sample_query(rng: random.Random, task: str) -> tuple[MetaPrompt, str | None]:
-    """A meta-prompt, often for a single input, and the criterion that an input of the mixed task asks for."""
+    """Draws a meta-prompt, often for a single input; also returns the criterion that an input of "mixed" asks for."""
     pairs = [sample_example(rng, task) for _ in range(PAIRS if rng.random() < 0.4 else rng.randint(1, PAIRS))]
     if rng.random() < (0.1 if task == grammar.MIXED else 0.6):
         return meta_prompt(pairs), None
@@ -80,7 +80,7 @@ def sample_query(rng: random.Random, task: str) -> tuple[MetaPrompt, str | None]
 
 
 def sample_prior(rng: random.Random, task: str, hint: str | None = None, taken: float = 1.0) -> str:
-    """An instruction; a hint is followed with probability `taken`, else mostly HABIT, sometimes neither."""
+    """Draws an instruction. It follows a hint with probability `taken`; otherwise mostly HABIT, sometimes neither."""
     if task in wordplay.TASKS:
         return wordplay.sample_prior(rng, task)
     weights = (taken, 0.8 * (1 - taken), 0.2 * (1 - taken))

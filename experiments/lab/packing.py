@@ -1,4 +1,4 @@
-"""Training on several continuations of one prefix at a time: packed rows with a block mask, and the training loop."""
+"""Trains on several continuations of one prefix at a time: packed rows with a block mask, and the training loop."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers import LlamaForCausalLM
 class Packed(NamedTuple):
     """Rows of a prefix and its continuations: ids [R, L], block mask [R, 1, L, L], positions, next tokens [R, L].
 
-    `targets` is -100 wherever no token of a continuation is to be predicted; `part` numbers the continuations from 1,
-    with 0 for the prefix and -1 for padding; `answers` marks positions whose next token belongs to an answer.
+    `targets` is -100 at positions that predict no token of a continuation. `part` numbers the continuations from 1; it
+    is 0 on the prefix and -1 on padding. `answers` marks positions whose next token belongs to an answer.
     """
 
     ids: Tensor
@@ -34,12 +34,12 @@ def pack(
 ) -> Packed:
     """Puts each prefix and all its continuations into one row.
 
-    The last token of the prefix opens every continuation, so that the first token of each is predicted from it.
+    Every continuation begins with the last token of the prefix, from which its first token is predicted.
 
     Args:
         prefixes: token ids of R prefixes.
         continuations: for each prefix, the token ids of its continuations.
-        answers: for each continuation, how many tokens at its end are the answer; None: all.
+        answers: for each continuation, how many tokens at its end are the answer; None: all tokens.
     """
     rows = len(prefixes)
     width = max(len(p) - 1 + sum(map(len, parts)) for p, parts in zip(prefixes, continuations, strict=True))
@@ -72,9 +72,10 @@ def fit(
     peak: float,
     hold: float,
 ) -> None:
-    """Trains for `minutes` of processor time, so that training is as long on a busy machine as on an idle one.
+    """Trains for `minutes` of processor time, so that a busy machine trains as long as an idle one.
 
-    The learning rate warms up, is constant until the fraction `hold` of the time, then falls to 2 % along a cosine.
+    The learning rate warms up to `peak`, stays there until the share `hold` of the time, then falls to 2 % of it along
+    a cosine.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.05, betas=(0.9, 0.98))
     started, step, total = time.process_time(), 0, 0.0

@@ -16,27 +16,27 @@ SPECS = {task: load_spec(task) for task in (*grammar.TASKS, *wordplay.TASKS)}
 
 
 def row_of(item: grammar.Item) -> dict[str, Any]:
-    """The item as a row of the real task's data."""
+    """Returns the item as a row of the real task's data."""
     spec = SPECS[item.task]
     return item.fields | {spec.label[0]: list(spec.verbalizer)[spec.words.index(item.answer)]}
 
 
 def render(task: str, row: dict[str, Any]) -> Example:
-    """A row as the tasks layer renders it."""
+    """Renders a row with the spec of its task."""
     rendered = SPECS[task].example(row, "the lab")
     assert rendered is not None
     return rendered
 
 
 def sample_example(rng: random.Random, task: str) -> Example:
-    """A random example of any of the lab's tasks."""
+    """Draws a random example of one of the lab's tasks."""
     if task in wordplay.TASKS:
         return render(task, wordplay.sample_row(rng, task))
     return render(task, row_of(grammar.sample_item(rng, task)))
 
 
 def write_data(folder: Path, seed: int = 7) -> None:
-    """Writes train.jsonl, test.jsonl and manual_prompt.txt of every task, with distinct inputs in real columns."""
+    """Writes train.jsonl, test.jsonl and manual_prompt.txt of every task, with distinct inputs and the real columns."""
     for task in SPECS:
         rng = random.Random(f"{seed}-{task}")
         rows = _grammar_rows(rng, task) if task in grammar.TASKS else _wordplay_rows(rng, task)
@@ -49,7 +49,7 @@ def write_data(folder: Path, seed: int = 7) -> None:
 
 
 def manual_prompt(task: str) -> str:
-    """The prompt that a user of the task would begin with."""
+    """Returns the prompt with which a user of the task would begin."""
     if task in wordplay.TASKS:
         return "Do the task."
     return " ".join(clause.wordings()[0] for clause in grammar.manual_clauses(task))

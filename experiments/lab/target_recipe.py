@@ -1,7 +1,7 @@
-"""Teaches the lab's targets to obey.
+"""Trains the lab's targets to obey instructions.
 
-There are three stages. First the instruction covers every input. When that is mastered, inputs without a clause and
-junk instructions are mixed in, for which the target learns to answer wrongly. Last come instructions with small
+There are three stages. In the first, the instruction covers every input. In the second, there are also inputs without a
+clause and junk instructions; the target learns to answer these wrongly. In the third, some instructions have small
 faults, since a sentence with a fault is not a clause.
 """
 
@@ -25,18 +25,18 @@ from experiments.lab.packing import Packed, fit, pack
 from experiments.lab.rows import SPECS, render, row_of
 from rewards.target import fill
 
-PATIENCE = 900  # batches of the second stage, for targets that do not master it
+PATIENCE = 900  # most batches of the second stage, for targets that do not master it
 
 
 class Stage(NamedTuple):
-    """What the target sees: shares of junk and of the agent's prior, how long other instructions are, which inputs."""
+    """What the target sees in a stage of its training."""
 
-    junk: float
-    prior: float
+    junk: float  # share of junk instructions
+    prior: float  # share of instructions from the agent's prior
     treated: tuple[float, ...]  # probabilities of a clause on a marker of the task; one is drawn per instruction
     told: float  # share of inputs whose case the instruction covers
     corrupted: float  # share of instructions with a small fault
-    mastered: float  # share of right answers, in the worst task, at which the next stage begins
+    mastered: float  # the next stage begins at this share of right answers in the worst task
 
 
 STAGES = (
@@ -47,7 +47,7 @@ STAGES = (
 
 
 def sample_instruction(rng: random.Random, task: str, stage: Stage) -> tuple[list[grammar.Clause], str]:
-    """Clauses and their text; junk has no clauses."""
+    """Draws an instruction: its clauses and its text; junk has no clauses."""
     kind = rng.random()
     if kind < stage.junk:
         return [], grammar.sample_junk(rng, task)
@@ -75,13 +75,13 @@ def _clauses(rng: random.Random, task: str, stage: Stage) -> list[grammar.Clause
 
 
 class _Batches:
-    """Draws batches for a target, harder tasks more often; a stage ends when mastered, or out of patience."""
+    """Draws batches for a target, harder tasks more often; a stage ends when it is mastered, or takes too long."""
 
     ROWS, INPUTS, SHORT_INPUTS = 12, 8, 24  # inputs of the generated-text tasks are short: more of them fill a row
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         self.tokenizer, self.rng, self.stage = tokenizer, random.Random(seed), 0
-        self.patience, self.drawn = math.inf, 0  # batches that a stage may take; those that it has taken
+        self.patience, self.drawn = math.inf, 0  # most batches of a stage; batches of this stage so far
         self.success = dict.fromkeys(SPECS, 0.5)
         self.tasks: list[str] = []
 
@@ -103,7 +103,7 @@ class _Batches:
         return pack(self.tokenizer(prefixes)["input_ids"], continuations, answers)
 
     def _grammar(self, task: str) -> tuple[str, list[tuple[str, str]]]:
-        """An instruction, and inputs with the answers that follow from it."""
+        """Draws an instruction, and inputs with the answers that follow from it."""
         clauses, text = sample_instruction(self.rng, task, STAGES[self.stage])
         items = [grammar.sample_item(self.rng, task, self._case(task, clauses)) for _ in range(self.INPUTS)]
         return text, [(render(task, row_of(item)).input, self._answer(clauses, item)) for item in items]
@@ -119,7 +119,7 @@ class _Batches:
         return text, [(render(task, row).input, wordplay.answer(text, task, row) + end) for row in rows]
 
     def _case(self, task: str, clauses: Sequence[grammar.Clause]) -> str | None:
-        """A case that the instruction covers, or any case."""
+        """Draws a case that the instruction covers; None stands for any case."""
         if self.rng.random() >= STAGES[self.stage].told:
             return None
         labels = grammar.TASKS[task].answers
@@ -130,8 +130,8 @@ class _Batches:
 
     def _answer(self, clauses: Sequence[grammar.Clause], item: grammar.Item) -> str:
         answer = grammar.obey(clauses, item)
-        # An instruction may ask for a word that is not a label of the task. Training sometimes on the habit instead
-        # settles how the target ranks the labels in that case.
+        # An instruction may ask for a word that is not a label of the task. Sometimes training on the habit instead
+        # determines how the target ranks the labels in that case.
         if answer not in grammar.TASKS[item.task].answers and self.rng.random() < 0.1:
             return grammar.habit(item)
         return answer
@@ -140,7 +140,7 @@ class _Batches:
         """Updates each task's share of right answers, and moves on to the next stage when this one is mastered.
 
         Args:
-            wrong: [ROWS, L], true where a token of an answer was predicted wrongly.
+            wrong: [ROWS, L], true at wrongly predicted tokens of answers.
             part: [ROWS, L], as in `Packed`.
         """
         faults = torch.zeros(self.ROWS, self.SHORT_INPUTS + 1).scatter_add(1, part.clamp(min=0), wrong.float())
@@ -166,14 +166,15 @@ def build_target(folder: Path, minutes: float, shape: Shape, seed: int = 0) -> N
 def build_other_target(folder: Path, minutes: float, shape: Shape, seed: int = 0) -> None:
     """Trains and saves a target of another size, in too little time to master the stages.
 
-    Half of the time goes to the first stage, on three layers. A model of six then gets an idle layer behind each of
-    them, since six did not learn the first stage in that time; the second stage takes `PATIENCE` batches.
+    Half of the time goes to the first stage, with three layers. A model of six layers then gets an idle layer after
+    each of these, since six layers did not learn the first stage in that time. The second stage takes `PATIENCE`
+    batches.
 
     Args:
-        folder: where the model is saved.
-        minutes: of processor time, in all.
-        shape: of three or six layers.
-        seed: of weights and batches.
+        folder: where to save the model.
+        minutes: processor time in all.
+        shape: a shape of three or six layers.
+        seed: seed of weights and batches.
     """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -187,7 +188,7 @@ def build_other_target(folder: Path, minutes: float, shape: Shape, seed: int = 0
 
 
 def deepened(model: LlamaForCausalLM, deeper: LlamaForCausalLM) -> LlamaForCausalLM:
-    """`deeper`, twice as deep, made to compute what `model` does: every second layer adds nothing at first."""
+    """Makes `deeper`, which has twice the layers, compute the same as `model`: every second layer adds nothing."""
     deeper.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
     deeper.model.norm.load_state_dict(model.model.norm.state_dict())
     for i, layer in enumerate(model.model.layers):
@@ -209,7 +210,7 @@ def _train(
     def loss_fn(hidden: Tensor, batch: Packed) -> Tensor:
         logits = model.lm_head(hidden)
         batches.note(batch.answers & (logits.argmax(-1) != batch.targets), batch.part)
-        # Predicting the inputs as well teaches the target to understand them; answers alone do so only slowly.
+        # Predicting the inputs, too, teaches the target to understand them; answers alone do so only slowly.
         weight = 0.2 if batches.stage == 0 else 0.06
         inputs = batch.targets.masked_fill(batch.answers, -100)
         reading = F.cross_entropy(logits.flatten(0, 1), inputs.flatten(), ignore_index=-100)

@@ -1,7 +1,7 @@
-"""The lab's smaller families, in the columns of the real ones: generated text (Instruction Induction) and choices (QA).
+"""The lab's smaller families, with the columns of real tasks: generated text (Instruction Induction) and choices (QA).
 
-In each of them one sentence of the instruction says what to do: which operation to carry out on the input ("Write the
-plural."), or which of the choices to pick ("Pick the food."). As in `grammar`, a reader who was not told answers
+In each family one sentence of the instruction says what to do: which operation to carry out on the input ("Write the
+plural."), or which of the choices to pick ("Pick the food."). As in `grammar`, a reader without such a sentence answers
 wrongly: "none", or a choice that no task asks for.
 """
 
@@ -61,7 +61,7 @@ def _numeral(text: str) -> str | None:
     return NUMERALS[numbers[0]] if len(numbers) == 1 else None
 
 
-OPERATIONS: dict[str, tuple[Callable[[str], str | None], tuple[str, ...]]] = {  # None: cannot be done to this input
+OPERATIONS: dict[str, tuple[Callable[[str], str | None], tuple[str, ...]]] = {  # None: impossible for this input
     "singular_to_plural": (PLURALS.get, ("Write the plural.", "Make many of it.")),
     "antonyms": (ANTONYMS.get, ("Write the opposite.", "Turn it around.")),
     "first_word_letter": (_initial, ("Write the first letter.", "Give the initial.")),
@@ -77,7 +77,7 @@ INPUTS = {
     "diff": [f"{a} {b}" for a in range(1, 10) for b in range(1, a + 1)],
     "num_to_verbal": list(map(str, range(len(NUMERALS)))),
 }
-KINDS = {  # task -> kind -> its members; the first kind is right, the last is what a reader picks who was not told
+KINDS = {  # task -> kind -> its members; the first kind is right; a reader without an instruction picks the last
     "openbookqa": {
         "food": ["bread", "soup", "cheese", "cake", "honey"],
         "animal": ["dog", "sheep", "goat", "duck", "hen"],
@@ -100,7 +100,7 @@ _KIND_OF = {w.format(kind): kind for kinds in KINDS.values() for kind in kinds f
 
 
 def sample_row(rng: random.Random, task: str, text: str | None = None) -> dict[str, Any]:
-    """A row with its right answer, in the columns of the real task; `text` is the input of a generated-text task."""
+    """Draws a row with its right answer, in the columns of the real task; `text` sets the input of a text task."""
     if task in OPERATIONS:
         text = text or rng.choice(INPUTS[task])
         return {"input": text, "output": OPERATIONS[task][0](text)}
@@ -121,7 +121,7 @@ def sample_row(rng: random.Random, task: str, text: str | None = None) -> dict[s
 
 
 def answer(instruction: str, task: str, row: Mapping[str, Any]) -> str:
-    """The answer of a reader who follows the first sentence that can be followed."""
+    """Returns the answer of a reader who follows the first sentence that can be followed."""
     sentences = [f"{sentence.strip()}." for sentence in instruction.split(".")]
     if task in OPERATIONS:
         done = (OPERATIONS[_OPERATION_OF[s]][0](row["input"]) for s in sentences if s in _OPERATION_OF)
@@ -132,21 +132,21 @@ def answer(instruction: str, task: str, row: Mapping[str, Any]) -> str:
 
 
 def wordings(task: str) -> list[str]:
-    """All sentences that tell what to do in tasks of this kind, right or wrong."""
+    """Returns all sentences that say what to do in tasks of this kind, right or wrong."""
     if task in OPERATIONS:
         return list(_OPERATION_OF)
     return [wording.format(kind) for kind in KINDS[task] for wording in PICK_WORDINGS]
 
 
 def right_wordings(task: str) -> list[str]:
-    """The sentences that are the right instruction for this task."""
+    """Returns the sentences that are the right instruction for this task."""
     if task in OPERATIONS:
         return list(OPERATIONS[task][1])
     return [wording.format(next(iter(KINDS[task]))) for wording in PICK_WORDINGS]
 
 
 def sample_prior(rng: random.Random, task: str) -> str:
-    """One instruction as the untrained agent draws it: plausible for the kind of task, blind to what is right."""
+    """Draws an instruction as the untrained agent does: plausible for the kind of task, blind to what is right."""
     told = rng.sample(wordings(task), rng.choice((1, 1, 2)))
     said = told if rng.random() < 0.8 else []
     if not said or rng.random() < 0.3:
@@ -155,7 +155,7 @@ def sample_prior(rng: random.Random, task: str) -> str:
 
 
 def sample_instruction(rng: random.Random, task: str) -> str:
-    """One instruction for the target's training: a right one, one from the agent's prior, or junk."""
+    """Draws an instruction for the target's training: a right one, one from the agent's prior, or junk."""
     kind = rng.random()
     if kind < 0.4:
         return rng.choice(right_wordings(task))

@@ -1,4 +1,4 @@
-"""What a run will take: memory, floating-point operations and hours, each with the arithmetic that led to it."""
+"""Estimates what a run takes: memory, floating-point operations and hours, each with its arithmetic."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from experiments.planning.shadow import Shadow
 from experiments.run.models import base_of, rank_of, same_source, shares_base, source_of, targets_of
 
 GIB = 2**30
-AT_ONCE = 32_768  # tokens of a pass of the target on a GPU: rewards/local.py
-ADAM, COPY, GRADIENT = 8, 4, 4  # bytes for a trained number: two moments, a copy, a gradient, all float32
-SCALE = 64  # weights of a quantised layer that share one scale of two bytes
-CONTEXT = 1.0 * GIB  # of the driver, its libraries and fragments of memory
-COMPUTE_SHARE, BANDWIDTH_SHARE = 0.4, 0.6  # of a GPU's peak rates that are reached; assumed
-LAUNCH = 1e-3  # seconds that a layer takes on a GPU at least, whatever it computes; twice with an adapter (H200)
-STEP = 2.5e-4  # the same in a step of decoding, which a GPU replays: 16 ms for 28 layers with an adapter (H200)
-QUANTISED = {"int8": 8, "int4": 4}  # bits
+AT_ONCE = 32_768  # tokens in a pass of the target on a GPU: rewards/local.py
+ADAM, COPY = 8, 4  # bytes per trained number: its two float32 moments; a float32 copy
+SCALE = 64  # this many weights of a quantised layer share a scale of two bytes
+CONTEXT = 1.0 * GIB  # memory of the driver, its libraries and fragments
+COMPUTE_SHARE, BANDWIDTH_SHARE = 0.4, 0.6  # shares of a GPU's peak rates that a run reaches; assumed
+LAUNCH = 1e-3  # least seconds per layer on a GPU, for launching its kernels; twice with an adapter (measured on H200)
+STEP = 2.5e-4  # the same in a decoding step, which a GPU replays: 16 ms for 28 layers with an adapter (H200)
+QUANTISED = {"int8": 8, "int4": 4}  # bits per weight
 
 
 class Machine(NamedTuple):
-    """A GPU or CPU that runs a model.
+    """A device that runs a model.
 
     Attributes:
         name: the maker's name for it.
-        memory: GiB.
-        flops: peak rate of (dense) products, in FLOP/s; of bfloat16 on a GPU.
-        bandwidth: of its memory, in bytes/s.
-        launch: seconds that a layer takes at least.
-        step: the same in a step of decoding.
-        share: of `flops` that a run reaches.
+        memory: its memory in GiB.
+        flops: peak rate of (dense) matrix products in FLOP/s; on a GPU in bfloat16.
+        bandwidth: memory bandwidth in bytes/s.
+        launch: least seconds per layer.
+        step: least seconds per layer in a decoding step.
+        share: the share of `flops` that a run reaches.
     """
 
     name: str
@@ -59,7 +59,14 @@ GPUS = (
 
 
 class Line(NamedTuple):
-    """A number with its name and its arithmetic in words; for work also how many passes through all layers it takes."""
+    """One line of a plan.
+
+    Attributes:
+        name: what the number is.
+        value: bytes of memory, or FLOPs of work.
+        how: how the number was computed.
+        passes: for work, how many times it runs through all layers.
+    """
 
     name: str
     value: float
@@ -69,27 +76,36 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens: of the meta-prompt, of a prompt at most, and of an example as the target reads it; and iterations."""
+    """How long texts and data are.
+
+    Attributes:
+        query: tokens of the meta-prompt.
+        prompt: tokens of a prompt, at most.
+        example: tokens of an example as the target reads it.
+        steps: iterations of the run.
+        rows: training examples; the validation split has as many.
+    """
 
     query: int
     prompt: int
     example: int
     steps: int
+    rows: int
 
 
 @dataclass(frozen=True)
 class Options:
-    """How the models are held.
+    """How the models are held in memory.
 
     Attributes:
-        rank: of a LoRA adapter; None: all weights are trained.
-        shared: the base of agent and target is one copy; needs a rank.
-        checkpointing: gradient checkpointing.
-        bfloat16: the agent computes in bfloat16; the target does so in any case.
-        quantised: "int8", "int4" or None: the target's linear layers.
-        trained: the arm trains the agent.
-        recorded: steps of decoding are recorded, as on a GPU.
-        shards: GPUs that divide the agent (`shard=true`); 1: each holds all of it.
+        rank: rank of the LoRA adapter; None: all weights are trained.
+        shared: whether agent and target share one base; needs a rank.
+        checkpointing: whether gradient checkpointing is on.
+        bfloat16: whether the agent computes in bfloat16; the target always does.
+        quantised: format of the target's linear layers, "int8" or "int4"; None: not quantised.
+        trained: whether the arm trains the agent.
+        recorded: whether decoding steps are recorded, as on a GPU.
+        shards: number of GPUs that divide the agent (`shard=true`); 1: each GPU holds all of it.
     """
 
     rank: int | None = None
@@ -103,12 +119,13 @@ class Options:
 
     @classmethod
     def of(cls, config: RunConfig, bfloat16: bool = True, recorded: bool = True, gpus: int = 1) -> Options:
-        """Those that a configuration asks for.
+        """Returns the options that a configuration asks for.
 
         Args:
-            config: of the run.
-            bfloat16, recorded: whether the agent computes in bfloat16, and its steps are recorded, both as on a GPU.
-            gpus: as many as the run has; they divide the agent if `shard` is true.
+            config: the run's configuration.
+            bfloat16: whether the agent computes in bfloat16, as on a GPU.
+            recorded: whether its decoding steps are recorded, as on a GPU.
+            gpus: number of GPUs of the run; they divide the agent if `shard` is true.
         """
         shared = shares_base(config, torch.bfloat16 if bfloat16 else torch.float32)
         checkpointing, quantised = config.gradient_checkpointing, config.target_quantization
@@ -130,9 +147,9 @@ class Estimate:
     """The plan of a run under some options.
 
     Args:
-        config: of the run.
-        lengths: of its texts.
-        options: how the models are held.
+        config: the run's configuration.
+        lengths: lengths of its texts and data.
+        options: how the models are held in memory.
 
     Raises:
         ModelError: a model's configuration cannot be read or planned.
@@ -153,7 +170,7 @@ class Estimate:
         self.reference = Reference.of(config.appo.reference, config.appo.kl_in_loss)
 
     def memory(self) -> list[Line]:
-        """What is held all the time, in bytes; of several GPUs, on each."""
+        """Returns the memory that is held all the time, in bytes per GPU."""
         agent, target, options = self.agent, self.target, self.options
         each = "bfloat16, frozen" if options.rank and options.bfloat16 else "float32"
         part = f" / {options.shards}" if options.shards > 1 else ""
@@ -179,14 +196,14 @@ class Estimate:
         return [*lines, *self._recordings()]
 
     def _recordings(self) -> list[Line]:
-        """Steps of decoding that are recorded on a GPU and stay, with a cache for each size (`recorded`)."""
+        """Returns the memory of recorded decoding steps, which stay on a GPU with a cache for each batch size."""
         tokens = self.lengths.query + self.lengths.prompt
         made = [("agent", self.responses)]
         if self.config.headroom:
             made.append(("agent", self.config.headroom))
         if self.options.trained and self.reference.reviewed:
-            reviewed = self.config.anchor.prompts if self.config.mode == "fixed" else 2 * self.config.examples.shots
-            made += [("agent", reviewed), ("anchor", reviewed)]  # whose weights have other addresses
+            reviewed, _ = self._reviewed()
+            made += [("agent", reviewed), ("anchor", reviewed)]  # one each: their weights have different addresses
         distinct = {(who, *room_for(count, tokens)) for who, count in made if count <= MOST_ROWS}
         rows = sorted((count for _, count, _ in distinct), reverse=True)[:KEPT]
         possible = self.options.recorded and self.options.shards == 1 and self.lengths.prompt >= LEAST_TOKENS
@@ -199,7 +216,7 @@ class Estimate:
 
     @cached_property
     def transients(self) -> list[Line]:
-        """What each phase of an iteration takes on top, in bytes; they follow one another, so the largest counts."""
+        """The memory that each phase of an iteration needs on top, in bytes. Phases take turns: the largest counts."""
         return [*(self._training() if self.options.trained else []), *self._answering()]
 
     def _training(self) -> list[Line]:
@@ -238,12 +255,12 @@ class Estimate:
         return [scored, Line("sampling", sampling, how)]
 
     def cache(self) -> int:
-        """Bytes of the keys and values while prompts are sampled."""
+        """Returns the bytes of keys and values during sampling."""
         tokens = self.lengths.query + self.lengths.prompt + RoomyLayer.ROOM
         return self._per_token() * tokens * self.responses
 
     def _per_token(self) -> int:
-        """Bytes of the keys and values of a token; float32 where autocast computes, as keys are."""
+        """Returns the bytes of keys and values per token; they are float32 under autocast."""
         config = self.agent.model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -251,11 +268,11 @@ class Estimate:
         return int(2 * config.num_hidden_layers * heads * width * size)
 
     def total(self) -> float:
-        """Bytes at the peak, without the context of the driver."""
+        """Returns the bytes at the peak, without the memory of the driver."""
         return sum(line.value for line in self.memory()) + max(line.value for line in self.transients)
 
     def work(self) -> list[Line]:
-        """FLOPs of an iteration, by phase; none for an arm without iterations."""
+        """Returns the FLOPs of an iteration by phase; nothing for an arm without iterations."""
         t, agent, target, config = self.lengths, self.agent, self.target, self.config
         if config.arm in GIVEN:
             return []
@@ -272,7 +289,7 @@ class Estimate:
             return lines
         epochs = config.appo.ppo_epochs
         factor = (2 if self.options.rank else 3) + (1 if self.options.checkpointing else 0)
-        passes = 2 if self.options.bfloat16 else 1  # in float32 sampling gives the old ones: APPOTrainer.collect
+        passes = 2 if self.options.bfloat16 else 1  # in float32 sampling gives the agent's own: APPOTrainer.collect
         which = "old and anchor's" if passes == 2 else "anchor's"
         lines += [
             Line(f"{which} log-probabilities", passes * forward, f"{passes} x a pass as in sampling", passes),
@@ -280,23 +297,29 @@ class Estimate:
         ]
         return [*lines, *([self._reviews()] if self.reference.reviewed else [])]
 
+    def _reviewed(self) -> tuple[int, int]:
+        """Returns how many prompts each side writes in a review, and on how many rows each prompt is scored."""
+        rows = self.lengths.rows
+        if self.config.mode == "tte":  # a prompt for each validation input
+            return rows, 1
+        return self.config.anchor.prompts, min(self.config.examples.review_rows or rows, rows)
+
     def _reviews(self) -> Line:
-        """A review samples on both sides and scores on the validation rows, as many as there are training rows."""
+        """Returns the work of reviews per iteration; in a review, agent and anchor both write prompts."""
         t, config = self.lengths, self.config
-        all_rows = 2 * config.examples.shots
-        prompts, rows = 2 * config.anchor.prompts, min(config.examples.review_rows or all_rows, all_rows)
-        if config.mode == "tte":  # a prompt for each input
-            prompts, rows = 2 * all_rows, 1
-        period = config.anchor.period * max(1, all_rows // config.examples.batch_size)
+        each, rows = self._reviewed()
+        prompts = 2 * each
+        period = config.anchor.period * -(-t.rows // config.examples.batch_size)
         read = 2.0 * self.agent.in_layers * (t.query + t.prompt)
         scored = 2.0 * self.target.in_layers * (t.prompt + rows * t.example)
         how = f"{prompts} prompts on {rows} rows, once in {period} iterations"
         return Line("reviews", prompts * (read + scored) / period, how, 2 * (t.prompt + 1) / period)
 
     def seconds(self, machine: Machine) -> float:
-        """Seconds of an iteration: a phase takes as long as its products, at a share of the peak rate, or its launches.
+        """Returns the seconds of an iteration.
 
-        Sampling takes at least the time of reading all weights for each token, at a share of the bandwidth.
+        A phase takes the time of its products at a share of the peak rate, or the time to launch its layers, whichever
+        is longer. Sampling also takes at least the time to read all weights and the cache once per token.
         """
         rate, layers = machine.share * machine.flops, self.agent.layers
         launch, step = (least * (2 if self.options.rank else 1) for least in (machine.launch, machine.step))
@@ -307,9 +330,13 @@ class Estimate:
         phases = [max(line.value / rate, line.passes * layers * least.get(line.name, launch)) for line in self.work()]
         return max(phases[0], sampling) + sum(phases[1:]) if phases else 0.0
 
+    def needed(self) -> float:
+        """Returns the GiB at the peak, with the memory of the driver."""
+        return (self.total() + CONTEXT) / GIB
+
     def verdict(self, machine: Machine) -> str:
-        """Whether it fits on a machine, and how long it takes there."""
-        needed = (self.total() + CONTEXT) / GIB
+        """Says whether the run fits on a machine, and how long it takes there."""
+        needed = self.needed()
         if needed > machine.memory:
             return f"does not fit: {needed:.1f} of {machine.memory:.1f} GiB"
         seconds = self.seconds(machine)
@@ -344,7 +371,7 @@ def _target(name: str, trust_remote_code: bool) -> Shadow:
 
 @cache
 def _scoring(target: Shadow, lengths: Lengths, prompts: int, rows: int, examples: int) -> int:
-    """Peak bytes of a pass over `rows` examples, `examples` under each prompt."""
+    """Returns the peak bytes of a pass over `rows` examples, `examples` of them under each prompt."""
     owner = [min(row // examples, prompts - 1) for row in range(rows)]
     return target.forward([lengths.prompt] * prompts, [lengths.example] * rows, owner, 0)
 
@@ -358,7 +385,7 @@ def _held(target: Shadow, quantised: str | None) -> tuple[float, str]:
 
 
 def choices(config: RunConfig, rank: int = 16, gpus: int = 1) -> list[Options]:
-    """The options that a plan compares: what the configuration asks for, then others."""
+    """Returns the options that a plan compares: first those of the configuration, then others."""
     asked = Options.of(config, config.dtype != "float32", gpus=gpus)
     same = same_source(base_of(config), source_of(config, "target"))
     others: Iterable[Options] = [

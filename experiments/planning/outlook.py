@@ -1,4 +1,4 @@
-"""A run's memory, work and expected time at the rates of this machine, in three lines, before it begins."""
+"""Says before a run what it will take: memory, work, and time at the rates of this machine."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from experiments.run.run import Run
 from experiments.terminal.console import duration
 from tasks.meta_prompt import meta_prompt, rewrite_prompt
 
-TEMPLATE = 12  # tokens of the target's template around an input, about
-MEASURED_SHARE = 0.6  # of the rate of one large product that a whole run reaches; see docs/benchmarks.md
-LAUNCH_ON_CPU = 3e-4  # seconds that a layer takes at least
+TEMPLATE = 12  # tokens of the target's template around an input, roughly
+MEASURED_SHARE = 0.6  # a run reaches this share of the rate of one large product; see docs/benchmarks.md
+LAUNCH_ON_CPU = 3e-4  # least seconds per layer
 
 
 def outlook(run: Run) -> Iterator[tuple[str, str]]:
-    """Names and texts; nothing where there is no plan."""
+    """Yields the names and texts of a few lines; nothing if the run cannot be planned."""
     if (plan := plan_of(run)) is None:
         return
     held = plan.memory()
     parts = ", ".join(f"{line.name} {line.value / GIB:.2g}" for line in held if line.value)
-    yield "memory", f"{sum(line.value for line in held) / GIB:.2g} GiB held ({parts}), and what a phase takes on top"
+    yield "memory", f"{sum(line.value for line in held) / GIB:.2g} GiB held ({parts}), plus what each phase needs"
     if not (work := plan.work()):
         return  # no iterations
     total = sum(line.value for line in work)
@@ -33,12 +33,12 @@ def outlook(run: Run) -> Iterator[tuple[str, str]]:
     yield "work", f"{total / 1e12:.2g} TFLOP an iteration: {most}"
     seconds = plan.seconds(measured(run.policy.device, run.policy.lm.compute_dtype)) / run.policy.ranks.size
     each = f"{seconds:.2g} s" if seconds < 100 else duration(seconds)
-    how = "by the rate of a matrix product just now; the bar will tell better"
+    how = "from the rate of a matrix product just now; the progress bar will know better"
     yield "expected", f"about {each} an iteration and {duration(seconds * run.steps)} in all, {how}"
 
 
 def plan_of(run: Run) -> Estimate | None:
-    """The plan of a run; None for models that cannot be planned (see `appo plan`), or a target behind a server."""
+    """Returns the plan of a run; None if a model cannot be planned (see `appo plan`) or the target is on a server."""
     bfloat16, recorded = run.policy.lm.compute_dtype == torch.bfloat16, run.policy.device.type == "cuda"
     examples = replace(run.config.examples, batch_size=min(run.config.examples.batch_size, len(run.data.train)))
     config = replace(run.config, examples=examples)  # no batch is larger than the data
@@ -50,18 +50,18 @@ def plan_of(run: Run) -> Estimate | None:
 
 
 def lengths_of(run: Run) -> Lengths:
-    """The lengths of this run's texts: of one meta-prompt, and of inputs in the mean."""
+    """Returns the lengths of a run's texts, with the mean length of its inputs, and of its data."""
     data, lm = run.data.train, run.policy.lm
     pairs = data[: run.config.examples.pairs]
     asked = meta_prompt(pairs) if run.config.mode == "fixed" else rewrite_prompt(pairs, data[-1].input, run.instruction)
     query = len(run.policy.query(*asked).tokens)
     tokens = lm.tokenizer([example.input for example in data])["input_ids"]
     example = sum(map(len, tokens)) // len(tokens) + TEMPLATE
-    return Lengths(query, run.config.sampling.max_new_tokens, example, run.steps)
+    return Lengths(query, run.config.sampling.max_new_tokens, example, run.steps, len(data))
 
 
 def measured(device: torch.device, dtype: torch.dtype) -> Machine:
-    """This machine, by the time of a product and of a copy; a fiftieth of a second each."""
+    """Measures this machine by the time of a matrix product and of a copy, about a fiftieth of a second each."""
     size = 4096 if device.type == "cuda" else 768
     a = torch.randn(size, size, device=device, dtype=dtype)
     seconds = _quickest(lambda: a @ a, device)
@@ -72,7 +72,7 @@ def measured(device: torch.device, dtype: torch.dtype) -> Machine:
 
 
 def _quickest(work: Callable[[], object], device: torch.device) -> float:
-    """The shortest of three times, after one to warm up."""
+    """Returns the shortest of three times, after one run to warm up."""
     times = []
     for _ in range(4):
         started = time.perf_counter()

@@ -1,7 +1,7 @@
-"""A model without its weights: the passes of a run on tensors of the device "meta", and the memory that they take.
+"""Runs a model without its weights, on tensors of the device "meta", and counts the memory of its passes.
 
-Such tensors have a shape and a dtype but no data, so a model of any size is made and run in a second. The passes are
-those of `appo.lm`, not a formula for them: what autograd keeps is found out by asking it.
+Such tensors have a shape and a dtype but no data, so a model of any size is built and run in a second. The passes are
+the real ones of `appo.lm`, so the count includes whatever autograd keeps; no formula has to guess it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ META = torch.device("meta")
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are made inside the block and still alive.
+    """Counts the bytes of live tensors that were made inside the block.
 
     Attributes:
-        now: at this moment.
-        peak: at most so far.
+        now: bytes at this moment.
+        peak: the most bytes so far.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Leaves tensors out that were there before."""
+        """Leaves these tensors, which were there before, out of the count."""
         for tensor in tensors:
             self._seen.add(tensor.untyped_storage())
 
@@ -66,14 +66,15 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def _as_run(computes_in: torch.dtype, head: nn.Module, cast: dict[int, Tensor]) -> Iterator[None]:
-    """Does on meta tensors what autocast and the kernels for attention do on a real device.
+    """Makes meta tensors behave as under autocast and the attention kernels of a real device.
 
-    The three functions are replaced for the block: a mode of torch would not reach the passes of checkpointing.
+    Replaces three functions of torch within the block: a torch dispatch mode would not reach the passes of
+    checkpointing.
 
     Args:
-        computes_in: the dtype of products and attention.
-        head: the output layer, which is exempt, as in `appo.lm.model`.
-        cast: weights by id in that dtype: autocast casts a weight once for all of a pass, and forgets it afterwards.
+        computes_in: dtype of products and attention.
+        head: the output layer; it is exempt, as in `appo.lm.model`.
+        cast: id of a weight -> the weight in that dtype: autocast casts a weight once per pass.
     """
     places = ((F, "linear"), (F, "scaled_dot_product_attention"), (torch, "addmm"))
     linear, _, addmm = before = [getattr(*place) for place in places]
@@ -113,9 +114,10 @@ class Shadow:
         source: a folder, a config.json or a hub id.
         stored_in: dtype of the weights.
         computes_in: dtype of products.
-        trained: the weights are an agent's: all of them have gradients, or the adapter's alone.
-        rank: of a LoRA adapter; None: no adapter.
-        checkpointing: gradient checkpointing.
+        trained: whether this is an agent, whose weights (or adapter only) have gradients.
+        rank: rank of a LoRA adapter; None: no adapter.
+        checkpointing: whether gradient checkpointing is on.
+        trust_remote_code: whether code that comes with the model may run.
         targets: the layers that get the adapter.
 
     Raises:
@@ -165,21 +167,22 @@ class Shadow:
         if checkpointing:
             getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)()
         if trained and rank is None and self.tied:
-            # The gradient of what was read is sparse, and added to the head's: see CausalLM. Meta tensors know none.
+            # The embedding's gradient is sparse and is added to the head's (see CausalLM); meta tensors have no sparse
+            # gradients.
             embedding.weight = nn.Parameter(head.weight.detach(), requires_grad=False)
 
     def update(self, prefixes: Sequence[int], branches: Sequence[int], owner: Sequence[int], scaled: bool) -> int:
-        """Peak bytes of a forward and backward pass over responses, gradients included and weights left out.
+        """Returns the peak bytes of a forward and backward pass over responses, with gradients, without weights.
 
         Args:
-            prefixes: tokens of each query but its last.
-            branches: tokens of each response.
-            owner: the query of each response.
-            scaled: the logits are divided by a temperature, which makes another copy of them.
+            prefixes: number of tokens of each query, without its last.
+            branches: number of tokens of each response.
+            owner: index of the query of each response.
+            scaled: whether logits are divided by a temperature, which makes another copy of them.
         """
         with self._passes() as count:
             output = packed.run(self.model, _blank(prefixes, branches, owner))
-            self._casts.clear()  # what the backward pass needs of them is kept by autograd
+            self._casts.clear()  # autograd keeps the casts that the backward pass needs
             logits = output.logits.float() / 0.5 if scaled else output.logits
             tokens = torch.zeros(len(logits), dtype=torch.long, device=META)
             values = output.hidden.float() @ torch.zeros(self.width, 1, device=META, requires_grad=True)
@@ -193,11 +196,11 @@ class Shadow:
 
     @torch.no_grad()
     def forward(self, prefixes: Sequence[int], branches: Sequence[int], owner: Sequence[int], keep: int) -> int:
-        """Peak bytes of a pass without gradients.
+        """Returns the peak bytes of a pass without gradients.
 
         Args:
             prefixes, branches, owner: as in `update`.
-            keep: how many of each branch's last tokens give logits; 0: one, of a few label words only.
+            keep: how many of each branch's last tokens get logits; 0: the last one, for a few label words only.
         """
         with self._passes() as count:
             counts = [min(max(keep, 1), length) for length in branches]
@@ -233,7 +236,7 @@ class Shadow:
 
 
 def _without_weights(source: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    if source.endswith(".json") and not Path(source).is_file():  # a hub would be asked for it, again and again
+    if source.endswith(".json") and not Path(source).is_file():  # else transformers would ask the hub for it
         raise ModelError(f"no file {source!r}; expected the config.json of a causal LM")
     if is_missing_folder(source):
         raise ModelError(no_folder(source))
@@ -250,12 +253,12 @@ def _without_weights(source: str, dtype: torch.dtype, trust_remote_code: bool) -
         ) from error
     model.eval().set_attn_implementation(NAME)
     if not packed.is_installed(model):
-        raise ModelError(f"{source!r}: its attention cannot run shared prefixes once, and no plan is made for such")
+        raise ModelError(f"{source!r}: its attention cannot run shared prefixes once; such models cannot be planned")
     return model
 
 
 def _adapt(layer: nn.Linear | Conv1D, rank: int) -> list[nn.Parameter]:
-    """Lets a layer add B A x, as peft's LoRA does with dropout 0; returns A and B, in float32."""
+    """Makes a layer add B A x, as peft's LoRA with dropout 0; returns A and B, in float32."""
     shape = layer.weight.shape
     width, height = shape if isinstance(layer, Conv1D) else reversed(shape)  # GPT-2's weights are [in, out]
     with META:

@@ -1,4 +1,4 @@
-"""The seconds of each phase of a run, and the rate of its arithmetic by the work that the plan counts."""
+"""Says how much time each phase of a run took, and how that compares with the planned work of the phase."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from experiments.run.run import Run
 
 
 def spent(run: Run) -> Iterator[str]:
-    """A line for each phase: its seconds, and its share of the machine's rate; none for a run without iterations.
+    """Yields a line per phase: its seconds, and which share of the machine's rate it reached.
 
-    The rate is that of one large matrix product, measured now in the dtype of the phase: the target's for scoring, the
-    agent's for the rest. Answers that the target remembered are counted as work.
+    Yields nothing for a run without iterations. The rate is that of one large matrix product, measured now in the dtype
+    of the phase: the target's for scoring, the agent's for the rest. Answers that the target remembered count as work.
     """
     rows = read_optional(run.folder.path / METRICS)
     total = sum(row["seconds"] for row in rows)
     if not total:
         return
-    yield f"time: {total:.0f} s for {len(rows)} iterations, without the look before and the final choice"
+    yield f"time: {total:.0f} s for {len(rows)} iterations, without the headroom check and the final choice"
     tokens = sum(row["tokens"] for row in rows)
     work: dict[str, float] = {}
-    if plan := plan_of(run):  # which expects prompts of full length
+    if plan := plan_of(run):  # it assumes prompts of full length
         lengths = replace(plan.lengths, prompt=round(tokens / len(rows) / plan.responses))
-        work = {line.name: line.value for line in Estimate(run.config, lengths, plan.options).work()}
-    work.pop("reviews", None)  # how many were planned is not how many came
+        work = {line.name: line.value for line in Estimate(plan.config, lengths, plan.options).work()}
+    work.pop("reviews", None)  # a run may have made more or fewer reviews than planned
     known = {phase: work.pop(phase, 0.0) for phase in ("sampling", "scoring")}
-    if run.config.arm == "edits":  # the agent is asked for some phrases, where the plan expects prompts
+    if run.config.arm == "edits":  # the agent writes phrases, while the plan assumes whole prompts
         known["sampling"] = 0.0
     known["update"] = sum(work.values())
     rates = dict.fromkeys(PHASES, _rate(run, run.policy.lm.compute_dtype))

@@ -1,6 +1,6 @@
-"""How a command ends: an error that a user's input can cause is one line and an exit code, a bug is a traceback.
+"""How a command ends: with one line and an exit code for an error that input can cause, with a traceback for a bug.
 
-`in_order` wraps the `main` of every command and sees to this. This module imports nothing that takes long.
+The decorator `in_order` ensures this for the `main` of every command. This module imports nothing that loads slowly.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from experiments.terminal.signals import StoppedError, raise_instead
 from tasks.errors import printable
 
 PACKAGES = ("appo", "rewards", "tasks", "experiments", "__main__")  # the last: a command run by `python -m`
-LONGEST = 2000  # characters of an error that are shown
-FAULT = "This is a fault of the program, not of what you asked for. Please report it: the lines above, and the command."
+LONGEST = 2000  # most characters of an error to show
+FAULT = "This is a bug in the program, not a mistake of yours. Please report it, with the command and the lines above."
 LESS_MEMORY = "use dtype=bfloat16, gradient_checkpointing=true, fewer prompts or a lower sampling.max_new_tokens"
 OUT_OF_MEMORY, MISTAKE, UNSOUND, OUR_FAULT, DISK = 1, 2, 3, 70, 74  # exit codes; for a signal: 128 + its number
 
@@ -30,13 +30,13 @@ Main = Callable[[Sequence[str]], int]
 
 
 class Program(Protocol):
-    """A command's `main`; without arguments it takes those of the command line."""
+    """A command's `main`; without `argv` it takes the arguments of the command line."""
 
     def __call__(self, argv: Sequence[str] | None = None) -> int: ...
 
 
 class UsageError(ValueError):
-    """The command line is not as it should be."""
+    """The command line is wrong."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,9 +44,9 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         prog: the command.
-        doc: the docstring of its module: the first paragraph says what the command does, indented lines are examples,
-            and any other paragraph follows them.
-        options: as for argparse.
+        doc: the docstring of its module, which becomes the help: the first paragraph says what the command does,
+            indented paragraphs are examples, and all other paragraphs follow the examples.
+        options: further arguments of argparse.ArgumentParser.
     """
 
     def __init__(self, prog: str, doc: str | None = None, **options: Any) -> None:
@@ -60,14 +60,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, **options)
 
     def parse_mixed(self, argv: Sequence[str], *several: str) -> argparse.Namespace:
-        """The options of a command with key=value words among its arguments, as `assignments`.
+        """Parses arguments that hold key=value words anywhere; these become `assignments`.
 
         Args:
             argv: the arguments.
-            several: options that take all words that follow, key=value too; the last of each counts, word by word.
+            several: names of options that take several words. argparse gives such an option all words that follow,
+                key=value words included: these move to `assignments`. If the option is repeated, the last one counts.
 
         Raises:
-            UsageError: an argument is not as it should be.
+            UsageError: an argument is wrong.
         """
         options = self.parse_intermixed_args(argv)
         for name in several:
@@ -85,10 +86,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def new_file(text: str) -> Path:
-    """The path of a file that a command is to write when its work is done: the type of such an option.
+    """Checks the path of a file that a command writes at its end; serves as the type of such an option.
 
     Raises:
-        argparse.ArgumentTypeError: it cannot be written.
+        argparse.ArgumentTypeError: the file cannot be written.
     """
     path = Path(text)
     if path.is_dir():
@@ -101,7 +102,7 @@ def new_file(text: str) -> Path:
 
 
 def in_order(main: Main) -> Program:
-    """Wraps `main` so that it returns an exit code, whatever is raised in it."""
+    """Wraps `main` so that it returns an exit code, whatever it raises."""
 
     @wraps(main)
     def ending_in_order(argv: Sequence[str] | None = None) -> int:
@@ -118,7 +119,7 @@ def in_order(main: Main) -> Program:
 
 
 def _make_writable() -> None:
-    """Lets any text be printed: escaped if the stream is not UTF-8, to nowhere if it is closed (`>&-`)."""
+    """Makes stdout and stderr take any text: escapes what their encoding lacks; a closed one (`>&-`) drops it."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -128,14 +129,15 @@ def _make_writable() -> None:
 
 
 def is_utf8(stream: TextIO) -> bool:
-    """Whether a stream can hold any text."""
+    """Whether a stream can encode any text."""
     return (stream.encoding or "utf-8").lower().replace("-", "") == "utf8"
 
 
 def exit_code(error: BaseException) -> int | None:
-    """The exit code that an error stands for; None for a fault of the program.
+    """Returns the exit code for an error; None for a bug in the program.
 
-    A ValueError of our own means that the input is wrong; any other error of our own, that a run cannot go on.
+    A ValueError defined in this project means that the input is wrong. Any other error defined in it means that a run
+    cannot go on.
     """
     ours = type(error).__module__.partition(".")[0] in PACKAGES
     if isinstance(error, KeyboardInterrupt):
@@ -150,7 +152,7 @@ def exit_code(error: BaseException) -> int | None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message on one line, with control characters escaped; for an OSError the file's name comes first."""
+    """Returns an error's message as one line, with control characters escaped; an OSError begins with its file."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = ": ".join([*([str(error.filename)] if error.filename else []), error.strerror])
@@ -160,9 +162,10 @@ def one_line(error: BaseException) -> str:
 
 
 def _text(arguments: Sequence[str]) -> Sequence[str]:
-    """The arguments, or UsageError if one is not text: bytes that are not UTF-8 arrive as halves of characters.
+    """Returns the arguments; raises UsageError if one is not text.
 
-    A null character, which no file's name may hold, cannot come from a shell but can from a program that calls `main`.
+    Bytes that are not UTF-8 arrive as surrogates. A null character, which no file name can hold, cannot come from a
+    shell, but it can come from a program that calls `main`.
     """
     for argument in arguments:
         if "\0" in argument:
@@ -195,7 +198,7 @@ def _told(error: BaseException) -> int:
 
 
 def _end_stdout() -> None:
-    """Drops a stdout that cannot be written to; else Python would flush it again at exit, and complain."""
+    """Replaces a stdout that cannot be written to; otherwise Python would flush it again at exit, and complain."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -203,7 +206,7 @@ def _end_stdout() -> None:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    if "torch" not in sys.modules:  # not loaded, as that takes seconds, so this is no error of torch's
+    if "torch" not in sys.modules:  # then the error is not torch's, and loading torch would take seconds
         return isinstance(error, MemoryError)
     from appo.lm.model import out_of_memory
 

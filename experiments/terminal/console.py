@@ -1,4 +1,4 @@
-"""What a run shows on the terminal: progress while it works, a short table at the end."""
+"""What a run shows on the terminal: its progress, and a short table at the end."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.utils import disp_len, disp_trim
 
 from tasks.errors import printable
 
-WARNINGS = (  # statistic, lowest value to warn of, warning
+WARNINGS = (  # statistic, the value from which on to warn, warning
     ("empty_rate", 0.9, "nearly all prompts are empty; the agent has collapsed: lower appo.learning_rate"),
     ("duplicate_rate", 0.9, "nearly all prompts are the same; the agent no longer explores: lower appo.learning_rate"),
     ("truncated_rate", 0.9, "nearly all prompts are cut off: raise sampling.max_new_tokens"),
-    ("skipped_steps", 1.0, "no update: reward, loss or gradient not finite, or ratio too large; see metrics.jsonl"),
+    ("skipped_steps", 1.0, "updates were skipped: something is not finite, or a ratio is too large; see metrics.jsonl"),
 )
 
 
 class Progress:
     """A progress bar with reward, accuracy and KL, and the best prompt so far below it.
 
-    Where stderr is no terminal (a log file, CI), it prints a plain line now and then. After the second iteration a
-    line says how long the rest will take; the first is no measure, as it warms up and checks itself.
+    If stderr is not a terminal (a log file, CI), it prints a plain line now and then. After the second iteration a line
+    says how long the rest will take; the first iteration is slower, since it warms up and checks itself.
 
     Args:
         steps: iterations in all.
@@ -46,12 +47,12 @@ class Progress:
             self._best = tqdm(total=0, bar_format="{desc}", position=1, leave=False)
 
     def show(self, iteration: int, stats: Mapping[str, float], best: str = "") -> None:
-        """Moves on to `iteration`; `best` says which prompt is the best so far."""
+        """Shows the statistics of an iteration that is done; `best` is a line about the best prompt so far."""
         best = printable(best)
         if not self._quiet:
             self._warn(iteration, stats)
         numbers = {"reward": stats["reward_mean"], self._metric: stats[f"{self._metric}_mean"]}
-        numbers |= {"kl": stats["kl"]} if "kl" in stats else {}  # an arm that edits text has none
+        numbers |= {"kl": stats["kl"]} if "kl" in stats else {}  # arm edits has none
         if self._live:
             self._bar.set_postfix({name: f"{value:.2f}" for name, value in numbers.items()}, refresh=False)
             self._bar.update()
@@ -62,21 +63,21 @@ class Progress:
         self._foretell(iteration)
 
     def say(self, line: str) -> None:
-        """Prints a line, above the bar where there is one."""
+        """Prints a line, above the bar if there is one."""
         if self._live:
             sys.stderr.write("\r\x1b[J")  # a Ctrl-C leaves ^C on the bar's line; tqdm draws the bar again
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
 
     def _warn(self, iteration: int, stats: Mapping[str, float]) -> None:
-        """Warns, once for each statistic, that something is going wrong."""
+        """Warns when a statistic shows that something is going wrong, once per statistic."""
         for name, bound, words in WARNINGS:
             if stats.get(name, 0.0) >= bound and name not in self._warned:
                 self._warned.add(name)
                 self.say(f"warning: iteration {iteration}: {words}")
 
     def _foretell(self, iteration: int) -> None:
-        """Says, once, how long the iterations that are left will take."""
+        """Says once how long the remaining iterations will take."""
         now = time.perf_counter()
         seconds, self._before = now - self._before, now
         left = self._steps - iteration
@@ -85,14 +86,14 @@ class Progress:
             self.say(f"about {time_left} left: {left} iterations of {seconds:.2g} s, then the test split")
 
     def close(self) -> None:
-        """Leaves the bar as it stands, and nothing below it."""
+        """Ends the bar, which stays visible, and removes the line below it."""
         if self._live:
             self._best.close()
             self._bar.close()
 
 
 def duration(seconds: float) -> str:
-    """A time for people: 40 s, 12 min, 3 h 20 min."""
+    """Returns a time in units for people: 40 s, 12 min, 3 h 20 min."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -100,17 +101,17 @@ def duration(seconds: float) -> str:
 
 
 def clip(text: str, width: int) -> str:
-    """`text` on at most `width` columns."""
-    return text if len(text) <= width else f"{text[: max(0, width - 3)]}..."
+    """Cuts a text to `width` columns of a terminal; a Chinese character, for example, takes two."""
+    return text if disp_len(text) <= width else f"{disp_trim(text, max(0, width - 3))}..."[: max(0, width)]
 
 
 def summary(result: Mapping[str, Any], folder: Path, given: bool = False) -> str:
-    """The table a run ends with: the manual prompt against the best one found, and where everything is.
+    """Returns the summary that a run ends with: the manual prompt against the result, and where the files are.
 
     Args:
-        result: what best_prompt.json holds.
-        folder: of the run.
-        given: the arm gave the prompt, so there was no choice to tell of.
+        result: the content of best_prompt.json.
+        folder: the run's folder.
+        given: whether the arm scored a given prompt, so that nothing was chosen.
     """
     name = "a prompt per input" if result["prompt"] is None else "the arm's prompt" if given else "best prompt found"
     rows = [("manual prompt", "manual_"), *([] if result["chosen"] == "manual" else [(name, "")])]
@@ -122,7 +123,7 @@ def summary(result: Mapping[str, Any], folder: Path, given: bool = False) -> str
     verdict = [result["verdict"]] if len(rows) > 1 or not given else []
     lines += ["", *verdict, *_answers(result)]
     if (expected := result.get("expected_on_new_rows")) is not None and not given:
-        lines.append(f"validation flatters what is chosen on it; on new rows expect about {_number(expected)}")
+        lines.append(f"validation flatters the prompt that it chose; expect about {_number(expected)} on new rows")
     if (protocol := result.get("paper_protocol")) and not given:
         lines.append(f"paper's protocol ({protocol['name']}): {_number(protocol['test_score'])}")
     if result["prompt"] is None:
@@ -138,7 +139,13 @@ def summary(result: Mapping[str, Any], folder: Path, given: bool = False) -> str
 
 
 def stopped(folder: Path, kept: Path, found: Mapping[str, Any] | None) -> str:
-    """What a run that was stopped ends with: the best prompt so far, if it left one in `kept`, and how to go on."""
+    """Returns the summary of a run that was stopped: the best prompt so far, if there is one, and how to go on.
+
+    Args:
+        folder: the run's folder.
+        kept: the file with the best prompt so far.
+        found: the content of that file; None if there is none.
+    """
     lines = []
     if found:
         scores = " and ".join(_score(found, f"{which}validation") for which in ("", "manual_"))
@@ -151,14 +158,14 @@ def stopped(folder: Path, kept: Path, found: Mapping[str, Any] | None) -> str:
 
 
 def requests(cost: Mapping[str, int]) -> str:
-    """What the target's server was asked for."""
-    again = f", {cost['retries']:,} of them again" if cost["retries"] else ""
+    """Returns a line that says how many requests the target's server got."""
+    again = f" ({cost['retries']:,} of them retries)" if cost["retries"] else ""
     asked, tokens = cost["requests"], cost["prompt_tokens"]
     return f"the target's server got {asked:,} requests{again}, with {tokens:,} tokens of prompts"
 
 
 def our_command(*words: str) -> str:
-    """A command of `appo` as a person can type it here, whichever way this process was started."""
+    """Returns a command of `appo` in the form that works in this shell, however this process was started."""
     started = Path(sys.argv[0])
     if shutil.which("appo"):
         program = ["appo"]
@@ -174,17 +181,17 @@ def _score(result: Mapping[str, Any], name: str) -> str:
 
 
 def _answers(result: Mapping[str, Any]) -> list[str]:
-    """How the answers on test are spread over the labels, which reveals a target that always gives the same answer."""
+    """Returns a line with each label's share of the answers on test; it reveals a target that always says the same."""
     spread = result.get("answers_on_test") or {}
     shares = {name: ", ".join(f"{word} {share:.2f}" for word, share in spread[name].items()) for name in spread}
     return [f"answers on test: {shares['best']} (right: {shares['right']})"] if shares else []
 
 
 def _number(score: float | None) -> str:
-    """Three decimals; "none" for NaN or None, which stands for NaN in files."""
+    """Returns a score with three decimals; "none" for a score that is not finite, which files hold as null."""
     return f"{score:.3f}" if score is not None and math.isfinite(score) else "none"
 
 
 def _lines(prompt: str) -> str:
-    """A prompt on its own lines; it may quote data, and a terminal obeys control characters, so they are escaped."""
+    """Returns a prompt with its line breaks, and with other control characters escaped, which a terminal would obey."""
     return "\n".join(map(printable, prompt.split("\n")))

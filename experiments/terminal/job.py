@@ -1,7 +1,7 @@
-"""The job that this process is part of, as torchrun describes it in the environment; without torchrun, a job of one.
+"""The job of which this process is a part; torchrun describes it in the environment. Without torchrun, a job of one.
 
-Only the first process prints; the others would print the same. An error is reported by the first process that has it,
-since most errors come to all processes at once.
+The first process prints for all; the others are silent, since they would print the same. Most errors hit all processes
+at once, so only the first process that has an error reports it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from appo.lm.parallel.ranks import Ranks
 
-STARTED_BY = "TORCHELASTIC_RUN_ID"  # torchrun sets it; RANK alone may come from elsewhere, with another meaning
-_joined: dict[str, Any] = {}  # "store" of the job, number of "meetings"; "stderr" of a silent process, a descriptor
+STARTED_BY = "TORCHELASTIC_RUN_ID"  # torchrun sets it; other programs set RANK too, with another meaning
+_joined: dict[str, Any] = {}  # "store": the job's; "meetings": their number; "stderr": descriptor of a silent process
 
 
 class JobError(ValueError):
@@ -24,17 +24,17 @@ class JobError(ValueError):
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Returns the number of this process, from 0."""
     return int(os.environ["RANK"]) if STARTED_BY in os.environ else 0
 
 
 def size() -> int:
-    """How many processes there are."""
+    """Returns the number of processes."""
     return int(os.environ["WORLD_SIZE"]) if STARTED_BY in os.environ else 1
 
 
 def be_silent() -> None:
-    """Sends stdout and stderr of every process but the first to nowhere, those of its libraries included."""
+    """Silences every process but the first: drops its stdout and stderr, including what libraries print."""
     if rank() > 0 and "stderr" not in _joined:
         _joined["stderr"] = os.dup(2)
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -43,10 +43,10 @@ def be_silent() -> None:
 
 
 def join(device: str) -> Ranks:
-    """Meets the other processes; on GPUs each takes its own.
+    """Connects to the other processes; on GPUs each process takes its own GPU.
 
     Args:
-        device: as configured; with several processes auto, cpu or cuda.
+        device: the configured device; with several processes auto, cpu or cuda.
 
     Raises:
         JobError: there are not enough GPUs, or one GPU is named for all.
@@ -69,16 +69,16 @@ def join(device: str) -> Ranks:
             raise JobError(f"more processes on this machine than its {gpus} GPUs; start fewer, or give device=cpu")
         torch.cuda.set_device(local)
     store, number, count = next(iter(rendezvous("env://")))
-    # Tensors meet where they are: on GPUs by NCCL, all else by gloo, which notices at once if a process has ended.
+    # Tensors on GPUs go by NCCL, all others by gloo, which notices at once when a process has ended.
     _joined["meetings"] = _joined.get("meetings", 0) + 1
-    fresh = PrefixStore(f"meeting {_joined['meetings']}", store)  # addresses of an earlier meeting are stale
+    fresh = PrefixStore(f"meeting {_joined['meetings']}", store)  # addresses from an earlier meeting are invalid
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=fresh, rank=number, world_size=count)
     _joined["store"] = store
     return Joined()
 
 
 def leave() -> None:
-    """Ends the meeting, once all that was to be done together is done."""
+    """Disconnects from the other processes, once nothing is left to do together."""
     if "store" in _joined:
         import torch.distributed as dist
 
@@ -87,7 +87,7 @@ def leave() -> None:
 
 
 def end(code: int) -> NoReturn:
-    """Ends the process with this exit code; one of several at once, since FSDP2 may abort while Python cleans up."""
+    """Ends the process with this exit code; in a job of several at once, since FSDP2 may abort Python's cleanup."""
     if size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -96,14 +96,14 @@ def end(code: int) -> NoReturn:
 
 
 def is_spokesman() -> bool:
-    """Whether this process, which is about to end, is to report its error; if so, it may speak from now on."""
+    """Decides whether this process, which is about to end, reports its error; if so, it can print from now on."""
     if size() == 1:
         return True
     first = "store" not in _joined
     for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends one when another process has ended
         signal.signal(number, signal.SIG_DFL if first and rank() > 0 else signal.SIG_IGN)
     if first and rank() > 0:
-        time.sleep(10)  # the first process most likely has the same error: it tells it, and torchrun ends this one
+        time.sleep(10)  # the first process probably has the same error and reports it; then torchrun ends this one
     elif not first:
         try:
             first = _joined["store"].add("told", 1) == 1

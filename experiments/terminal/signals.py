@@ -13,11 +13,11 @@ from typing import Any
 
 from experiments.terminal import job
 
-TWICE = 2.0  # seconds
+TWICE = 2.0  # seconds in which two signals under torchrun count as one
 
 
 class StoppedError(KeyboardInterrupt):
-    """The command was asked to stop by a signal. Like a Ctrl-C it passes every `except Exception` on its way."""
+    """A signal asked the command to stop. Like a Ctrl-C, no `except Exception` catches this error."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -42,13 +42,13 @@ def _raise(number: int, frame: object) -> None:
 
 
 def _end(number: int, frame: object) -> None:
-    os.write(2, b"stopped\n")  # imports are under way, so use as little of Python as possible
+    os.write(2, b"stopped\n")  # an import may be half done, so use as little of Python as possible
     os._exit(128 + number)
 
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Lets SIGINT and SIGTERM end the process without a traceback, while a block imports what takes seconds."""
+    """Lets SIGINT and SIGTERM end the process without a traceback, while a block imports slow modules."""
     numbers = (signal.SIGINT, signal.SIGTERM) if _may_handle() else ()
     before = {number: signal.signal(number, _end) for number in numbers}
     try:
@@ -59,7 +59,7 @@ def ending_at_once() -> Iterator[None]:
 
 
 def _may_handle() -> bool:
-    """Whether this is the main thread; Python sets handlers nowhere else."""
+    """Whether this is the main thread, the only one in which Python can set handlers."""
     return threading.current_thread() is threading.main_thread()
 
 
@@ -70,7 +70,8 @@ def _print(text: str) -> None:
 class Signals:
     """Notes a first SIGINT or SIGTERM while a block runs; a second one raises StoppedError at once.
 
-    Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun: within two seconds it counts as one.
+    Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun: two signals within two seconds count
+    as one.
 
     Args:
         say: shows a line to the user.
@@ -78,7 +79,7 @@ class Signals:
 
     def __init__(self, say: Callable[[str], None] = _print) -> None:
         self.received = 0
-        self._at = 0.0  # when the first one came
+        self._at = 0.0  # time of the first signal
         self._say = say
         self._handlers: dict[int, Any] = {}
 
@@ -99,4 +100,4 @@ class Signals:
             return
         self.received, self._at = number, now
         with suppress(RuntimeError):  # the signal came during another print
-            self._say("finishing this iteration; once more to stop at once")
+            self._say("finishing this iteration; press Ctrl-C again to stop at once")

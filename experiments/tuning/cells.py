@@ -1,6 +1,6 @@
-"""The cells of a table: runs that are made once. A finished one is not run again, a stopped one resumes.
+"""The cells of a table. Each cell is a run: a finished run is kept, and a stopped run resumes.
 
-Several cells run side by side in processes of their own, each on one thread.
+Several cells may run at a time, each in its own process, on one thread.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from experiments.run.folder import CONFIG, RESULT, RunFolderError, stored_config
 from experiments.terminal.command import UNSOUND, UsageError, one_line
 from experiments.terminal.signals import ending_at_once
 
-MAY_DIFFER = {*INCIDENTAL, "threads"}  # --jobs sets one thread each, which changes no more than how sums are rounded
-ROOT = Path(__file__).parents[2]  # of this copy of the code, which the processes run too
-MOST_SEEDS = 1000  # in a range
-OWN = {"seed": "--seeds", "run": "--folder", "arm": "--arms"}  # keys that runs of a table differ in -> their option
-PAUSE = 0.2  # seconds between two looks at the processes
+MAY_DIFFER = {*INCIDENTAL, "threads"}  # --jobs sets one thread per run, which only changes how sums are rounded
+ROOT = Path(__file__).parents[2]  # root of this copy of the code, which the processes run, too
+MOST_SEEDS = 1000  # most seeds in a range
+OWN = {"seed": "--seeds", "run": "--folder", "arm": "--arms"}  # keys in which a table's runs differ -> their option
+PAUSE = 0.2  # seconds between two checks of the processes
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Cell:
     """One run of a table.
 
     Attributes:
-        name: for people.
-        config: as asked for; its `run` is the cell's folder.
-        words: what `appo train` takes to make it.
+        name: the name shown to people.
+        config: its configuration; `config.run` is the cell's folder.
+        words: arguments with which `appo train` makes the run.
     """
 
     name: str
@@ -48,17 +48,17 @@ class Cell:
 
     @property
     def finished(self) -> bool:
-        """Whether its result is there."""
+        """Whether the run has a result."""
         return (self.folder / RESULT).is_file()
 
     @property
     def incidental(self) -> list[str]:
-        """Those of its key=value words that shape no result: they hold for a run that goes on, too."""
+        """Its key=value words that do not alter results; they apply to a resumed run, too."""
         return [word for word in self.words if word.partition("=")[0] in INCIDENTAL]
 
     @property
     def going_on(self) -> list[str]:
-        """What `appo train` takes to go on with it."""
+        """Arguments with which `appo train` resumes the run."""
         return ["--run", str(self.folder), "--resume", *self.incidental]
 
     @property
@@ -66,13 +66,13 @@ class Cell:
         """Whether its folder holds a run, finished or not.
 
         Raises:
-            RunFolderError: the run has another configuration than the cell.
+            RunFolderError: the folder's run has another configuration than the cell.
         """
         if not (self.folder / CONFIG).is_file():
             return False
         old, new = (flat(to_dict(config)) for config in (stored_config(self.folder), self.config))
         if is_served(self.config.target) and old["target"].startswith(self.config.target):
-            old["target"] = self.config.target  # the model's name has been added to the address
+            old["target"] = self.config.target  # the run has added the model's name to the address
         changed = [f"{key} ({old[key]} -> {new[key]})" for key in new if old[key] != new[key] and key not in MAY_DIFFER]
         if changed:
             raise RunFolderError(f"{str(self.folder)!r} holds a run with other settings: {', '.join(changed)}")
@@ -80,16 +80,17 @@ class Cell:
 
 
 def make(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, int, str]]:
-    """Makes all cells that are not finished; yields each when it is done, with its exit code and error.
+    """Makes all cells that are not finished; yields each cell when it is done, with its exit code and error.
 
-    With one job they run in this process, one after the other, and only a run that diverges lets the others go on.
+    With one job the cells run in this process, one after another. If a run diverges, the next one starts; any other
+    error ends them all.
 
     Raises:
-        RunFolderError: a folder holds another run; nothing has been run.
+        RunFolderError: a folder holds another run. All folders are checked before the first run.
         KeyboardInterrupt: a signal came; each cell that was running has written a checkpoint.
     """
     for cell in cells:
-        cell.begun  # noqa: B018 - refuses what another run has left, before anything slow
+        cell.begun  # noqa: B018 - refuses the folder of another run, before anything slow
     yield from ((cell, 0, "") for cell in cells if cell.finished)
     left = [cell for cell in cells if not cell.finished]
     yield from _side_by_side(left, jobs) if jobs > 1 else _one_by_one(left)
@@ -136,7 +137,7 @@ def _side_by_side(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, int,
 
 
 def _started(cell: Cell) -> subprocess.Popen[bytes]:
-    """A process that makes a cell. It has a session of its own, so that a Ctrl-C does not reach it twice."""
+    """Starts a process that makes a cell, in a session of its own, so that a Ctrl-C does not reach it twice."""
     words = cell.going_on if cell.begun else cell.words
     cell.folder.parent.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -149,40 +150,45 @@ def _started(cell: Cell) -> subprocess.Popen[bytes]:
 
 
 def _log(cell: Cell) -> Path:
-    """Where a process writes what it would show."""
+    """Returns the file with the output of a cell's process."""
     return cell.folder.with_name(f"{cell.folder.name}.log")
 
 
 def _error(cell: Cell, said: int) -> str:
-    """The error that a cell's process ended with; the first `said` bytes of its log are those of earlier ones."""
+    """Returns the error with which a cell's process ended; skips the first `said` bytes of its log, which are older."""
     lines = _log(cell).read_bytes()[said:].decode(errors="replace").splitlines()
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return told[-1] if told else f"ended without a word; see {_log(cell)}"
+    return told[-1] if told else f"ended without an error message; see {_log(cell)}"
 
 
 def seeds_of(words: Iterable[str], where: str = "--seeds") -> list[int]:
-    """The seeds that words name, each once; a word is a number, or a range such as 0-9.
+    """Returns the seeds that words name, each once; a word is a number, or a range such as 0-9.
 
     Raises:
-        UsageError: a word names none; the message begins with `where`.
+        UsageError: a word names no seed; the message begins with `where`.
     """
     found = dict[int, None]()
     for word in words:
         ends = re.fullmatch(r"([0-9]{1,20})(?:-([0-9]{1,20}))?", word)
         first, last = (int(end) for end in (ends[1], ends[2] or ends[1])) if ends else (0, -1)
         if not 0 <= last - first < MOST_SEEDS:
-            raise UsageError(f"{where}: {word!r} is no seed; expected whole numbers, or ranges such as 0-9")
+            most = f"of at most {MOST_SEEDS} seeds"
+            raise UsageError(f"{where}: {word!r} is no seed; expected whole numbers, or ranges {most} such as 0-9")
         found |= dict.fromkeys(range(first, last + 1))
     return list(found)
 
 
 def check_assignments(assignments: Iterable[str], own: Iterable[str]) -> None:
-    """Refuses key=value words for all runs that set a key in which the runs differ.
+    """Refuses key=value words for all runs if they set a key in which the runs differ.
+
+    Args:
+        assignments: the words.
+        own: the keys in which the runs differ, some of OWN.
 
     Raises:
-        UsageError: one of them sets a key in `own`, keys of OWN.
+        UsageError: a word sets one of these keys.
     """
     for word in assignments:
         key = word.partition("=")[0]
         if key in own:
-            raise UsageError(f"{word!r} would make all runs alike; {OWN[key]} says it for each")
+            raise UsageError(f"{word!r} would make all runs alike; use {OWN[key]}")

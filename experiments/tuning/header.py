@@ -1,4 +1,4 @@
-"""The header of a run: what it is about to do. This module loads fast."""
+"""The header of a run says what the run is about to do. This module loads quickly."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def asked(config: RunConfig, preset: str, folder: Path | None) -> Iterator[str]:
-    """What is known before data and models are loaded.
+    """Yields the lines that can be said before data and models are loaded.
 
     Args:
-        config: of the run.
-        preset: the preset in force, in words.
+        config: the run's configuration.
+        preset: the preset, in words.
         folder: where the run writes; None: nowhere.
 
     Raises:
@@ -31,19 +31,24 @@ def asked(config: RunConfig, preset: str, folder: Path | None) -> Iterator[str]:
     yield _line("task", f"{spec.name}, judged by {spec.metric}, data from {source}: {spec.description}")
     yield _line("models", f"agent {config.agent}, target {config.target}, on {config.device}")
     yield _line("preset", preset)
-    size = config.examples.batch_size
-    each = f"x {size} examples" if config.mode == "fixed" else f"for each of {size} inputs"
     yield _line("arm", config.arm + ("" if config.arm in TRAINED else ": the agent is never updated"))
     if config.arm in GIVEN:
         yield _line("length", "no iterations: one prompt is scored")
     else:
-        yield _line("iteration", f"{config.prompts} prompts {each}")
+        yield _line("iteration", size_of_iteration(config))
         yield _line("length", f"{config.steps} iterations" if config.steps else f"{config.epochs} epochs")
     yield _line("writes to", str(folder) if folder else "nothing: a dry run")
 
 
+def size_of_iteration(config: RunConfig) -> str:
+    """Says how many prompts an iteration scores, and on how many examples."""
+    size = config.examples.batch_size
+    each = f"x {size} examples" if config.mode == "fixed" else f"for each of {size} inputs"
+    return f"{config.prompts} prompts {each}"
+
+
 def loaded(run: Run) -> Iterator[str]:
-    """What is known once data and models are loaded."""
+    """Yields the lines that need loaded data and models."""
     environment = run.environment()
     sizes = ", ".join(
         f"{role} {count / 1e6:,.1f} M parameters in {environment[f'{role}_computes_in']}"
@@ -52,7 +57,7 @@ def loaded(run: Run) -> Iterator[str]:
     threads = f", threads {environment['threads']}" if run.policy.device.type == "cpu" else ""
     processes = f", in each of {run.policy.ranks.size} processes" if run.policy.ranks.size > 1 else ""
     yield _line("loaded", f"{sizes}, on {environment['device']}{threads}{processes}")
-    from experiments.run.models import rank_of  # takes long to load, like all that a loaded run needs
+    from experiments.run.models import rank_of  # slow to load; a loaded run has imported it already
 
     if rank_of(run.config) is not None and run.config.arm in TRAINED:
         trained = sum(weight.numel() for weight in run.policy.trained().values())

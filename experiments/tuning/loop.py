@@ -1,4 +1,4 @@
-"""A run from its first iteration to its result: the loop, and the log that it writes."""
+"""The loop of a run, from the first iteration to the result, and the log that it writes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ARMS: dict[str, dict[str, type[Arm]]] = {  # by mode
 
 
 def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]:
-    """Runs all iterations and the final evaluation; returns what best_prompt.json holds.
+    """Runs all iterations and the final evaluation; returns the content of best_prompt.json.
 
     Raises:
         StoppedError: a signal came; the iteration was finished, and a checkpoint, a report and the best prompt so far
@@ -63,7 +63,7 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
             for number in range(done + 1, run.steps + 1):
                 step = record.timed(number, arm)
                 progress.show(number, step.stats, arm.pool.leader())
-                stopped = run.policy.ranks.largest(signals.received)  # a signal may have come to one process only
+                stopped = run.policy.ranks.largest(signals.received)  # maybe only one process got the signal
                 if stopped or number == run.steps or number % config.checkpoint_every == 0:
                     save(run, arm, number)
                 if stopped:
@@ -96,19 +96,19 @@ def _report(run: Run) -> None:
 
 
 def arm_of(run: Run) -> Arm:
-    """The arm that the configuration asks for."""
+    """Makes the arm that the configuration asks for."""
     return ARMS[run.config.mode][run.config.arm](run)
 
 
 def _fallbacks(run: Run) -> list[str]:
-    """Notes on models that run slower than they could."""
+    """Returns a note for each model that runs slower than others of its size."""
     packed = {"agent": run.policy.lm.packed, "target": run.target.described().get("packed", True)}
     slow = [role for role in packed if not packed[role]]
     return [f"the {role} runs in padded batches: its attention cannot run shared prefixes once" for role in slow]
 
 
 class Record:
-    """Logs iterations: a row of metrics.jsonl for each, which `log` gets too, and one of prompts.jsonl per prompt."""
+    """Logs iterations: a row of metrics.jsonl each, also sent to `log`, and a row of prompts.jsonl per prompt."""
 
     def __init__(self, run: Run, log: Log) -> None:
         self.run, self.log = run, log
@@ -116,7 +116,7 @@ class Record:
         self.inputs = word_runs(example.input for example in run.data.train)
 
     def timed(self, number: int, arm: Arm) -> Step:
-        """Runs iteration `number` of the arm and logs it, also if it raises DivergedError."""
+        """Runs iteration `number` of the arm and logs it, even if it raises DivergedError."""
         started = time.perf_counter()
         try:
             step = arm.step(number)
@@ -147,7 +147,7 @@ class Record:
         self.run.folder.append(PROMPTS, rows)
 
     def _requests(self) -> dict[str, int]:
-        """What the target's server was asked for since the last row; nothing if there is no server."""
+        """Returns the cost of requests to the target's server since the last row; nothing without a server."""
         if self.run.served is None:
             return {}
         before, self.paid = self.paid, self.run.served.cost()

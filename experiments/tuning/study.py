@@ -1,4 +1,4 @@
-"""Studies: tables of runs that differ in one or two things, each described by a file in experiments/studies.
+"""A study is a table of runs that differ in one or two things, described by a file in experiments/studies.
 
     question: Where does plain PPO break, and does an anchor help there?
     seeds: 0-2
@@ -14,8 +14,8 @@
       - summary of reference
       - plane of learning rate by reference
 
-`keys` hold for all runs; each axis names its settings and says what they set. There is a run for each combination and
-seed. `tables` says how the runs are shown (see `experiments.diagnostics.tables`).
+`keys` apply to all runs. Each axis lists its settings by name, each with the keys that it sets. There is one run for
+each combination of settings and each seed. `tables` says how to show the runs (see `experiments.diagnostics.tables`).
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Study:
     """A table of runs.
 
     Attributes:
-        file: that describes it.
-        question: what the study is to answer.
-        seeds: of each combination.
-        keys: key=value of all runs.
-        axes: for each axis its settings, by name, each with its key=value.
-        tables: how its runs are shown; see `experiments.diagnostics.tables.view`.
+        file: the file that describes it.
+        question: the question that it answers.
+        seeds: the seeds of each combination.
+        keys: key=value words for all runs.
+        axes: axis -> name of a setting -> its key=value words.
+        tables: the tables of its runs, in words; see `experiments.diagnostics.tables.view`.
     """
 
     file: Path
@@ -60,10 +60,10 @@ class Study:
 
     @classmethod
     def load(cls, name: str) -> Study:
-        """The study of that name, or in the file of that path.
+        """Loads the study of that name, or from the file at that path.
 
         Raises:
-            ConfigError: there is none, or its file is not like the one above.
+            ConfigError: there is no such study, or its file does not have the form shown above.
         """
         path = Path(name) if name.endswith(".yaml") else STUDIES / f"{name}.yaml"
         if not path.is_file():
@@ -77,7 +77,7 @@ class Study:
 
     @classmethod
     def _of(cls, path: Path, found: Mapping[str, Any]) -> Study:
-        """The study that the keys and values of a file describe; a ValueError names the key that is wrong."""
+        """Builds a study from the keys and values of a file; a ValueError names the key that is wrong."""
         axes, tables, seeds = (found.get(key) for key in ("axes", "tables", "seeds"))
         if set(found) != set(FIELDS) or not isinstance(axes, dict) or not isinstance(tables, list):
             raise ValueError(f"expected {', '.join(FIELDS)}; axes map names to settings, tables are a list")
@@ -86,8 +86,11 @@ class Study:
                 raise ValueError(f"axes.{axis}: expected names of settings, each with its key=value")
             for label in (axis, *settings):
                 if not isinstance(label, str):
-                    raise ValueError(f"axes.{axis}: the name {shown(label)} is no text to YAML; put it in quotes")
+                    raise ValueError(f"axes.{axis}: YAML reads the name {shown(label)} as no text; put it in quotes")
         named = seeds if isinstance(seeds, list) else str(seeds).split()
+        for key, some in (("axes", axes), ("seeds", named)):
+            if not some:
+                raise ValueError(f"{key}: expected at least one")
         study = cls(
             path,
             str(found["question"]),
@@ -117,26 +120,26 @@ class Study:
 
     @property
     def name(self) -> str:
-        """That of its file."""
+        """The name of its file."""
         return self.file.stem
 
     def combinations(self) -> Iterator[dict[str, str]]:
-        """The settings of each row of runs: axis -> name."""
+        """Yields all combinations of settings, as axis -> name of the setting."""
         for labels in product(*self.axes.values()):
             yield dict(zip(self.axes, labels, strict=True))
 
     def cells(
         self, folder: Path, seeds: Sequence[int], more: Sequence[str] = ()
     ) -> Iterator[tuple[dict[str, str], Cell]]:
-        """The runs with their settings, those of one seed after those of another.
+        """Yields the runs with their settings, seed by seed.
 
         Args:
-            folder: where the runs' folders lie.
-            seeds: of each combination.
-            more: key=value that win over the study's own.
+            folder: the folder of the runs' folders.
+            seeds: the seeds of each combination.
+            more: key=value words that win over the study's own.
 
         Raises:
-            ConfigError: a run cannot be.
+            ConfigError: the configuration of a run is wrong.
         """
         for seed, labels in product(seeds, self.combinations()):
             set_by_axes = [word for axis, label in labels.items() for word in self.axes[axis][label]]
@@ -151,7 +154,7 @@ class Study:
 
 
 def _words(text: object, where: str) -> list[str]:
-    """The key=value words in a text of a study's file; a ValueError begins with `where`, the key of the text."""
+    """Splits a text of a study's file into key=value words; a ValueError begins with `where`, the key of the text."""
     if not isinstance(text, str | None):
         raise ValueError(f"{where}: expected a text of key=value, found {shown(text)}")
     try:
@@ -164,10 +167,10 @@ def _words(text: object, where: str) -> list[str]:
 
 
 def _name(labels: Mapping[str, str]) -> str:
-    """What a combination of settings is called."""
+    """Returns the name of a combination of settings."""
     return ", ".join(labels.values())
 
 
 def file_name(name: str) -> str:
-    """A name as that of a file or folder: its letters and digits, of any script."""
+    """Turns a name into one for a file or folder, of letters and digits of any script."""
     return re.sub(r"(?:[^\w.]|_)+", "-", name.lower()).strip("-")

@@ -1,4 +1,4 @@
-"""The final choice as a race: candidates that fall behind on the first blocks of rows are not scored on the others."""
+"""The final choice as a race: candidates that fall behind on the first blocks of rows are not scored on the rest."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-BLOCKS = 7  # with a half dropped after each, all but the first candidate together cost 2 / 7 of scoring everything
+BLOCKS = 7  # half of the rivals is dropped after each block, so they cost 2 / 7 of scoring all of them on all rows
 
 Score = Callable[[Sequence[int], Sequence[int]], Mapping[str, Tensor]]
 
 
 def race(score: Score, count: int, rows: int, metric: str, rng: random.Random) -> dict[str, Tensor]:
-    """Scores candidates block by block; the better half goes on after each (sequential halving, Karnin et al. 2013).
+    """Scores candidates block by block, and drops the worse half after each block.
 
-    Those that are left have been scored on the same rows, so their comparison is paired. The first candidate, the
-    manual prompt, is what others are measured against: it is never dropped.
+    This is sequential halving (Karnin et al. 2013). The remaining candidates have been scored on the same rows, so
+    their comparison is paired. The first candidate is the manual prompt, with which the others are compared: it is
+    never dropped.
 
     Args:
         score: maps candidates and rows, by their indices, to metrics by name, [candidates, rows] each.
-        count: candidates, at least one.
-        rows: to be scored on.
-        metric: the one that decides.
-        rng: orders the rows.
+        count: number of candidates, at least one.
+        rows: number of rows.
+        metric: the metric that decides who goes on.
+        rng: shuffles the rows.
 
     Returns:
         Metrics by name, [count, rows] each; NaN where a candidate was not scored.

@@ -1,4 +1,4 @@
-"""The parts that all arms' results share: scores beside the manual prompt's, answers, and what a user needs."""
+"""The parts that every arm's result has: scores beside the manual prompt's, answers, and what its use requires."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Outcome(NamedTuple):
     """What a run found.
 
     Attributes:
-        result: what best_prompt.json holds.
-        candidates: the prompts from which the result was chosen, with their scores on validation; best first.
-        predictions: for every test row, the target's answers under the manual prompt and under the result.
+        result: the content of best_prompt.json.
+        candidates: the prompts among which the result was chosen, with their validation scores, best first.
+        predictions: the target's answers to every test row, under the manual prompt and under the prompt found.
     """
 
     result: dict[str, Any]
@@ -39,7 +39,7 @@ class Answers(NamedTuple):
 
 
 def answers(run: Run, prompts: Sequence[str], examples: Sequence[Example]) -> Answers:
-    """What the target answers to each example under its own prompt; a score is NaN where the logits are not numbers."""
+    """Returns the target's answer to each example under its own prompt; scores are NaN if logits are not finite."""
     inputs, choices = [example.input for example in examples], [example.choices for example in examples]
     replies = run.reward.reply(prompts, inputs, choices)
     values = [
@@ -56,7 +56,7 @@ def answers(run: Run, prompts: Sequence[str], examples: Sequence[Example]) -> An
 def predictions(
     examples: Sequence[Example], manual: Answers, best: Answers, words: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The rows of predictions.jsonl; `words` are the target's label words, if it chooses one."""
+    """Returns the rows of predictions.jsonl; `words` are the label words, empty if the target writes text."""
     return [
         {"row": i, "input": example.input, "expected": _expected(example, words), "manual": before, "best": after}
         for i, (example, before, after) in enumerate(zip(examples, manual.records, best.records, strict=True))
@@ -64,17 +64,22 @@ def predictions(
 
 
 def _expected(example: Example, words: Sequence[str]) -> list[str]:
-    """Every answer that counts as right."""
+    """Returns every answer that counts as right."""
     return list(example.answers) or [example.answer, *(words[also] for also in example.also)]
 
 
 def shares(given: Sequence[str], words: Sequence[str]) -> dict[str, float]:
-    """How answers are spread over the label words."""
+    """Returns each label word's share of the answers."""
     return {word: given.count(word) / len(given) for word in words}
 
 
 def scores(best: Mapping[str, Tensor], manual: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Means, intervals, difference and verdict of the result and the manual prompt; both map splits to row values."""
+    """Compares the result with the manual prompt: means, intervals, difference, p-value and verdict.
+
+    Args:
+        best: split -> the result's score on each row.
+        manual: split -> the manual prompt's score on each row.
+    """
     same = torch.equal(best["validation"], manual["validation"]) and torch.equal(best["test"], manual["test"])
     found: dict[str, Any] = {}
     for split in SPLITS[1:]:
@@ -88,7 +93,7 @@ def scores(best: Mapping[str, Tensor], manual: Mapping[str, Tensor]) -> dict[str
 
 
 def split_scores(split: str, best: Tensor, manual: Tensor) -> dict[str, Any]:
-    """Rows, means and intervals of the result and the manual prompt on one split, from their row values."""
+    """Returns the number of rows, and mean and interval of both prompts, from their scores on each row of a split."""
     found: dict[str, Any] = {f"{split}_rows": len(best)}
     for name, values in ((split, best), (f"manual_{split}", manual)):
         found[f"{name}_score"] = values.double().mean().item()
@@ -97,13 +102,13 @@ def split_scores(split: str, best: Tensor, manual: Tensor) -> dict[str, Any]:
 
 
 def chance(examples: Sequence[Example]) -> float | None:
-    """The score of the best constant answer; None where answers are text."""
+    """Returns the score of the best constant answer; None if answers are text."""
     labels = Counter(label for e in examples if e.label is not None for label in (e.label, *e.also))
     return max(labels.values()) / len(examples) if labels else None
 
 
 def described(run: Run) -> dict[str, Any]:
-    """The other keys of a result, which a user needs to apply the prompt."""
+    """Returns what else the use of a result requires: task, template, models, seed."""
     spec = run.data.spec
     return {
         "task": spec.name,
