@@ -78,7 +78,8 @@ def lengths_of(config: RunConfig, query: int | None = None, example: int = EXAMP
 
 def page(config: RunConfig, lengths: Lengths, plans: Sequence[Estimate]) -> Iterator[str]:
     """Yields the plan in words: a line per plan, then the details of the first one, that of the configuration."""
-    from experiments.planning.estimate import BANDWIDTH_SHARE, COMPUTE_SHARE, CONTEXT, GIB, GPUS
+    from experiments.planning.estimate import CONTEXT, GIB
+    from experiments.planning.machines import BANDWIDTH_SHARE, COMPUTE_SHARE, GPUS
 
     chosen = plans[0]
     for role, shadow in (("agent", chosen.agent), ("target", chosen.target)):

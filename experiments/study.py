@@ -102,7 +102,8 @@ def show(study: Study, finished: Sequence[tuple[Mapping[str, str], Cell]], folde
 def planned(cells: Sequence[tuple[Mapping[str, str], Cell]]) -> Iterator[str]:
     """A line for each combination of settings: models, memory, work, and hours on the GPUs that the plan knows."""
     from experiments.plan import lengths_of
-    from experiments.planning.estimate import GIB, GPUS, Estimate, Options
+    from experiments.planning.estimate import GIB, Estimate, Options
+    from experiments.planning.machines import GPUS
     from experiments.run.models import ModelError
 
     seeds = len({cell.config.seed for _, cell in cells})

@@ -21,7 +21,8 @@ from appo.trainer import APPOTrainer
 from appo.update import Updater, advantages
 from experiments import plan
 from experiments.config import TRAINED, build_config
-from experiments.planning.estimate import Estimate, Lengths, Machine, Options
+from experiments.planning.estimate import Estimate, Lengths, Options
+from experiments.planning.machines import Machine
 from experiments.planning.outlook import lengths_of, outlook
 from experiments.planning.shadow import LiveBytes, Shadow
 from experiments.planning.spent import spent
@@ -114,7 +115,7 @@ def test_layers_that_are_not_there_are_refused_in_a_plan(tmp_path: Path) -> None
     folder = folder_of("llama", tmp_path)
     config = build_config({"agent": folder, "target": folder}, assignments=["lora.rank=8", "lora.targets=q_proj,wrong"])
     with pytest.raises(ModelError, match=r"agent: no adapter fits .*: no layer is named wrong"):
-        Estimate(config, Lengths(8, 8, 8, 1), Options.of(config))
+        Estimate(config, Lengths(8, 8, 8, 1, 8), Options.of(config))
 
 
 @pytest.mark.parametrize("name", SHAPES)

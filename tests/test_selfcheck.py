@@ -16,7 +16,10 @@ from tests.conftest import plain_sampling, policy_of
 
 
 def ready(model, tokenizer) -> tuple[Policy, Anchor, Rollout]:
-    policy = policy_of(model, tokenizer, plain_sampling(8))
+    return rolled_out(policy_of(model, tokenizer, plain_sampling(8)))
+
+
+def rolled_out(policy: Policy) -> tuple[Policy, Anchor, Rollout]:
     queries = [policy.query("", text) for text in ("a", "a much longer query")]
     rollout = policy.sample(queries, torch.Generator().manual_seed(0), copies=2)
     return policy, Anchor(policy, torch.optim.AdamW(policy.parameters())), rollout
@@ -51,10 +54,11 @@ def test_dropout_is_named(tiny_gpt2, tokenizer) -> None:
 
 
 def test_ignored_position_ids_are_named(tiny_gpt2, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = tiny_gpt2.forward
+    policy = policy_of(tiny_gpt2, tokenizer, plain_sampling(8))
+    forward = tiny_gpt2.forward  # changed after the model was loaded, which a trial would have refused
     monkeypatch.setattr(tiny_gpt2, "forward", lambda position_ids, **rest: forward(**rest))
     with pytest.raises(SelfCheckError, match="position ids"):
-        self_check(*ready(tiny_gpt2, tokenizer))
+        self_check(*rolled_out(policy))
 
 
 def test_an_anchor_that_is_another_model_is_named(tiny_llama, tokenizer) -> None:

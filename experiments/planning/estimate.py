@@ -13,6 +13,7 @@ from appo.anchor import Reference
 from appo.lm.decoding.cache import RoomyLayer, new_cache
 from appo.lm.decoding.recorded import KEPT, LEAST_TOKENS, MOST_ROWS, room_for
 from experiments.config import GIVEN, TRAINED, RunConfig
+from experiments.planning.machines import BANDWIDTH_SHARE, Machine
 from experiments.planning.shadow import Shadow
 from experiments.run.models import base_of, rank_of, same_source, shares_base, source_of, targets_of
 
@@ -21,41 +22,7 @@ AT_ONCE = 32_768  # tokens in a pass of the target on a GPU: rewards/local.py
 ADAM, COPY = 8, 4  # bytes per trained number: its two float32 moments; a float32 copy
 SCALE = 64  # this many weights of a quantised layer share a scale of two bytes
 CONTEXT = 1.0 * GIB  # memory of the driver, its libraries and fragments
-COMPUTE_SHARE, BANDWIDTH_SHARE = 0.4, 0.6  # shares of a GPU's peak rates that a run reaches; assumed
-LAUNCH = 1e-3  # least seconds per layer on a GPU, for launching its kernels; twice with an adapter (measured on H200)
-STEP = 2.5e-4  # the same in a decoding step, which a GPU replays: 16 ms for 28 layers with an adapter (H200)
 QUANTISED = {"int8": 8, "int4": 4}  # bits per weight
-
-
-class Machine(NamedTuple):
-    """A device that runs a model.
-
-    Attributes:
-        name: the maker's name for it.
-        memory: its memory in GiB.
-        flops: peak rate of (dense) matrix products in FLOP/s; on a GPU in bfloat16.
-        bandwidth: memory bandwidth in bytes/s.
-        launch: least seconds per layer.
-        step: least seconds per layer in a decoding step.
-        share: the share of `flops` that a run reaches.
-    """
-
-    name: str
-    memory: float
-    flops: float
-    bandwidth: float
-    launch: float = LAUNCH
-    step: float = STEP
-    share: float = COMPUTE_SHARE
-
-
-GPUS = (
-    Machine("H100 80 GB", 79.6, 989e12, 3.35e12),
-    Machine("H200", 140.4, 989e12, 4.8e12),
-    Machine("A100 80 GB", 79.2, 312e12, 2.04e12),
-    Machine("RTX 4090", 24.0, 165e12, 1.01e12),
-    Machine("L4", 22.5, 121e12, 0.30e12),
-)
 
 
 class Line(NamedTuple):

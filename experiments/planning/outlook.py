@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from experiments.planning.estimate import GIB, LAUNCH, STEP, Estimate, Lengths, Machine, Options
+from experiments.planning.estimate import GIB, Estimate, Lengths, Options
+from experiments.planning.machines import LAUNCH, STEP, Machine
 from experiments.run.models import ModelError
 from experiments.run.run import Run
 from experiments.terminal.console import duration
