@@ -127,7 +127,7 @@ def _parser() -> Parser:
 @in_order
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0; 1: out of memory; 2: a mistake in what was asked for; 3: the first rollout is unsound,
-    training diverged or the target's server was lost; 70: a fault of the program; 74: a file cannot be read or written;
+    training diverged or the target's server was lost; 70: a bug in the program; 74: a file cannot be read or written;
     130 and 143: stopped by Ctrl-C or SIGTERM.
     """
     job.be_silent()
