@@ -70,7 +70,7 @@ def lengths_of(config: RunConfig, query: int | None = None, example: int = EXAMP
 
     spec = load_spec(config.task)
     labels = len(spec.words) or 2  # without labels a split has as many examples as for two: tasks.splits.build_data
-    rows = labels * min(config.examples.shots, spec.max_shots or config.examples.shots)
+    rows = labels * spec.shots(config.examples.shots)
     steps = 0 if config.arm in GIVEN else config.steps or config.epochs * -(-rows // config.examples.batch_size)
     query = query or FRAME + config.examples.pairs * example
     return Lengths(query, config.sampling.max_new_tokens, example, steps, rows)

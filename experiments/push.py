@@ -32,13 +32,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="write the card and list the files, without a network")
     options = parser.parse_args(argv)
     check_name(options.repo)
-    finished(options.run)  # refuses any other folder, before the weights are merged
+    config, result = finished(options.run)
     agent = options.run / ("merged" if options.merge else "agent")
     if options.merge:
         from experiments.run.models import save_merged  # takes seconds to load
 
         save_merged(options.run / "agent", agent)
-    kept = "" if write_card(options.run, agent, options.repo) else "; it was there already and is kept"
+    kept = "" if write_card(config, result, agent, options.repo) else "; it was there already and is kept"
     if kept and (agent / CARD).stat().st_mtime < (options.run / RESULT).stat().st_mtime:
         kept += ", though the run has a newer result: delete the card to have it written anew"
     print(f"card: {printable(str(agent / CARD))}{kept}", file=sys.stderr)

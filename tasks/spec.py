@@ -106,6 +106,10 @@ class TaskSpec:
         """The label words in class order."""
         return tuple(self.verbalizer.values())
 
+    def shots(self, asked: int) -> int:
+        """The examples per label in train, and in validation, if so many are asked for."""
+        return min(asked, self.max_shots or asked)
+
     def example(self, row: Row, where: str) -> Example | None:
         """Renders one raw row; None for a row whose label is to be dropped.
 

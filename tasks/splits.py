@@ -59,7 +59,7 @@ def build_data(
         TooFewRowsError: too few examples.
     """
     rng = random.Random(seed)
-    shots = min(shots, spec.max_shots or shots)
+    shots = spec.shots(shots)
     test = list(rows.get("test") or ())
     if test_limit is not None and test_limit < len(test):
         test = rng.sample(test, test_limit)

@@ -306,7 +306,7 @@ def test_values_that_make_no_sense_are_refused(given: str, said: str) -> None:
 
 def test_unknown_layer_names_are_refused_in_one_line() -> None:
     for wrong in ("wrong_proj", "q_proj,wrong_proj", "all-linear,wrong_proj"):
-        with pytest.raises(ModelError, match=rf"agent: no adapter fits .* with lora.targets={wrong}: .*wrong_proj"):
+        with pytest.raises(ModelError, match=rf"^agent: no adapter fits .* with lora.targets={wrong}: .*wrong_proj"):
             load_model(shared(**{"lora.targets": wrong}), "agent")
 
 

@@ -43,8 +43,7 @@ def install(model: PreTrainedModel) -> bool:
     if is_installed(model) or not model._supports_attention_backend:
         return is_installed(model)
     before = model.config._attn_implementation
-    size = len(model.get_output_embeddings().weight)  # a toy may know fewer tokens than the trial has
-    prefixes, branches = ([[i % size for i in row] for row in rows] for rows in TRIAL)
+    prefixes, branches = (known(model, rows) for rows in TRIAL)
     trial = Branches(prefixes, branches, [0, 0, 1])
     counts = [len(branch) for branch in trial.branches]
     model.set_attn_implementation("eager")  # the model's definition; SDPA may silently leave out a soft cap
@@ -61,6 +60,12 @@ def install(model: PreTrainedModel) -> bool:
         if not same:
             model.set_attn_implementation(before)
     return is_installed(model)
+
+
+def known(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The rows of a trial in tokens that the model has: a toy may have fewer than the trial."""
+    size = len(model.get_output_embeddings().weight)
+    return [[token % size for token in row] for row in rows]
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def check_padding(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedModelError: the logits differ.
     """
-    texts = _known(model, TEXTS)
+    texts = packed.known(model, TEXTS)
     together = packed.run(model, Branches([[], []], texts, [0, 1]), keep=[1, 1]).logits
     _check_equal(model, "in padded rows", together, texts)
 
@@ -43,7 +43,7 @@ def check_decoding(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedModelError: the logits differ, or the model does not take the cache.
     """
-    texts, answers = _known(model, TEXTS), _known(model, ANSWERS)
+    texts, answers = packed.known(model, TEXTS), packed.known(model, ANSWERS)
     try:
         responses = Growing(model, texts, OWNER).spread()
         for step in range(3):
@@ -55,12 +55,6 @@ def check_decoding(model: PreTrainedModel) -> None:
         raise
     except Exception as error:
         raise UnsupportedModelError(f"{_name(model)} cannot be decoded with a cache: {error}") from error
-
-
-def _known(model: PreTrainedModel, rows: list[list[int]]) -> list[list[int]]:
-    """The rows in tokens that the model has: a toy may have fewer."""
-    size = len(model.get_output_embeddings().weight)
-    return [[token % size for token in row] for row in rows]
 
 
 def _check_equal(model: PreTrainedModel, how: str, logits: Tensor, rows: list[list[int]]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from experiments.config import RunConfig
 from experiments.hub.card import HUB_ID, model_card
 from experiments.run.files import write_whole
-from experiments.run.folder import ADAPTER, RunFolderError, finished
+from experiments.run.folder import ADAPTER, RunFolderError
 
 CARD = "README.md"
 
@@ -26,20 +29,22 @@ def check_name(repo: str) -> None:
         raise PushError(f"the name on the hub is {repo!r}; expected OWNER/NAME, of letters, digits, '-', '_' and '.'")
 
 
-def write_card(run: Path, agent: Path, repo: str) -> bool:
+def write_card(config: RunConfig, result: Mapping[str, Any], agent: Path, repo: str) -> bool:
     """Writes a model card into the folder of a run's agent, unless there is one; returns whether it wrote one.
 
     Args:
-        run: the run's folder.
-        agent: the folder of the agent's weights.
+        config: the run's configuration.
+        result: the content of best_prompt.json.
+        agent: the folder of the agent's weights, in the run's folder.
         repo: the agent's name on the hub, OWNER/NAME.
 
     Raises:
-        RunFolderError: the folder holds no finished run.
+        RunFolderError: there is no such folder.
     """
-    config, result = finished(run)
     if not agent.is_dir():
-        raise RunFolderError(f"{str(run)!r} holds no folder {agent.name!r}; expected the folder of a finished run")
+        raise RunFolderError(
+            f"{str(agent.parent)!r} holds no folder {agent.name!r}; expected the folder of a finished run"
+        )
     if (agent / CARD).is_file():
         return False
     chat = _has_chat_template(agent) if config.agent_chat is None else config.agent_chat

@@ -34,19 +34,15 @@ def spent(run: Run) -> Iterator[str]:
     if run.config.arm == "edits":  # the agent writes phrases, while the plan assumes whole prompts
         known["sampling"] = 0.0
     known["update"] = sum(work.values())
-    rates = dict.fromkeys(PHASES, _rate(run, run.policy.lm.compute_dtype))
+    dtypes = dict.fromkeys(PHASES, run.policy.lm.compute_dtype)
     if known["scoring"]:
-        rates["scoring"] = _rate(run, getattr(torch, run.target.described()["computes_in"]))
+        dtypes["scoring"] = getattr(torch, run.target.described()["computes_in"])
+    rates = {dtype: measured(run.policy.device, dtype).flops * run.policy.ranks.size for dtype in set(dtypes.values())}
     for phase in PHASES:
         if seconds := sum(row.get(f"{phase}_seconds", 0.0) for row in rows):
             told = [f"{seconds / total:.0%}"]
             if phase == "sampling":
                 told.append(f"{tokens / seconds:.0f} tokens a second")
             if known.get(phase):
-                told.append(f"{known[phase] * len(rows) / seconds / rates[phase]:.0%} of the machine's rate")
+                told.append(f"{known[phase] * len(rows) / seconds / rates[dtypes[phase]]:.0%} of the machine's rate")
             yield f"  {phase:<10}{seconds:>6.0f} s  {', '.join(told)}"
-
-
-def _rate(run: Run, dtype: torch.dtype) -> float:
-    """FLOP a second of all processes together."""
-    return measured(run.policy.device, dtype).flops * run.policy.ranks.size

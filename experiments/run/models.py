@@ -117,11 +117,11 @@ def load_model(config: RunConfig, role: Role) -> CausalLM:
     _check_runs(role, name, model, tokenizer)
     chat = config.agent_chat if role == "agent" else config.target_chat
     _check_tokenizer(role, name, tokenizer, chat)
+    if adapted:
+        _adapt(config, model)
     with _explaining(f"{role}: {name!r} does not run"):
         if role == "target":
             return CausalLM(model.requires_grad_(False), tokenizer, chat, onednn=config.onednn)
-        if adapted:
-            _adapt(config, model)
         return CausalLM(model, tokenizer, chat, computes_in, config.gradient_checkpointing, config.onednn)
 
 
