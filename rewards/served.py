@@ -52,7 +52,7 @@ def address_of(text: str) -> Address:
         raise ServerError(
             "target: the address of a server holds a password or a query; expected http://host:port#model"
         )
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not (parts.hostname or "").strip("."):
         raise ServerError(f"target: {text!r} is no address of a server; expected http://host:port#model")
     return Address(f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}", parts.fragment)
 

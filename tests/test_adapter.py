@@ -310,6 +310,12 @@ def test_unknown_layer_names_are_refused_in_one_line() -> None:
             load_model(shared(**{"lora.targets": wrong}), "agent")
 
 
+def test_a_rank_above_that_of_every_layer_is_refused() -> None:
+    load_model(shared(**{"lora.rank": 96}), "agent")  # the lab's agent is 96 wide
+    with pytest.raises(ModelError, match=r"^agent: no adapter fits .*: the rank is 97; expected at most 96"):
+        load_model(shared(**{"lora.rank": 97}), "agent")
+
+
 def test_an_adapter_without_its_base_is_refused_in_one_line(tmp_path: Path) -> None:
     shutil.copytree(LAB_DIR / "agent", tmp_path / "base")
     agent = load_model(shared(agent=tmp_path / "base"), "agent")

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from appo.lm.model import CausalLM, ContextTooLongError
-from experiments.config import build_config
+from experiments.config import build_config, is_served
 from experiments.evaluate import main as evaluate
 from experiments.prompt import main as prompt
 from experiments.run.folder import SCORED, read_jsonl
@@ -272,6 +272,7 @@ def test_an_answer_that_names_no_word_is_wrong_whatever_is_right() -> None:
         ("http://host:1?key=secret#m", "holds a password or a query"),
         ("http://host:port#m", "is no address of a server"),
         ("http://#m", "is no address of a server"),
+        ("http://.:80#m", "is no address of a server"),
         ("http://[::1#m", "is no address of a server"),
     ],
 )
@@ -284,6 +285,7 @@ def test_a_wrong_address_is_refused_without_showing_its_password(address: str, m
 def test_addresses_are_read() -> None:
     assert address_of("http://host:8000#a/b") == ("http://host:8000", "a/b")
     assert address_of("https://host/llm/v1/") == ("https://host/llm", "")
+    assert is_served("HTTP://host#m") and address_of("HTTP://host#m") == ("http://host", "m")
 
 
 def test_an_absent_server_or_another_model_is_one_error(lab: CausalLM) -> None:

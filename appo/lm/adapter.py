@@ -31,11 +31,11 @@ def add(
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: no layer has one of the names.
+        ValueError: no layer has one of the names, or the rank is above the full rank of each layer.
     """
     from peft import LoraConfig
 
-    chosen(model, targets)  # peft is content if one of several names is there
+    chosen(model, rank, targets)  # peft is content if one of several names is there, and takes any rank
     model.requires_grad_(False)
     wanted = targets if isinstance(targets, str) else list(targets)
     scale: Any = 2 * rank if alpha is None else alpha  # annotated as int by peft, which takes any number
@@ -46,12 +46,20 @@ def add(
     make_trainable(model)
 
 
-def chosen(model: PreTrainedModel, targets: str | Sequence[str]) -> list[nn.Module]:
-    """The layers that an adapter on these targets goes to; see `add`.
+def chosen(model: PreTrainedModel, rank: int, targets: str | Sequence[str]) -> list[nn.Module]:
+    """The layers that an adapter of this rank on these targets goes to; see `add`.
 
     Raises:
-        ValueError: no layer has one of the names.
+        ValueError: no layer has one of the names, or the rank is above the full rank of each layer.
     """
+    layers = _named(model, targets)
+    full = max((min(layer.weight.shape) for layer in layers if isinstance(layer, nn.Linear | Conv1D)), default=rank)
+    if rank > full:
+        raise ValueError(f"the rank is {rank}; expected at most {full}, the full rank of the largest layer")
+    return layers
+
+
+def _named(model: PreTrainedModel, targets: str | Sequence[str]) -> list[nn.Module]:
     if targets == ALL_LINEAR:
         head = model.get_output_embeddings()
         return [layer for layer in model.modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head]

@@ -314,7 +314,7 @@ def lab_folder(name: str, role: str) -> Path:
 
 def is_served(target: str) -> bool:
     """Whether a target is the address of a server, not a model to load."""
-    return target.startswith(("http://", "https://"))
+    return target.lower().startswith(("http://", "https://"))
 
 
 def on_toys(task: str, data: str, agent: str, target: str) -> str | None:

@@ -156,7 +156,7 @@ class Shadow:
         self.model.requires_grad_(trained and rank is None)
         if trained and rank is not None:
             try:
-                layers = adapter.chosen(self.model, targets)
+                layers = adapter.chosen(self.model, rank, targets)
             except ValueError as error:
                 raise ModelError(f"agent: no adapter fits {source!r}: {error}") from error
             self.adapted = [layer for layer in layers if isinstance(layer, nn.Linear | Conv1D)]
