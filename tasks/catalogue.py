@@ -169,7 +169,7 @@ INNER_KEYS = {"files": (*SPLITS, "manual"), "hub": ("path", "name", "revision", 
 def _check_spec(path: Path, data: dict[str, Any]) -> TaskSpec:
     try:
         _check_keys(data)
-        spec = TaskSpec(**data)
+        spec = TaskSpec(**data | {"manual_prompt": data["manual_prompt"].strip()})  # a block of YAML ends in a newline
         _check_name(spec.name)
         _check_answers(spec, data)
         _check_templates(spec)

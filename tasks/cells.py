@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any, NamedTuple
@@ -50,6 +51,18 @@ def column(row: Row, names: Sequence[str]) -> Any:
 def written(value: Any) -> str | None:
     """Text, a number or a truth value as a .csv would hold it; None for anything else."""
     return str(value) if isinstance(value, str | int | float) else None
+
+
+def spellings(value: Any) -> list[str]:
+    """A cell as `written`, then the same value as other programs write it.
+
+    pandas writes whole numbers of a column with gaps as 1.0, and truth values as True; macOS takes accents apart.
+    """
+    text = written(value)
+    if text is None:
+        return []
+    other = re.sub(r"^(-?\d+)\.0$", r"\1", text.lower() if text in ("True", "False") else text)
+    return [text, unicodedata.normalize("NFC", other)]
 
 
 def text_of(value: Any, name: str) -> str:
@@ -182,14 +195,14 @@ def right_choices(answer: Any, choices: Choices) -> list[int]:
     """
     if isinstance(answer, Mapping):
         return _scored_choices(answer, choices)
-    given = (written(answer) or "").strip()
     letters = list(LETTERS[: len(choices.texts)])
-    for name in (given, given.strip("()")):
-        if name in choices.names:
-            return [choices.names.index(name)]
-    indices = list(map(str, range(len(choices.texts))))
-    if choices.names == letters and given in indices:
-        return [indices.index(given)]
+    indices = list(map(str, range(len(choices.texts)))) if choices.names == letters else []
+    for given in map(str.strip, spellings(answer)):
+        for name in (given, given.strip("()")):
+            if name in choices.names:
+                return [choices.names.index(name)]
+        if given in indices:
+            return [indices.index(given)]
     expected = f"a letter up to {letters[-1]}, or an index" if choices.names == letters else listed(choices.names)
     raise TaskError(f"answer {shown(answer)}; expected {expected}")
 

@@ -115,7 +115,9 @@ def _parse_json(text: str, path: Path, line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"{path}:{line + error.lineno - 1}"
-        raise TaskError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
+        several = error.msg == "Extra data" and path.suffix.lower() == ".json"
+        hint = "; a file with an object on each line is called .jsonl" if several else ""
+        raise TaskError(f"{place}: not JSON: {error.msg} at column {error.colno}{hint}") from error
     except RecursionError as error:
         raise TaskError(f"{path}:{line}: values are nested too deeply") from error
     except ValueError as error:  # Python refuses whole numbers of more than 4300 digits
@@ -138,7 +140,7 @@ def _read_tsv(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Ro
         table = (
             (number, line.rstrip("\n").split("\t") if line != "\n" else []) for number, line in enumerate(lines, 1)
         )
-        header = _header(path, table, columns)
+        header = _header(path, table, columns, "tabs", ",;")
         for number, row in table:
             if row:
                 _check_width(path, number, len(row), len(header), longer=True)
@@ -150,7 +152,7 @@ def _read_csv(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Ro
         reader = csv.reader(lines, strict=True)
         table = ((reader.line_num, row) for row in reader)
         try:
-            header = _header(path, table, columns)
+            header = _header(path, table, columns, "commas", ";\t")
             for number, row in table:
                 if row:
                     _check_width(path, number, len(row), len(header))
@@ -159,11 +161,18 @@ def _read_csv(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Ro
             raise TaskError(f"{path}:{reader.line_num}: not CSV: {error}") from error
 
 
-def _header(path: Path, table: Iterator[tuple[int, list[str]]], columns: Sequence[str]) -> list[str]:
-    """The names of the columns: `columns` if given, else the table's first row."""
+def _header(
+    path: Path, table: Iterator[tuple[int, list[str]]], columns: Sequence[str], between: str, others: str
+) -> list[str]:
+    """The names of the columns: `columns` if given, else the table's first row.
+
+    A header that is not divided as it should be (`between`), but has one of the characters `others`, is refused.
+    """
     header: list[str] | None = list(columns) or next((row for _, row in table), None)
     if header == []:
         raise TaskError(f"{path}:1: the header is an empty line")
+    if not columns and header and len(header) == 1 and any(other in header[0] for other in others):
+        raise TaskError(f"{path}:1: the header is {shown(header[0])}; expected columns divided by {between}")
     repeated = [name for name, count in Counter(header).items() if name and count > 1]
     if repeated:
         raise TaskError(f"{path}:1: {shown(repeated[0])} is the name of two columns")

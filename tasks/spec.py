@@ -143,20 +143,22 @@ class TaskSpec:
         return Example(text, places[0], self.words[places[0]], also=tuple(places[1:]))
 
     def _known(self, value: Any) -> str | None:
-        """A label as text; a truth value as the verbalizer spells it: true in JSON and YAML, True in a .csv."""
-        if isinstance(value, bool) and str(value) not in self.verbalizer:
-            return str(value).lower()
-        return cells.written(value)
+        """The label of a class or one to drop, or the index of a class, whichever a cell spells; None if it is none."""
+        known = (*self.verbalizer, *self.drop_labels, *self._indices)
+        return next((text for text in cells.spellings(value) if text in known), None)
 
     @property
     def _numbered(self) -> bool:
         """Whether labels are numbers themselves, as stars from 1 to 5 are; then no number is an index."""
         return any(re.fullmatch(r"-?\d+", label) for label in self.verbalizer)
 
+    @property
+    def _indices(self) -> list[str]:
+        return [] if self._numbered else list(map(str, range(len(self.words))))
+
     def _place(self, label: str | None) -> int | None:
         """The class of a label by its name or, if no class has that name and names are no numbers, by its index."""
-        indices = [] if self._numbered else list(map(str, range(len(self.words))))
-        for known in (list(self.verbalizer), indices):
+        for known in (list(self.verbalizer), self._indices):
             if label in known:
                 return known.index(label)
         return None

@@ -57,6 +57,7 @@ def build_data(
 
     Raises:
         TooFewRowsError: too few examples.
+        TaskError: a label of the verbalizer has no example.
     """
     rng = random.Random(seed)
     shots = spec.shots(shots)
@@ -70,6 +71,9 @@ def build_data(
     drawn = {}
     for split in ("train", "validation"):
         pool = list(rows.get(split) or rows["train"])
+        for number, label in enumerate(spec.verbalizer):
+            if all(example.label != number for example in pool):
+                raise TaskError(f"{spec.name}: no row of {split} has the label {label!r} of the verbalizer")
         rng.shuffle(pool)
         unique = {_normalise(e.input): e for e in pool if _normalise(e.input) not in taken}
         if spec.kind == "labels":

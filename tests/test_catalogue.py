@@ -246,6 +246,12 @@ def test_yaml_that_cannot_be_read_is_one_line(text: str, tmp_path: Path) -> None
     assert refusal(path).startswith(f"{path}: not readable as YAML: ")
 
 
+def test_the_line_break_at_the_end_of_a_block_is_no_part_of_the_manual_prompt(tmp_path: Path) -> None:
+    lines = yaml.safe_dump({key: value for key, value in SPEC.items() if key != "manual_prompt"})
+    path = write_text(tmp_path, f"{lines}manual_prompt: |\n  Is it happy?\n  Say yes or no.\n")
+    assert load_spec(path).manual_prompt == "Is it happy?\nSay yes or no."
+
+
 def test_a_spec_that_is_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mood.yaml").mkdir()
     assert refusal(str(tmp_path / "mood.yaml")) == f"{tmp_path / 'mood.yaml'}: cannot be read: Is a directory"

@@ -148,7 +148,15 @@ manual_prompt: Which is right?
 
 @pytest.mark.parametrize(
     "answer",
-    [{"right": 1, "wrong": 0}, {"wrong": 0, "right": 1}, {"B": 1, "A": 0}, {" right": True, "wrong ": False}, "B", 1],
+    [
+        {"right": 1, "wrong": 0},
+        {"wrong": 0, "right": 1},
+        {"B": 1, "A": 0},
+        {" right": True, "wrong ": False},
+        "B",
+        1,
+        1.0,
+    ],
 )
 def test_scores_are_matched_by_the_choices_text_or_letter(answer: Any, own: TaskSpec) -> None:
     assert own.example(OWN_QUESTION | {"ans": answer}, "row 1") == Example("q\n(A) wrong\n(B) right", 1, "B", choices=2)

@@ -59,6 +59,13 @@ def test_a_broken_json_line_is_named(tmp_path: Path) -> None:
     assert message == "a.jsonl:3: not JSON: Expecting value at column 7"
 
 
+def test_lines_of_json_under_the_name_of_a_single_value_are_told_their_name(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path / "a.json", '{"s": "a"}\n{"s": "b"}\n'))
+    assert message == (
+        "a.json:2: not JSON: Extra data at column 1; a file with an object on each line is called .jsonl"
+    )
+
+
 @pytest.mark.parametrize(("text", "kind"), [('["a", 1]', "list"), ('"a"', "str"), ("3", "int"), ("null", "NoneType")])
 def test_a_json_line_that_is_no_object_is_named(text: str, kind: str, tmp_path: Path) -> None:
     message = refusal(write(tmp_path / "a.jsonl", '{"s": "a"}\n' + text))
@@ -181,6 +188,21 @@ def test_a_csv_row_with_another_number_of_fields_is_named(row: str, found: int, 
 @pytest.mark.parametrize("text", ['s,n\n"a,1\n', 's,n\n"a"b,1\n'], ids=["unclosed quote", "text after a quote"])
 def test_csv_with_unbalanced_quotes_is_named(text: str, tmp_path: Path) -> None:
     assert re.match(r"a\.csv:2: not CSV: ", refusal(write(tmp_path / "a.csv", text)))
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "expected"),
+    [
+        ("a.csv", "s;n", "'s;n'; expected columns divided by commas"),
+        ("a.csv", "s\tn", r"'s\tn'; expected columns divided by commas"),
+        ("a.tsv", "s,n", "'s,n'; expected columns divided by tabs"),
+    ],
+)
+def test_a_table_with_another_sign_between_its_columns_is_told_so(
+    name: str, header: str, expected: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / name, f"{header}\none, two, three\n")
+    assert refusal(path) == f"{name}:1: the header is {expected}"
 
 
 # -- parquet ----------------------------------------------------------------------------------------------------------

@@ -120,6 +120,14 @@ def test_too_few_rows_name_label_split_and_numbers() -> None:
         build_data(TaskSpec(**SPEC), {"train": train, "test": pool(1, "test")}, shots=5)
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_label_without_any_row_is_named(split: str) -> None:
+    sad = [example for example in pool(9) if example.label == 0]
+    rows = {"train": pool(5), "validation": pool(5, "own"), "test": pool(1, "test")} | {split: sad}
+    with pytest.raises(TaskError, match=f"mood: no row of {split} has the label 'happy' of the verbalizer"):
+        build_data(TaskSpec(**SPEC), rows, shots=1)
+
+
 def test_too_few_rows_for_validation_count_what_train_has_left() -> None:
     with pytest.raises(
         TaskError, match="mood: 2 different examples left with label 'no' for validation; 3 shots need 3"

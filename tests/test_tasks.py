@@ -152,8 +152,8 @@ def test_other_column_names_give_the_same_example(name: str, row: dict[str, str]
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("label", ["neutral", 1, "1"])
-def test_labels_are_names_numbers_or_digits(label: str | int) -> None:
+@pytest.mark.parametrize("label", ["neutral", 1, "1", 1.0])
+def test_labels_are_names_numbers_or_digits(label: str | float) -> None:
     example = load_spec("mnli").example({"premise": "p", "hypothesis": "h", "label": label}, "row 1")
     assert example == Example("premise : p\nhypothesis : h", 1, "maybe")
 
@@ -173,6 +173,19 @@ def test_boolean_labels_are_names_and_not_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("label", "place"), [(True, 1), (False, 0), ("true", 1)])
 def test_boolean_labels_are_found_as_json_and_yaml_spell_them(label: object, place: int, tmp_path: Path) -> None:
     spec = load_spec(write_spec(tmp_path, verbalizer={"false": "no", "true": "yes"}))
+    assert spec.example({"text": "t", "label": label}, "row 1") == Example("t", place, spec.words[place])
+
+
+@pytest.mark.parametrize("label", [2.0, "2.0", -1.0, "-1.0"])
+def test_whole_numbers_are_labels_as_pandas_writes_them(label: object, tmp_path: Path) -> None:
+    spec = load_spec(write_spec(tmp_path, verbalizer={"1": "no", "2": "yes"}, drop_labels=["-1"]))
+    expected = Example("t", 1, "yes") if float(str(label)) == 2 else None
+    assert spec.example({"text": "t", "label": label}, "row 1") == expected
+
+
+@pytest.mark.parametrize(("label", "place"), [("False", 0), ("tre\u0300s", 1)])
+def test_labels_are_found_as_pandas_and_macos_spell_them(label: str, place: int, tmp_path: Path) -> None:
+    spec = load_spec(write_spec(tmp_path, verbalizer={"false": "no", "tr\u00e8s": "yes"}))
     assert spec.example({"text": "t", "label": label}, "row 1") == Example("t", place, spec.words[place])
 
 
