@@ -24,6 +24,7 @@ from appo.trainer import APPOTrainer
 from experiments import evaluate
 from experiments.config import build_config
 from experiments.diagnostics.results import UNFINISHED, read_row
+from experiments.report import main as report
 from experiments.run.checkpoint import MANIFEST
 from experiments.run.folder import LOCK, OUTCOME, RunFolder, read_jsonl
 from experiments.run.run import prepare
@@ -253,7 +254,9 @@ def test_the_lock_of_a_dead_process_holds_nobody_up(undisturbed: Path) -> None:
     assert not (undisturbed / LOCK).exists()
 
 
-def test_a_run_that_diverges_logs_every_iteration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_diverges_logs_every_iteration_and_the_way_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def poor(self: ClassificationReward, prompts: list[str], examples: object) -> RewardResult:
         return RewardResult(torch.full((len(prompts),), torch.nan), {"accuracy": torch.zeros(len(prompts))})
 
@@ -261,6 +264,11 @@ def test_a_run_that_diverges_logs_every_iteration(tmp_path: Path, monkeypatch: p
     assert main(arguments(tmp_path / "run", "steps=8", "appo.max_bad_steps=2")) == 3
     metrics, _ = rows(tmp_path / "run")
     assert [row["nonfinite_reward"] for row in metrics] == [1.0] * 4
+    assert [row.get("guard_rollback") for row in metrics] == [None, 1.0, None, None]
+    said = "no sound update for appo.max_bad_steps iterations: the agent went back to its anchor"
+    assert f"warning: iteration 2: {said}" in capsys.readouterr().err
+    assert report([str(tmp_path / "run")]) == 0
+    assert f"Iteration 2: {said}" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_out_of_memory_is_one_line_with_advice(

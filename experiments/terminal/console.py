@@ -21,6 +21,7 @@ WARNINGS = (  # statistic, the value from which on to warn, warning
     ("duplicate_rate", 0.9, "nearly all prompts are the same; the agent no longer explores: lower appo.learning_rate"),
     ("truncated_rate", 0.9, "nearly all prompts are cut off: raise sampling.max_new_tokens"),
     ("skipped_steps", 1.0, "updates were skipped: something is not finite, or a ratio is too large; see metrics.jsonl"),
+    ("guard_rollback", 1.0, "no sound update for appo.max_bad_steps iterations: the agent went back to its anchor"),
 )
 
 
