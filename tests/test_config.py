@@ -359,6 +359,18 @@ def test_a_word_that_yaml_takes_for_a_truth_value_is_no_text() -> None:
     assert build_config(assignments=["wandb='off'"]).wandb == "off"
 
 
+@pytest.mark.parametrize("name", ["007", "1.10", "1:30", "0x1F", "1_000", "2026-01-02 10:00", "2026-01-02", "12", "1e3"])
+def test_a_name_on_the_command_line_that_yaml_takes_for_a_number_stays_as_it_is(name: str) -> None:
+    assert build_config(assignments=[f"wandb={name}"]).wandb == name
+
+
+def test_a_number_is_read_however_it_is_written_unless_yaml_would_take_it_for_another() -> None:
+    config = build_config(assignments=["appo.learning_rate=1.0e-5", "appo.gamma=.50", "seed= 12"])
+    assert (config.appo.learning_rate, config.appo.gamma, config.seed) == (1e-5, 0.5, 12)
+    with pytest.raises(ConfigError, match=r"^seed is '010'; expected a whole number$"):  # 8 to YAML
+        build_config(assignments=["seed=010"])
+
+
 def test_a_value_of_the_wrong_type_in_a_file_names_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "appo: {gamma: much}\n")
     assert refusal(file=path) == f"{path}: appo.gamma is 'much'; expected a number"

@@ -7,6 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -57,8 +58,15 @@ def assigned(assignments: Sequence[str]) -> Tree:
             value = _parse(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}: cannot read the value {shown(text)}") from error
-        _put(tree, key.split("."), value)
+        _put(tree, key.split("."), value if _as_typed(value, text.strip()) else text)
     return tree
+
+
+def _as_typed(value: Any, text: str) -> bool:
+    """Whether YAML has read a text as it stands there. 007 is 7 to YAML, and 1:30 is 90: as a name, neither is meant."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return re.fullmatch(r"-?(0|[1-9]\d*)", text) is not None
+    return not isinstance(value, (float, date)) or str(value) == text
 
 
 def merge(into: Tree, source: Mapping[str, Any], cls: type, origin: str = "") -> None:
