@@ -152,6 +152,20 @@ def test_the_second_half_rewrites_the_best_prompts(under: Under) -> None:
     ] * 2
 
 
+def test_what_is_too_long_for_the_agent_is_not_paraphrased(under: Under) -> None:
+    long = "good " * 2000  # the lab's agent reads 1,024 tokens
+    way = arm_of(under("paraphrase"))
+    way.pool.add(["short", long], [2.0, 3.0])
+    way.number = 3
+    asked = way.ask(way.run.data.train[:8], way.streams["pairs"])
+    assert ["short" in way.run.policy.lm.tokenizer.decode(query.tokens) for query in asked.queries] == [True] * 4
+    edits = arm_of(under("edits"))
+    assert isinstance(edits, PhraseEdits)
+    assert edits._paraphrased([long]) == [long]
+    first, second = edits._paraphrased([long, "a good film"])
+    assert first == long and second != long
+
+
 # -- phrase edits ----------------------------------------------------------------------------------------------------
 
 

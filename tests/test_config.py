@@ -359,7 +359,9 @@ def test_a_word_that_yaml_takes_for_a_truth_value_is_no_text() -> None:
     assert build_config(assignments=["wandb='off'"]).wandb == "off"
 
 
-@pytest.mark.parametrize("name", ["007", "1.10", "1:30", "0x1F", "1_000", "2026-01-02 10:00", "2026-01-02", "12", "1e3"])
+@pytest.mark.parametrize(
+    "name", ["007", "1.10", "1:30", "0x1F", "1_000", "2026-01-02 10:00", "2026-01-02", "12", "1e3"]
+)
 def test_a_name_on_the_command_line_that_yaml_takes_for_a_number_stays_as_it_is(name: str) -> None:
     assert build_config(assignments=[f"wandb={name}"]).wandb == name
 

@@ -11,7 +11,6 @@ from experiments.arms.arm import Question, Step
 from experiments.arms.untrained import BestOfN
 from experiments.run.run import Run, stream
 from tasks.errors import TaskError
-from tasks.meta_prompt import paraphrase_prompt
 
 LONGEST = 4  # words of a phrase, at most
 MOST_EDITS = 2  # edits of a candidate, at most
@@ -89,13 +88,15 @@ class PhraseEdits(BestOfN):
         return parts, None
 
     def _paraphrased(self, asked: Sequence[str]) -> list[str]:
-        """Has the agent paraphrase phrases; a phrase stays as it is if the agent writes nothing."""
-        if not asked:
-            return []
-        policy = self.run.policy
-        rollout = policy.sample([policy.query(*paraphrase_prompt(phrase)) for phrase in asked], self.generator)
+        """Has the agent paraphrase phrases; one that is too long for it, or for which it writes nothing, stays."""
+        queries = [self.variation(phrase) for phrase in asked]
+        fitting = [query for query in queries if query is not None]
+        if not fitting:
+            return list(asked)
+        rollout = self.run.policy.sample(fitting, self.generator)
         self.written += int(rollout.mask.sum())
-        return [new or old for new, old in zip(policy.decode(rollout), asked, strict=True)]
+        written = iter(self.run.policy.decode(rollout))
+        return [(query and next(written)) or phrase for query, phrase in zip(queries, asked, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of any arm, the base and the deleted phrases."""

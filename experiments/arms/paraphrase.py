@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from experiments.arms.arm import Question
 from experiments.arms.untrained import BestOfN
-from tasks.meta_prompt import paraphrase_prompt
 from tasks.spec import Example
 
 PROPOSING = 0.5  # share of the iterations that ask for new prompts, as best-of-N does
@@ -19,12 +18,14 @@ class Paraphrase(BestOfN):
     """In the second half of the run the untrained agent rewrites the best prompts so far."""
 
     def ask(self, batch: Sequence[Example], rng: random.Random) -> Question:
-        """Asks for K new prompts; in the second half of the run, for K paraphrases of the K / 2 best prompts."""
+        """Asks for K new prompts; in the second half of the run, for K paraphrases of the K / 2 best prompts.
+
+        A prompt that is too long for the agent's context is not paraphrased.
+        """
         question = super().ask(batch, rng)
         count = self.run.config.prompts
         best = self.pool.best(max(1, count // VARIATIONS))
-        if self.number <= PROPOSING * self.run.steps or not best:
+        queries = [query for entry in best if (query := self.variation(entry.prompt)) is not None]
+        if self.number <= PROPOSING * self.run.steps or not queries:
             return question
-        asked = [best[i % len(best)].prompt for i in range(count)]
-        queries = [self.run.policy.query(*paraphrase_prompt(prompt)) for prompt in asked]
-        return replace(question, queries=queries, copies=1)
+        return replace(question, queries=[queries[i % len(queries)] for i in range(count)], copies=1)

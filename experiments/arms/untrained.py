@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from appo.lm.model import ContextTooLongError
+from appo.rollout import Query
 from appo.trainer import Collected, Iteration
 from experiments.arms.arm import Arm, Question, Step
 from experiments.arms.editing import TestTimeEditing
 from experiments.arms.fixed import FixedPrompt
+from tasks.meta_prompt import paraphrase_prompt
 
 
 class Untrained(Arm):
@@ -44,6 +47,15 @@ class Untrained(Arm):
 
 class BestOfN(FixedPrompt, Untrained):
     """Best-of-N sampling: all prompts come from the agent as it was loaded."""
+
+    def variation(self, text: str) -> Query | None:
+        """Returns the query for a paraphrase of a text; None if the text is too long for the agent's context."""
+        query = self.run.policy.query(*paraphrase_prompt(text))
+        try:
+            self.run.policy.check_fits(query)
+        except ContextTooLongError:
+            return None
+        return query
 
 
 class UntrainedEditing(TestTimeEditing, Untrained):

@@ -63,7 +63,7 @@ def assigned(assignments: Sequence[str]) -> Tree:
 
 
 def _as_typed(value: Any, text: str) -> bool:
-    """Whether YAML has read a text as it stands there. 007 is 7 to YAML, and 1:30 is 90: as a name, neither is meant."""
+    """Whether YAML has read a text as it is written; 007 is 7 to YAML, and 1:30 is 90, which no name means."""
     if isinstance(value, int) and not isinstance(value, bool):
         return re.fullmatch(r"-?(0|[1-9]\d*)", text) is not None
     return not isinstance(value, (float, date)) or str(value) == text
