@@ -138,7 +138,9 @@ def main(argv: Sequence[str]) -> int:
     path = new_folder(asked.config)
     config = replace(asked.config, run=str(path))
     if job.rank() == 0:
-        RunFolder(path, new=not asked.resume)  # refused here, before anything slow
+        folder = RunFolder(path, new=not asked.resume)  # refused here, before anything slow
+        if not asked.only:
+            folder.check_writable()
     print(*header.asked(config, asked.preset, None if asked.only else path), sep="\n", flush=True)
     with ending_at_once():
         from appo.lm.parallel.ranks import RanksError
@@ -172,7 +174,7 @@ def main(argv: Sequence[str]) -> int:
     print("", *spent(run), sep="\n")
     print(f"\n{summary(result, folder.path, config.arm in GIVEN)}")
     if run.served:
-        print(f"\n{requests(run.served.cost())}")
+        print(f"\n{requests(run.served.cost(), asked.resume)}")
     job.leave()
     return 0
 

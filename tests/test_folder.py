@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from experiments.arms.choice.pool import PoolEntry, PromptPool
 from experiments.run.folder import RunExistsError, RunFolder, RunFolderError, read_jsonl
+from experiments.train import main as train
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -45,6 +46,17 @@ def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(RunExistsError):
         RunFolder(tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_models_are_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert train(["--task", "sst2", "--run", str(tmp_path / "file" / "run")]) == 74
+    said = capsys.readouterr()
+    assert said.err == f"error: {tmp_path / 'file'}: Not a directory\n" and said.out == ""
+    RunFolder(tmp_path / "new" / "run").check_writable()
+    assert contents(tmp_path) == {"file": b""}
 
 
 def test_a_refused_folder_is_left_as_it_was(tmp_path: Path) -> None:

@@ -404,8 +404,9 @@ def test_a_run_goes_through_a_server_and_pays_once(
         command = ["--task", "sst2", "--target", f"{serving.url}#lab", "--run", str(folder), *common, "steps=2"]
         assert main(command) == 0
         told = capsys.readouterr().out
-        assert "target 'lab' on" in told and "the target's server got " in told
+        assert "target 'lab' on" in told and "\nthe target's server got " in told
         assert main(["--run", str(folder), "--resume", "steps=3"]) == 0
+        assert "\nsince the run was resumed, the target's server got " in capsys.readouterr().out
         assert scored_once(serving, folder, starts=2)
         assert prompt(["--run", str(folder), "--input", "a good film .", "--answer"]) == 0
         assert evaluate(["--run", str(folder)]) == 0

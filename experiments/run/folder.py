@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -77,6 +78,14 @@ class RunFolder:
             stopped = (path / CONFIG).is_file() and not (path / RESULT).is_file()
             way = "--resume goes on with the run in it, or name" if stopped else "name"
             raise RunExistsError(f"{str(path)!r} exists and is not empty; {way} another run folder")
+
+    def check_writable(self) -> None:
+        """Raises an OSError if nothing can be written here, as far as permissions tell; writes nothing."""
+        there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        if not writable:
+            number = errno.EACCES if there.is_dir() else errno.ENOTDIR
+            raise OSError(number, os.strerror(number), str(there))
 
     @contextmanager
     def lock(self) -> Iterator[None]:

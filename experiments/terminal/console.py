@@ -158,11 +158,12 @@ def stopped(folder: Path, kept: Path, found: Mapping[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def requests(cost: Mapping[str, int]) -> str:
-    """Returns a line that says how many requests the target's server got."""
+def requests(cost: Mapping[str, int], resumed: bool = False) -> str:
+    """Returns a line that says how many requests the target's server got, in a resumed run those since the resume."""
     again = f" ({cost['retries']:,} of them retries)" if cost["retries"] else ""
     asked, tokens = cost["requests"], cost["prompt_tokens"]
-    return f"the target's server got {asked:,} requests{again}, with {tokens:,} tokens of prompts"
+    since = "since the run was resumed, " if resumed else ""
+    return f"{since}the target's server got {asked:,} requests{again}, with {tokens:,} tokens of prompts"
 
 
 def our_command(*words: str) -> str:
