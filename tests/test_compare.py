@@ -278,6 +278,16 @@ def test_a_metric_that_a_file_names_is_escaped(made: dict[str, Path], tmp_path: 
     assert "&lt;b&gt;" in page and "<b>" not in page
 
 
+def test_rows_of_metrics_that_no_run_wrote_are_not_drawn(made: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made["appo"], tmp_path / "run"))
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(
+            '{"iteration": 3, "accuracy_mean": {}}\n{"accuracy_mean": 1.0}\n{"iteration": 4, "accuracy_mean": "x"}\n'
+        )
+    assert main(["--runs", str(folder), "--page", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").count("<polyline") == 1
+
+
 @pytest.mark.parametrize("lacking", [["test"], ["manual_test"], ["test", "manual_test"]])
 def test_a_score_that_is_not_finite_leaves_its_cells_empty(
     lacking: list[str], made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

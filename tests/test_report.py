@@ -241,6 +241,11 @@ def test_a_target_that_names_no_label_word_has_a_column(tmp_path: Path) -> None:
     assert cells(page, "under the best prompt; 15 test rows") == [["yes", "13", "0"], ["no", "1", "1"]]
 
 
+def test_an_answer_that_is_no_label_word_is_in_no_matrix(tmp_path: Path) -> None:
+    page = render(tmp_path, predictions=[*ANSWERED, answered("perhaps", "perhaps", "perhaps")])  # edited by hand
+    assert cells(page, "under the manual prompt; 15 test rows") == [["yes", "0", "12"], ["no", "0", "2"]]
+
+
 def test_rows_mended_and_broken_are_listed_those_that_changed_most_first(tmp_path: Path) -> None:
     page = render(tmp_path, predictions=ANSWERED)
     mended, broken = cells(page, "<h3>Mended"), cells(page, "<h3>Broken")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -79,7 +80,7 @@ def _matrix(title: str, rows: Sequence[Row], side: str, words: Sequence[str]) ->
     """How often each right answer (down) got each answer (across); the last column counts rows without an answer."""
     answers = [row[side]["answer"] for row in rows]
     across = [*words, *([""] if "" in answers else [])]
-    counts = {(right, given): 0 for right in words for given in across}
+    counts: Counter[tuple[str, str]] = Counter()
     for row, given in zip(rows, answers, strict=True):
         counts[given if given in row["expected"] else row["expected"][0], given] += 1
     head = "".join(f'<th scope="col" class="number">{escape(word or NOTHING)}</th>' for word in across)

@@ -12,7 +12,8 @@ from experiments.diagnostics.results import RunRow, scored
 from experiments.diagnostics.tables import better, middle
 from experiments.page.charts import WINDOW, Band, Curve, Entry, forest, line_chart, running_mean, swatch
 from experiments.page.html import document, figure, table
-from experiments.run.folder import METRICS, read_optional
+from experiments.page.run_page import iterations_of, points_of
+from experiments.run.folder import METRICS
 from experiments.run.statistics import coefficient_of_variation
 
 COLOURS = ("one", "two", "three", "four")  # each with dashes of its own
@@ -121,10 +122,7 @@ def _curves(arms: Mapping[str, Sequence[RunRow]], styles: Mapping[str, str], met
 
 def _smooth(folder: Path, column: str) -> dict[float, float]:
     """The running mean of a column of metrics.jsonl, by iteration."""
-    rows = read_optional(folder / METRICS)
-    return dict(
-        running_mean([(float(row["iteration"]), float(row[column])) for row in rows if row.get(column) is not None])
-    )
+    return dict(running_mean(points_of(iterations_of(folder / METRICS), column)))
 
 
 def _runs(rows: Sequence[RunRow]) -> str:

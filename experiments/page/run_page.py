@@ -78,7 +78,7 @@ def render_report(folder: Path, metric: str) -> str:
         RunFolderError: a file in the folder is not what a run writes.
     """
     config = read_yaml(folder / CONFIG)
-    metrics, prompts = (_iterations(folder / name) for name in (METRICS, PROMPTS))
+    metrics, prompts = (iterations_of(folder / name) for name in (METRICS, PROMPTS))
     candidates, predictions = read_candidates(folder), read_predictions(folder)
     result = read_result(folder) if (folder / RESULT).is_file() else None
     described = config | (result or {})
@@ -197,7 +197,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
     for shown in CURVES:
         curves, legend = [], []
         for (column, name), style in zip(shown.columns, ("two", "one")[-len(shown.columns) :], strict=True):
-            points = _points(metrics, column.format(metric=metric))
+            points = points_of(metrics, column.format(metric=metric))
             if points:
                 curves += [
                     Curve(points, name, f"line faint {style}"),
@@ -367,7 +367,7 @@ def _marks(metrics: Sequence[Mapping[str, Any]]) -> list[Mark]:
     return [Mark(float(row["iteration"]), str(row["anchor"])) for row in metrics if str(row.get("anchor")) in MARKS]
 
 
-def _points(metrics: Sequence[Mapping[str, Any]], column: str) -> list[tuple[float, float]]:
+def points_of(metrics: Sequence[Mapping[str, Any]], column: str) -> list[tuple[float, float]]:
     return [(float(row["iteration"]), y) for row in metrics if (y := _finite(row.get(column))) is not None]
 
 
@@ -391,7 +391,7 @@ def _finite(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and abs(value) <= LARGEST[float] else None
 
 
-def _iterations(path: Path) -> list[dict[str, Any]]:
+def iterations_of(path: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file that belong to an iteration; none if the run was stopped before its first."""
     return [
         row for row in read_optional(path) if isinstance(row.get("iteration"), int) and 0 <= row["iteration"] < LONGEST
