@@ -272,6 +272,12 @@ def test_a_repeated_key_is_named_with_both_lines(tmp_path: Path) -> None:
     assert refusal(path) == f"{path}: not readable as YAML: the key 'a' is given in line 3 and again in line 5"
 
 
+def test_a_mapping_may_take_in_another(tmp_path: Path) -> None:
+    lines = yaml.safe_dump({key: value for key, value in SPEC.items() if key != "verbalizer"})
+    path = write_text(tmp_path, f'{lines}verbalizer: {{<<: {{sad: bad, glad: "yes"}}, sad: "no"}}\n')
+    assert load_spec(path).verbalizer == {"sad": "no", "glad": "yes"}
+
+
 def test_a_spec_that_asks_for_a_python_object_is_refused(tmp_path: Path) -> None:
     path = write_text(tmp_path, "name: !!python/object/apply:os.system [echo hacked]\n")
     assert "could not determine a constructor" in refusal(path)
