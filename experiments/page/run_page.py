@@ -368,6 +368,7 @@ def _marks(metrics: Sequence[Mapping[str, Any]]) -> list[Mark]:
 
 
 def points_of(metrics: Sequence[Mapping[str, Any]], column: str) -> list[tuple[float, float]]:
+    """(iteration, number) of every row that has a number in this column."""
     return [(float(row["iteration"]), y) for row in metrics if (y := _finite(row.get(column))) is not None]
 
 
