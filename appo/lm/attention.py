@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 NAME = "appo_packed"
 CPU = torch.device("cpu")  # layouts take many small steps, so they are built there, whatever the model's device
 BLOCK_KEYS = 2048  # keys of one block, over all its rows; more only takes more memory
+UNKNOWN = ("s_aux", "indices", "block_indices")  # transformers' names of attention sinks, and of keys that queries pick
 
 
 class Branches(NamedTuple):
@@ -103,7 +104,12 @@ def _attention(
 
     Returns:
         [B, S, heads, D], as Hugging Face wants it, and None for the weights.
+
+    Raises:
+        NotImplementedError: the model's attention is of a kind that this function does not compute.
     """
+    if unknown := [name for name in UNKNOWN if kwargs.get(name) is not None]:
+        raise NotImplementedError(f"attention with {', '.join(unknown)}")
     if layout is None:
         if softcap is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
