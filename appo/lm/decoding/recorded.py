@@ -151,10 +151,11 @@ class Recordings:
             if self._direct:
                 return Direct(begun, budget)
         begun.spread()
+        read = begun.mask.shape[1]  # tokens of the longest context without its last; with none, the cache has no shape yet
         plain = packed.is_installed(begun.model) and not any(begun.cache.is_sliding)
-        if not (plain and self._possible and _launches_take_longest(begun, budget)):
+        if not (read and plain and self._possible and _launches_take_longest(begun, budget)):
             return begun
-        rows, length = room_for(len(begun.ids), begun.mask.shape[1] + budget)
+        rows, length = room_for(len(begun.ids), read + budget)
         # A graph knows weights by their address; those of agent and anchor change places (`Anchor.in_place`).
         size = (kind, rows, length)
         key = (size, *(weight.data_ptr() for weight in begun.model.parameters()))
