@@ -251,7 +251,7 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
         named = getattr(config, "eos_token_id", None)
         ends |= set(named) if isinstance(named, list) else {named}
     vocabulary = len(model.get_output_embeddings().weight)  # a configuration may name tokens that do not exist
-    return {token for token in ends - {None} if token < vocabulary}
+    return {token for token in ends - {None} if 0 <= token < vocabulary}
 
 
 def _float32_head(model: PreTrainedModel) -> nn.Module:
