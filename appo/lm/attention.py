@@ -55,6 +55,8 @@ def layout_of(
         batch: its prefixes and branches are the sequences.
         starts: where each sequence begins, followed by S, the number of tokens.
         asking: how many of each sequence's last tokens attend; the output of the others is arbitrary.
+        dtype: of the masks, which are added to scores of queries in the same dtype.
+        device: of the model; the layout is built on the CPU and copied there.
     """
     length = [len(row) for row in (*batch.prefixes, *batch.branches)]
     parent = [-1] * len(batch.prefixes) + list(batch.owner)

@@ -195,7 +195,8 @@ class CausalLM:
         """Decodes responses to contexts, token by token, until `choose` ends all or `budget` is spent.
 
         Args:
-            contexts: token ids, at least one each. Each is run once; a prefix that all share is run once for all.
+            contexts: token ids, at least one each, which leave room for the budget (`check_fits`). Each is run once; a
+                prefix that all share is run once for all.
             choose: called with the model's output for the responses that go on; see `Choose`.
             budget: most tokens in a response.
             owner: which context each response is to; default: one response to each.

@@ -147,7 +147,7 @@ def run(model: PreTrainedModel, batch: Branches, keep: Sequence[int] | None = No
 
 
 def call(model: PreTrainedModel, **inputs: Any) -> Output:
-    """One ordinary forward pass: the logits, and the hidden states that the head made them from."""
+    """One forward pass of the model: its logits, and the hidden states that the head made them from, as computed."""
     seen: list[Tensor] = []
 
     def see(_head: nn.Module, states: tuple[Tensor]) -> tuple[Tensor]:

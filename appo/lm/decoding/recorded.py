@@ -151,9 +151,7 @@ class Recordings:
             if self._direct:
                 return Direct(begun, budget)
         begun.spread()
-        read = begun.mask.shape[
-            1
-        ]  # tokens of the longest context without its last; with none, the cache has no shape yet
+        read = begun.mask.shape[1]  # tokens of a context in the cache; if 0, it has no shape yet
         plain = packed.is_installed(begun.model) and not any(begun.cache.is_sliding)
         if not (read and plain and self._possible and _launches_take_longest(begun, budget)):
             return begun
