@@ -70,7 +70,7 @@ class Rollout:
 
     @classmethod
     def stack(cls, queries: Sequence[Query], owner: Sequence[int], responses: Sequence[Response]) -> Rollout:
-        """Right-pads ragged responses to the longest of them."""
+        """Right-pads ragged responses to the longest of them; ValueError if there are none, or not as many owners."""
         if len(owner) != len(responses) or not responses:
             raise ValueError(f"{len(owner)} owners and {len(responses)} responses; expected equal numbers, above 0")
         width = max(len(response.tokens) for response in responses)
@@ -144,7 +144,7 @@ class RolloutBuffer:
         self._parts.append(Scored.of(rollout, scores, ref_logprobs))
 
     def stacked(self) -> Scored:
-        """Everything collected so far as one scored rollout; the buffer itself is unchanged."""
+        """Everything collected so far as one scored rollout (if nothing: ValueError); the buffer is unchanged."""
         if not self._parts:
             raise ValueError("the buffer is empty; add a rollout before an update")
         width = max(part.tokens.shape[1] for part in self._parts)

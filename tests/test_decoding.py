@@ -77,6 +77,17 @@ def test_sampling_draws_the_same_prompts(tokenizer: PreTrainedTokenizerBase, mon
     assert_close(found.logprobs, expected.logprobs, rtol=1e-4, atol=1e-4)
 
 
+def test_contexts_of_one_token_are_decoded_as_before(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = policy_of(build("llama"), tokenizer, plain_sampling(12))
+    queries = [Query((5,)), Query((6,))]
+    expected = policy.sample(queries, torch.Generator().manual_seed(0), copies=2)
+    made = always(monkeypatch)
+    assert torch.equal(policy.sample(queries, torch.Generator().manual_seed(0), copies=2).tokens, expected.tokens)
+    assert not made
+
+
 def test_a_recording_is_of_certain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph reads the memory with which it was recorded, so other weights need another graph."""
     made = always(monkeypatch)

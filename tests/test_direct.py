@@ -30,7 +30,7 @@ KINDS = {
 
 def build(kind: str, **changes: object) -> PreTrainedModel:
     torch.manual_seed(0)
-    name = kind if kind in ("qwen2", "qwen3", "ministral3", "granite", "gemma", "olmo", "gpt2") else "llama"
+    name = kind if kind in ("qwen2", "qwen3", "ministral3", "granite", "gemma", "olmo", "glm4_moe", "gpt2") else "llama"
     config = AutoConfig.for_model(name, **(SIZES | KINDS.get(kind, {}) | changes))
     model = sharpen(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval())
     for parameter in model.parameters():
@@ -128,6 +128,7 @@ LATE = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16}  # 
         ("granite", {"embedding_multiplier": 3.0}),
         ("gemma", {}),
         ("olmo", {}),
+        ("glm4_moe", {"first_k_dense_replace": 3}),  # turns half of each head
         ("ministral3", {"sliding_window": None, "rope_parameters": LATE | {"rope_type": "default", "rope_theta": 1e4}}),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from appo.config import SamplingConfig
 from appo.lm.ends import clean, whole_sentences
 from appo.policy import Policy
 from appo.rollout import Query, Response, Rollout
@@ -120,6 +121,13 @@ def test_without_the_rule_prompts_go_on_over_line_breaks() -> None:
 )
 def test_ended_and_cut_off_responses_are_told_apart(text: str, one_line: bool, expected: bool) -> None:
     assert make(A, one_line=one_line).ended(rollout(text, "filler to pad the other")).tolist()[0] is expected
+
+
+def test_ends_that_are_no_tokens_are_left_out(tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    tiny_llama.generation_config.eos_token_id = [-1, END, len(tokenizer)]
+    policy = policy_of(tiny_llama, tokenizer, SamplingConfig(4))
+    assert policy.ends.tokens.tolist() == [END]
+    sampled(policy)
 
 
 def test_every_end_that_the_model_names_ends_a_response(

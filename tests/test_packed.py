@@ -133,6 +133,32 @@ def test_models_that_cannot_be_packed_are_left_as_they_are(name: str) -> None:
     assert_close(packed.run(model, BATCH).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("argument", attention.UNKNOWN)
+def test_attention_of_another_kind_is_left_as_it_is(argument: str) -> None:
+    # What gpt-oss (sinks) and models with sparse attention tell the function; a short trial may hide what it changes.
+    model = build("llama")
+    before = model.config._attn_implementation
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda _layer, args, kwargs: (args, kwargs | {argument: torch.zeros(1)}), with_kwargs=True
+        )
+    assert not packed.install(model)
+    assert model.config._attn_implementation == before
+
+
+def test_a_model_whose_layers_fail_in_a_packed_pass_runs_padded_rows() -> None:
+    model = build("llama")
+    expected = alone(model, BATCH)
+
+    def fail(_layer: torch.nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        if "layout" in kwargs:
+            raise TypeError("unexpected keyword argument 'layout'")
+
+    model.model.layers[0].register_forward_pre_hook(fail, with_kwargs=True)
+    assert not packed.install(model)
+    assert_close(packed.run(model, BATCH).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["rwkv", "recurrent_gemma"])
 def test_a_model_that_reads_padding_is_refused(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UnsupportedModelError, match=f"'{name}' cannot run several texts at a time: in padded rows"):

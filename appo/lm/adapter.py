@@ -27,7 +27,7 @@ def add(
         model: without an adapter.
         rank: of the products that are added to the weights.
         alpha: these products are scaled by alpha / rank; None: twice the rank.
-        targets: the ends of the names of the layers that get one.
+        targets: `ALL_LINEAR`, or a list of the ends of the names of the layers that get one.
 
     Raises:
         ImportError: peft is not installed.

@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 NAME = "appo_packed"
 CPU = torch.device("cpu")  # layouts take many small steps, so they are built there, whatever the model's device
 BLOCK_KEYS = 2048  # keys of one block, over all its rows; more only takes more memory
+UNKNOWN = ("s_aux", "indices", "block_indices")  # transformers' names of attention sinks, and of keys that queries pick
 
 
 class Branches(NamedTuple):
@@ -54,6 +55,8 @@ def layout_of(
         batch: its prefixes and branches are the sequences.
         starts: where each sequence begins, followed by S, the number of tokens.
         asking: how many of each sequence's last tokens attend; the output of the others is arbitrary.
+        dtype: of the masks, which are added to scores of queries in the same dtype.
+        device: of the model; the layout is built on the CPU and copied there.
     """
     length = [len(row) for row in (*batch.prefixes, *batch.branches)]
     parent = [-1] * len(batch.prefixes) + list(batch.owner)
@@ -103,7 +106,12 @@ def _attention(
 
     Returns:
         [B, S, heads, D], as Hugging Face wants it, and None for the weights.
+
+    Raises:
+        NotImplementedError: the model's attention is of a kind that this function does not compute.
     """
+    if unknown := [name for name in UNKNOWN if kwargs.get(name) is not None]:
+        raise NotImplementedError(f"attention with {', '.join(unknown)}")
     if layout is None:
         if softcap is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

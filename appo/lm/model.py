@@ -195,7 +195,8 @@ class CausalLM:
         """Decodes responses to contexts, token by token, until `choose` ends all or `budget` is spent.
 
         Args:
-            contexts: token ids, at least one each. Each is run once; a prefix that all share is run once for all.
+            contexts: token ids, at least one each, which leave room for the budget (`check_fits`). Each is run once; a
+                prefix that all share is run once for all.
             choose: called with the model's output for the responses that go on; see `Choose`.
             budget: most tokens in a response.
             owner: which context each response is to; default: one response to each.
@@ -251,7 +252,7 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
         named = getattr(config, "eos_token_id", None)
         ends |= set(named) if isinstance(named, list) else {named}
     vocabulary = len(model.get_output_embeddings().weight)  # a configuration may name tokens that do not exist
-    return {token for token in ends - {None} if token < vocabulary}
+    return {token for token in ends - {None} if 0 <= token < vocabulary}
 
 
 def _float32_head(model: PreTrainedModel) -> nn.Module:

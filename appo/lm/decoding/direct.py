@@ -8,14 +8,14 @@ models differ only in biases and in norms of queries and keys; other models are 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
 from appo.lm.decoding.cache import surviving_rows
+from appo.lm.decoding.growing import Growing
 from appo.lm.linear import Product, product_of
 from appo.lm.packed import Output
 
@@ -28,20 +28,7 @@ PARTS = {  # of a Llama-like model, by path; with any other module it is another
 OPTIONAL = {"q_norm", "k_norm"}
 
 
-class Begun(Protocol):
-    """Responses after their contexts were read, as `growing.Growing` holds them."""
-
-    model: PreTrainedModel
-    cache: DynamicCache  # a row for each context
-    mask: Tensor  # [R, L]
-    padded: bool
-    ids: Tensor
-    positions: Tensor
-    alive: Tensor
-    owner: Tensor
-
-
-def looks_familiar(begun: Begun) -> bool:
+def looks_familiar(begun: Growing) -> bool:
     """Whether the model has the parts that `Direct` runs, in float32 on a CPU. Only a trial says what they compute."""
     model, cache = begun.model, begun.cache
     if any(weight.dtype != torch.float32 or weight.device.type != "cpu" for weight in model.parameters()):
@@ -65,7 +52,7 @@ class Direct:
         budget: most tokens in a response.
     """
 
-    def __init__(self, begun: Begun, budget: int) -> None:
+    def __init__(self, begun: Growing, budget: int) -> None:
         self.alive, self.ids, self.positions = begun.alive, begun.ids, begun.positions
         body: Any = begun.model.base_model
         count = len(begun.owner)

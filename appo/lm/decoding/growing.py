@@ -22,6 +22,11 @@ class Growing:
         owner: which context each response is to.
 
     Attributes:
+        cache: keys and values of all tokens but the last of each row; a row for each context, after `spread` for each
+            response.
+        owner: [R], the context of each response.
+        mask: [R, L], False where the cache holds padding; follows the cache only if there is any (`padded`).
+        ids, positions: [R, 1], each response's last token, which is run next.
         alive: [R], the indices of the responses that go on.
     """
 

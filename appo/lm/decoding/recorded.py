@@ -151,10 +151,11 @@ class Recordings:
             if self._direct:
                 return Direct(begun, budget)
         begun.spread()
+        read = begun.mask.shape[1]  # tokens of a context in the cache; if 0, it has no shape yet
         plain = packed.is_installed(begun.model) and not any(begun.cache.is_sliding)
-        if not (plain and self._possible and _launches_take_longest(begun, budget)):
+        if not (read and plain and self._possible and _launches_take_longest(begun, budget)):
             return begun
-        rows, length = room_for(len(begun.ids), begun.mask.shape[1] + budget)
+        rows, length = room_for(len(begun.ids), read + budget)
         # A graph knows weights by their address; those of agent and anchor change places (`Anchor.in_place`).
         size = (kind, rows, length)
         key = (size, *(weight.data_ptr() for weight in begun.model.parameters()))
@@ -188,14 +189,14 @@ def computes_the_same(model: PreTrainedModel) -> bool:
     begun.positions = begun.positions.clamp(min=context - 4)
     try:
         ours, theirs = Direct(begun, budget=3), begun.spread()
-    except AttributeError:  # a part has the name, but not what belongs to it: a norm without a weight, say
+        for token in following:
+            found, expected = ours.step(), theirs.step()
+            if not (found.logits - expected.logits).abs().max() <= 1e-3 * expected.logits.std():  # False for NaN
+                return False
+            for way in (ours, theirs):
+                way.feed(torch.tensor([token], device=CPU), torch.tensor([True], device=CPU))
+    except (AttributeError, RuntimeError):  # a part has the name, but not what belongs to it, or another shape
         return False
-    for token in following:
-        found, expected = ours.step(), theirs.step()
-        if not (found.logits - expected.logits).abs().max() <= 1e-3 * expected.logits.std():  # False for NaN
-            return False
-        for way in (ours, theirs):
-            way.feed(torch.tensor([token], device=CPU), torch.tensor([True], device=CPU))
     return True
 
 

@@ -102,7 +102,8 @@ class Ranks:
 class Joined(Ranks):
     """One process of several, in torch.distributed's default group, which exists.
 
-    Every verb but `share` is a meeting: all ranks call it, in the same order. It raises RanksError if one has ended.
+    Every verb but `share` may be a meeting, so all ranks call them in the same order. A meeting raises RanksError if a
+    rank has ended.
     """
 
     def __init__(self) -> None:
