@@ -240,7 +240,8 @@ def record(
 ) -> Record:
     given = {"study": "s", "labels": {"arm": arm, "task": task}, "seed": seed, "task": task, "arm": arm}
     given |= {"agent": "a", "target": "b", "config": {"arm": arm, "mode": mode}}
-    scores = {"test_score": test, "test_interval": [0.4, 0.6], "test_rows": 100, "manual_test_score": 0.45}
+    scores = {"test_score": test, "test_interval": [0.4, 0.6], "test_rows": 100}
+    scores |= {"manual_test_score": None if test is None else 0.45}
     chosen = {"validation_score": 0.5, "validation_rows": 32, "prompt": "a | b"}
     moves = {"kl": [0.0] * len(curve), "promoted": 1, "rolled_back": 0, "iterations": len(curve)}
     return {**given, **scores, **chosen, **moves, "curve": curve}
@@ -295,7 +296,11 @@ def test_planes_and_curves_cross_two_axes() -> None:
         ["none", "0.56 (0.32 to 0.80), failed: 1 of 2", ""],
     ]
     assert over_time(RUNS, "arm", "task", [20, 40])[1] == ["appo", "0.30 / 0.80"]
-    assert on_test(RUNS, "arm", "task")[1] == ["appo", "**0.850** (0.800 to 0.900; manual 0.450)"]
+    stopped = [record("appo", 2, [0.3] * 9, None), record("none", 2, [0.3] * 9, None, task="u")]
+    assert on_test([*RUNS, *other, *stopped], "arm", "task")[1:] == [
+        ["appo", "**0.850** (0.800 to 0.900; manual 0.450)", "**0.500** (0.400 to 0.600, n = 100; manual 0.450)"],
+        ["none", "**0.550** (0.400 to 0.700; manual 0.450)", "(stopped)"],
+    ]
 
 
 def test_a_table_of_test_scores_is_a_picture_too() -> None:

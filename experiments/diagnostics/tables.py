@@ -169,14 +169,22 @@ def over_time(records: Sequence[Record], rows: str, columns: str, at: Sequence[i
 
 
 def on_test(records: Sequence[Record], rows: str, columns: str) -> Table:
-    """Returns a cell for each pair of settings: mean test score, lowest to highest seed, and the manual prompt's."""
+    """Returns a cell for each pair of settings: mean test score, lowest to highest seed, and the manual prompt's.
+
+    A single seed has its 95 % interval instead, with the number of rows.
+    """
 
     def cell(runs: list[Record]) -> str:
-        scores = [run["test_score"] for run in runs if run["test_score"] is not None]
-        if not scores:
+        finished = [run for run in runs if run["test_score"] is not None]
+        if not finished:
             return "(stopped)"
-        manual = mean([run["manual_test_score"] for run in runs])
-        return f"**{mean(scores):.3f}** ({min(scores):.3f} to {max(scores):.3f}; manual {manual:.3f})"
+        scores = [run["test_score"] for run in finished]
+        low, high, rows = min(scores), max(scores), ""
+        if len(finished) == 1:
+            low, high = finished[0]["test_interval"]
+            rows = f", n = {finished[0]['test_rows']}"
+        manual = mean([run["manual_test_score"] for run in finished])
+        return f"**{mean(scores):.3f}** ({low:.3f} to {high:.3f}{rows}; manual {manual:.3f})"
 
     return _crossed(records, rows, columns, cell)
 
