@@ -90,7 +90,9 @@ def show(study: Study, finished: Sequence[tuple[Mapping[str, str], Cell]], folde
     """
     records = [record_of(cell.folder, study.name, labels) for labels, cell in finished]
     for words in study.tables if records else []:
-        print(f"{words}\n\n{markdown(view(records, words))}", flush=True)
+        table = view(records, words)
+        shown = markdown(table) if table[1:] else "none of its runs is finished\n"
+        print(f"{words}\n\n{shown}", flush=True)
         if picture := drawn(records, words):
             path = folder / f"{file_name(words)}.svg"
             write_whole(path, picture)

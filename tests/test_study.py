@@ -380,6 +380,15 @@ def test_tables_with_names_in_any_script_are_pictures_of_their_own(
     ]
 
 
+def test_a_table_without_a_finished_run_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("experiments.study.record_of", lambda *given: RUNS[0])
+    cells = [(RUNS[0]["labels"], Cell("0", build_config({"run": "r"}), []))]
+    show(Study(Path("s.yaml"), "?", [0], [], {}, ["runs of arm where task = u"]), cells, tmp_path, None)
+    assert capsys.readouterr().out == "runs of arm where task = u\n\nnone of its runs is finished\n\n"
+
+
 def test_a_table_leaves_out_what_it_is_not_asked_for() -> None:
     runs = [*RUNS, record("appo", 0, [0.2] * 40, task="u")]
     assert view(runs, "summary of arm where task = t") == summary(RUNS, "arm")
