@@ -66,7 +66,7 @@ def cells_of(options: Namespace) -> list[Cell]:
 def measured(cell: Cell) -> dict[str, Any]:
     """The result of a finished run with the mean scores of sampled prompts in its first and last iterations."""
     result, rows = read_result(cell.folder), read_optional(cell.folder / METRICS)
-    ranked = {} if cell.config.arm in GIVEN else result.get("paper_protocol", {})  # mode tte has none either
+    ranked = (cell.config.arm not in GIVEN and result.get("paper_protocol")) or {}  # only runs that were asked for it
     scores = [math.nan if (score := row[f"{result['metric']}_mean"]) is None else score for row in rows]
     return result | {
         "first": mean(scores[:EDGE]),

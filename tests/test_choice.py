@@ -197,3 +197,15 @@ def test_the_papers_protocol_passes_over_prompts_without_a_score(
 
     monkeypatch.setattr(run.reward, "by_example", first_unsound)
     assert finish(run, *JUNK, better)["paper_protocol"]["test_score"] > 0.9
+
+
+def test_the_papers_protocol_reads_the_test_split_only_if_asked_to(
+    run: Run, better: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = []
+    by_example = run.reward.by_example
+    monkeypatch.setattr(run.reward, "by_example", lambda *given: scored.append(given) or by_example(*given))
+    assert len(finish(run, *JUNK, better)["paper_protocol"]["test_interval"]) == 2 and scored
+    scored.clear()
+    without = replace(run, config=replace(run.config, paper_protocol=False))
+    assert finish(without, *JUNK, better)["paper_protocol"] is None and not scored

@@ -102,6 +102,7 @@ PAPER = {
     "arm": "appo",
     "show_best": 0,
     "race": False,
+    "paper_protocol": True,
     "appo.scale_scores": False,
     "seed": 0,
 }

@@ -118,6 +118,7 @@ class RunConfig:
     pool: int = 16  # how many prompts, best by training reward, are scored on validation at the end; [P, 4.1]: 5
     few_shot: int = 0  # further candidates at the end: the manual prompt followed by training pairs, drawn for each
     race: bool = False  # at the end, drop candidates that fall behind on the first validation rows; ours
+    paper_protocol: bool = False  # at the end, score five more prompts on test and report the best; [P, 4.1]: true
     show_best: int = 0  # how many of the best prompts so far the meta-prompt shows (GFlowPO, arXiv 2602.03358); [P]: 0
     headroom: int = 16  # prompts of the untrained agent to score before training; 0: no such check
     checkpoint_every: int = 10  # iterations between checkpoints; a signal and the end of a run write one too
