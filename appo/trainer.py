@@ -215,6 +215,7 @@ class APPOTrainer:
         self.bad_steps = self.bad_steps + 1 if iteration.stats["skipped_steps"] == 1.0 else 0
         if self.bad_steps == self.config.max_bad_steps and self.anchor_config.rollback:
             self.anchor.rollback()
+            iteration.stats["guard_rollback"] = 1.0
         if self.bad_steps >= 2 * self.config.max_bad_steps:
             reasons = ", ".join(name for name in FAULTS if iteration.stats.get(name))
             raise DivergedError(f"{self.bad_steps} iterations in a row without a sound step ({reasons})", iteration)
@@ -313,7 +314,6 @@ def _rewarded(found: Any, count: int, what: str = "reward", dtype: torch.dtype =
 
 
 def _health(rollout: Rollout, prompts: Sequence[str]) -> Health:
-    """The health of a rollout's prompts; see `Health`."""
     return Health(
         length=rollout.mask.sum(1).float().mean().item(),
         empty_rate=prompts.count("") / len(prompts),

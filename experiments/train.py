@@ -138,9 +138,9 @@ def main(argv: Sequence[str]) -> int:
     path = new_folder(asked.config)
     config = replace(asked.config, run=str(path))
     if job.rank() == 0:
-        folder = RunFolder(path, new=not asked.resume)  # refused here, before anything slow
+        wanted = RunFolder(path, new=not asked.resume)  # refused here, before anything slow
         if not asked.only:
-            folder.check_writable()
+            wanted.check_writable()
     print(*header.asked(config, asked.preset, None if asked.only else path), sep="\n", flush=True)
     with ending_at_once():
         from appo.lm.parallel.ranks import RanksError

@@ -113,7 +113,7 @@ def test_bad_iterations_in_a_row_lead_back_to_the_anchor_and_then_to_the_end() -
     bad = rewards(math.nan, 0.0, 0.0, 0.0)
     step(appo, bad)
     assert not same(parameters(appo), anchor)
-    step(appo, bad)
+    assert step(appo, bad)["guard_rollback"] == 1.0
     assert same(parameters(appo), anchor)
     step(appo, bad)
     with pytest.raises(DivergedError, match=r"4 iterations in a row without a sound step.*nonfinite_reward") as found:

@@ -140,8 +140,6 @@ class Arm(ABC):
             rollout = self.run.policy.sample(question.queries, generator, question.copies)
             self_check(self.run.policy, self.trainer.anchor, rollout)
         step = Step.of(self.trainer.step(question.queries, question.reward_fn, question.copies))
-        if self.trainer.bad_steps == self.run.config.appo.max_bad_steps and self.run.config.anchor.rollback:
-            step.stats["guard_rollback"] = 1.0  # the trainer did it, without a review
         if self.number == 1 and step.stats.get("grad_norm"):
             self._check_moved()
         return step

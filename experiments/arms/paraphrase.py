@@ -24,8 +24,10 @@ class Paraphrase(BestOfN):
         """
         question = super().ask(batch, rng)
         count = self.run.config.prompts
+        if self.number <= PROPOSING * self.run.steps:
+            return question
         best = self.pool.best(max(1, count // VARIATIONS))
         queries = [query for entry in best if (query := self.variation(entry.prompt)) is not None]
-        if self.number <= PROPOSING * self.run.steps or not queries:
+        if not queries:
             return question
         return replace(question, queries=[queries[i % len(queries)] for i in range(count)], copies=1)

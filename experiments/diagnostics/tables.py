@@ -179,12 +179,12 @@ def on_test(records: Sequence[Record], rows: str, columns: str) -> Table:
         if not finished:
             return "(stopped)"
         scores = [run["test_score"] for run in finished]
-        low, high, rows = min(scores), max(scores), ""
+        low, high, count = min(scores), max(scores), ""
         if len(finished) == 1:
             low, high = finished[0]["test_interval"]
-            rows = f", n = {finished[0]['test_rows']}"
+            count = f", n = {finished[0]['test_rows']}"
         manual = mean([run["manual_test_score"] for run in finished])
-        return f"**{mean(scores):.3f}** ({low:.3f} to {high:.3f}{rows}; manual {manual:.3f})"
+        return f"**{mean(scores):.3f}** ({low:.3f} to {high:.3f}{count}; manual {manual:.3f})"
 
     return _crossed(records, rows, columns, cell)
 

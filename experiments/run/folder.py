@@ -283,7 +283,7 @@ def read_result(folder: Path) -> dict[str, Any]:
             _check(edit, {"input": str, "prompt": str}, f"{path}: 'edits'")
     else:
         _check(result, {"prompt": str, "paper_protocol": (dict, type(None)), "answers_on_test": dict}, str(path))
-        if protocol := result["paper_protocol"]:
+        if (protocol := result["paper_protocol"]) is not None:
             _check(protocol, {"name": str, "test_score": NUMBER}, f"{path}: 'paper_protocol'")
         if shares := result["answers_on_test"]:
             _check(shares, dict.fromkeys(("best", "manual", "right"), dict), f"{path}: 'answers_on_test'")
