@@ -17,7 +17,7 @@ from experiments.config import LAB_DIR, data_source
 from experiments.terminal.command import Parser, in_order
 from experiments.terminal.console import clip
 from tasks.catalogue import family_of, load_spec, task_names
-from tasks.errors import MissingFilesError, printable
+from tasks.errors import MissingFilesError, TaskError, printable
 from tasks.meta_prompt import meta_prompt
 from tasks.sources import load_task
 from tasks.spec import TaskSpec, fill
@@ -103,7 +103,7 @@ def check(source: str) -> Iterator[str]:
     """Loads every task whose files are there; yields a line per task with the sizes of its splits.
 
     Raises:
-        TaskError: something is wrong with a task's files.
+        TaskError: something is wrong with a task's files; the message begins with the task.
     """
     yield f"{'task':<45}{'answer':<9}{'train':>7}{'validation':>12}{'test':>7}  classes"
     absent = []
@@ -113,6 +113,8 @@ def check(source: str) -> Iterator[str]:
         except MissingFilesError:
             absent.append(name)
             continue
+        except TaskError as error:  # which task was tried cannot be told from a file that lies in the folder itself
+            raise TaskError(f"{name}: {error}") from error
         sizes = f"{len(data.train):>7}{len(data.validation):>12}{len(data.test):>7}"
         yield f"{name:<45}{data.spec.kind:<9}{sizes}  {' '.join(data.words)}"
     yield f"{len(task_names()) - len(absent)} tasks load without error; no files here for {len(absent)} others"

@@ -55,6 +55,7 @@ def test_check_stops_at_a_file_that_is_not_as_it_should_be(tmp_path: Path, capsy
     assert main(["--check", "--data", str(tmp_path)]) == 2
     captured = capsys.readouterr()
     assert "word_sorting " in captured.out
+    assert captured.err.startswith("error: word_unscrambling: ")
     assert "task.json:10: no column 'target'" in captured.err
 
 
