@@ -194,7 +194,7 @@ def shared(**changes: object) -> RunConfig:
 def test_agent_and_target_of_one_checkpoint_share_it_and_answer_as_two_copies() -> None:
     agent, target = load_models(shared())
     assert target.model is agent.model
-    both = load_models(shared(target_dtype="float32")), load_model(shared(), "target")
+    both = load_models(shared(target_dtype="float32")), load_model(shared(target_dtype="float32"), "target")
     assert both[0][1].model is both[0][0].model
     words, asked = ["yes", "no"], grid(["Say yes.", ""], ["one", "another one"])
     shake(agent.model)  # as training would
@@ -219,7 +219,7 @@ def test_memory_holds_one_copy() -> None:
     """Bytes of distinct weights: of base and adapter, not of two bases."""
     agent, target = load_models(shared())
     found = {p.data_ptr(): p.nbytes for lm in (agent, target) for p in lm.model.parameters()}
-    base = sum(p.nbytes for p in load_model(shared(**{"lora.rank": "null"}), "target").model.parameters())
+    base = sum(p.nbytes for p in load_model(shared(**{"lora.rank": "null", "target_dtype": "float32"}), "target").model.parameters())
     added = sum(p.nbytes for p in agent.model.parameters() if p.requires_grad)
     assert sum(found.values()) == base + added
     assert 0 < added < base / 5
