@@ -219,7 +219,10 @@ def test_memory_holds_one_copy() -> None:
     """Bytes of distinct weights: of base and adapter, not of two bases."""
     agent, target = load_models(shared())
     found = {p.data_ptr(): p.nbytes for lm in (agent, target) for p in lm.model.parameters()}
-    base = sum(p.nbytes for p in load_model(shared(**{"lora.rank": "null", "target_dtype": "float32"}), "target").model.parameters())
+    base = sum(
+        p.nbytes
+        for p in load_model(shared(**{"lora.rank": "null", "target_dtype": "float32"}), "target").model.parameters()
+    )
     added = sum(p.nbytes for p in agent.model.parameters() if p.requires_grad)
     assert sum(found.values()) == base + added
     assert 0 < added < base / 5
