@@ -150,11 +150,9 @@ class RolloutBuffer:
         width = max(part.tokens.shape[1] for part in self._parts)
         starts = [sum(len(part.queries) for part in self._parts[:n]) for n in range(len(self._parts))]
         merged: dict[str, Tensor] = {}
-        for f in fields(Scored):
-            if f.name in ("queries", "owner"):
-                continue
-            columns = [getattr(part, f.name) for part in self._parts]
-            merged[f.name] = torch.cat([F.pad(x, (0, width - x.shape[1])) if x.dim() > 1 else x for x in columns])
+        for name in [f.name for f in fields(Scored) if f.name not in ("queries", "owner")]:
+            columns = [getattr(part, name) for part in self._parts]
+            merged[name] = torch.cat([F.pad(x, (0, width - x.shape[1])) if x.dim() > 1 else x for x in columns])
         owner = torch.cat([part.owner + start for part, start in zip(self._parts, starts, strict=True)])
         return Scored(queries=tuple(q for part in self._parts for q in part.queries), owner=owner, **merged)
 
