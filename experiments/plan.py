@@ -106,6 +106,12 @@ def page(config: RunConfig, lengths: Lengths, plans: Sequence[Estimate]) -> Iter
     yield "  on top, in turn:"
     for line in chosen.transients:
         yield f"  {line.value / GIB:8.3f} GiB  {line.name}: {line.how}"
+    _, saved, how, _ = chosen.checkpoint()
+    if saved:
+        kept = "two are kept while a third is written, one when the run is finished"
+        yield ""
+        yield "on the disk"
+        yield f"  {saved / GIB:8.3f} GiB  a checkpoint: {how}; {kept}"
     yield ""
     yield "work of an iteration"
     if not chosen.work():

@@ -156,6 +156,7 @@ MUTANTS = (
     Mutant("update: the entropy bonus does not grow", U, "config.entropy_coef / max(", "config.entropy_coef * max(", "test_trainer.py"),
     Mutant("fit: never reviews", TR, "number % self.anchor_config.period == 0", "False", "test_trainer.py"),
     Mutant("fit: reviews at once", TR, "number % self.anchor_config.period == 0", "number % self.anchor_config.period == 1", "test_trainer.py"),
+    Mutant("checkpoints: no room for the one being written", "experiments/run/checkpoint.py", "KEPT + 1) - found", "KEPT) - found", "test_checkpoint.py"),
     Mutant("batches: labels not spread", "experiments/arms/batches.py", "sorted(shuffled, key=lambda i: place[i])", "shuffled", "test_batches.py"),
     Mutant("target: text after a stop string is kept", "rewards/target.py", "(text[: min(places)], True)", "(text, True)", "test_generation.py"),
     Mutant("target: a word's tokens scored at one position", "rewards/local.py", "logprobs[:, first + i, token]", "logprobs[:, first, token]", "test_target.py"),

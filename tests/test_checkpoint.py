@@ -8,7 +8,9 @@ import json
 import os
 import pickle
 import random
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +35,31 @@ def test_the_two_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 30):
         checkpoint.save(tmp_path, step, state(step))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000030"]
+
+
+def test_a_finished_run_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (9, 10):
+        checkpoint.save(tmp_path, step, state(step))
+    checkpoint.keep_newest(tmp_path)
+    assert checkpoint.load(tmp_path).state["number"] == 10
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]
+
+
+@pytest.mark.parametrize(
+    ("found", "count", "fits"),
+    [(0, 1, 1), (0, 2, 2), (0, 3, 3), (0, 99, 3), (1, 9, 2), (2, 1, 1), (2, 9, 1), (2, 0, 0)],
+)
+def test_the_disk_needs_room_for_those_that_are_kept_and_one_more(
+    found: int, count: int, fits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoint"
+    for step in range(found):
+        checkpoint.save(folder, step, state(step))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=fits * 10**9))
+    checkpoint.check_room(folder, count, 10**9)
+    if count:
+        with pytest.raises(OSError, match=rf"need {fits * 1.1:.2g} GB, and {fits} GB are free"):
+            checkpoint.check_room(folder, count, 11 * 10**8)
 
 
 def flip(path: Path) -> None:

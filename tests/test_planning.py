@@ -227,6 +227,7 @@ def test_an_arm_holds_and_does_what_its_plan_says(arm: str, tmp_path: Path) -> N
     held = sum(t.nbytes for t in tensors if t.is_floating_point())
     trained = plan.agent.trained * 4 if arm in TRAINED else 0
     assert held == trained + lines.get("optimizer", 0) + lines.get("anchor", 0)
+    assert held == plan.checkpoint().value
     assert hasattr(way, "trainer") == (arm in TRAINED)
     work = [line.name for line in plan.work()]
     assert work == {
@@ -281,7 +282,7 @@ def test_the_command_plans_an_arm_without_training(capsys: pytest.CaptureFixture
     assert plan.main(["arm=frozen"]) == 0
     said = capsys.readouterr().out
     assert "arithmetic of: no adapter, agent not trained" in said
-    assert not [word for word in ("optimizer", "anchor", "reviews", "LoRA") if word in said]
+    assert not [word for word in ("optimizer", "anchor", "reviews", "LoRA", "checkpoint") if word in said]
     assert plan.main(["arm=empty"]) == 0
     assert "none: one prompt is scored, without iterations" in capsys.readouterr().out
 
@@ -296,6 +297,7 @@ def test_the_command_plans_what_the_configuration_asks_for_first(
     said = capsys.readouterr().out
     assert "arithmetic of: LoRA rank 4, one base for both, gradient checkpointing" in said
     assert said.count("fits") > 4
+    assert " GiB  a checkpoint: 0.0" in said
     assert plan.main(["--agent", str(tmp_path / "nothing.json")]) == 2
     capsys.readouterr()
     assert plan.main(["--target", "models/no-such-model"]) == 2

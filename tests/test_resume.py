@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -337,6 +338,18 @@ def test_a_full_disk_is_one_line_that_names_what_could_not_be_written(
         assert main(arguments(folder, "steps=8", f"checkpoint_every={every}")) == 74
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert errors == [f"error: {folder / named}: File too large"]
+
+
+def test_checkpoints_that_the_disk_has_no_room_for_are_refused_before_the_first_iteration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**7))
+    assert main(arguments(folder)) == 74
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert error.startswith(f"error: {folder / 'checkpoint'}: checkpoints need 0.039 GB, and 0.01 GB are free")
+    assert not list(folder.iterdir())
+    assert main(arguments(folder, "arm=frozen")) == 0  # its checkpoints hold no weights
 
 
 def test_an_agent_that_does_not_fit_on_the_disk_is_one_line(

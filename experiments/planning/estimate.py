@@ -16,6 +16,7 @@ from experiments.config import GIVEN, TRAINED, RunConfig
 from experiments.planning.machines import BANDWIDTH_SHARE, Machine
 from experiments.planning.shadow import Shadow
 from experiments.run.models import base_of, rank_of, same_source, shares_base, source_of, targets_of
+from experiments.run.resume import bytes_saved
 
 GIB = 2**30
 AT_ONCE = 32_768  # tokens in a pass of the target on a GPU: rewards/local.py
@@ -233,6 +234,11 @@ class Estimate:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         size = 2 if self.options.rank and self.options.bfloat16 else 4
         return int(2 * config.num_hidden_layers * heads * width * size)
+
+    def checkpoint(self) -> Line:
+        """Returns the bytes of a checkpoint on the disk."""
+        each, trained = bytes_saved(self.config), self.agent.trained
+        return Line("checkpoint", trained * each, f"{trained / 1e6:,.2f} M trained numbers x {each} bytes")
 
     def total(self) -> float:
         """Returns the bytes at the peak, without the memory of the driver."""

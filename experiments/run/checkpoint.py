@@ -7,6 +7,7 @@ values only, so that they load with `weights_only`: no pickle from a file is eve
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -85,6 +86,30 @@ def tidy(folder: Path) -> None:
     """Removes what a killed writer left half-written."""
     for leftover in folder.glob("step-*.tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def keep_newest(folder: Path) -> None:
+    """Removes all but the newest checkpoint, which is enough once a run is finished."""
+    for old in _found(folder)[1:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_room(folder: Path, count: int, size: int) -> None:
+    """Refuses checkpoints for which the disk has no room.
+
+    Args:
+        folder: where they go.
+        count: how many are going to be written.
+        size: bytes of each, roughly.
+
+    Raises:
+        OSError: fewer bytes are free than they take; one more than are kept, since a new one precedes the removal.
+    """
+    found, there = len(_found(folder)), next(path for path in folder.absolute().parents if path.exists())
+    needed, free = (min(found + count, KEPT + 1) - found) * size, shutil.disk_usage(there).free
+    if needed > free:
+        what = f"checkpoints need {needed / 1e9:.2g} GB, and {free / 1e9:.2g} GB are free; no iteration was made"
+        raise OSError(errno.ENOSPC, what, str(folder))
 
 
 def any_in(folder: Path) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from threading import Lock
 from typing import Any, Protocol
 
+from appo.anchor import Reference
 from appo.lm.model import out_of_memory
-from experiments.config import to_dict
+from experiments.config import TRAINED, RunConfig, to_dict
 from experiments.config.strict import ConfigError
 from experiments.run import checkpoint
 from experiments.run.checkpoint import CheckpointError
@@ -35,6 +36,7 @@ def begin(run: Run, arm: Stateful, resume: bool) -> tuple[int, list[str]]:
     Raises:
         CheckpointError: no checkpoint can be restored; the logs are unchanged.
         ConfigError: the run has done more iterations than it is to have; the folder is unchanged.
+        OSError: the disk has no room for its checkpoints; the folder is unchanged.
     """
     done, notes = 0, list[str]()
     folder = run.folder.path / "checkpoint"
@@ -55,12 +57,24 @@ def begin(run: Run, arm: Stateful, resume: bool) -> tuple[int, list[str]]:
                 raise
             raise CheckpointError(f"{folder}: the newest one holds no state of this run ({error!r})") from error
     run.policy.ranks.check_same("the iterations that are done", done)
+    if run.folder.written and done < run.steps:
+        trained = sum(weight.numel() for weight in run.policy.trained().values())
+        every = run.config.checkpoint_every
+        checkpoint.check_room(folder, -(-run.steps // every) - done // every, trained * bytes_saved(run.config))
     _keep_answers(run)
     if done < run.steps:
         for name in OUTCOME:
             run.folder.remove(name)
     run.folder.write_config(to_dict(run.config) | {"environment": run.environment()})
     return done, notes
+
+
+def bytes_saved(config: RunConfig) -> int:
+    """Bytes that a checkpoint holds for each trained number: it, the anchor's, and two moments of what has moved."""
+    if config.arm not in TRAINED:
+        return 0
+    reference = Reference.of(config.appo.reference, config.appo.kl_in_loss)
+    return 4 * (6 if reference.reviewed and config.anchor.promote else 4)
 
 
 def _keep_answers(run: Run) -> None:
@@ -86,6 +100,12 @@ def _keep_answers(run: Run) -> None:
             run.folder.append(SCORED, [row])
 
     run.served.kept = keep
+
+
+def finish(run: Run) -> None:
+    """Keeps a single checkpoint of a finished run, from which it can still get more iterations."""
+    if run.folder.written:
+        checkpoint.keep_newest(run.folder.path / "checkpoint")
 
 
 def save(run: Run, arm: Stateful, iteration: int) -> None:

@@ -22,7 +22,7 @@ from experiments.page.run_page import render_report
 from experiments.run.folder import CANDIDATES, HEADROOM, METRICS, PREDICTIONS, PROMPTS, RESULT, SO_FAR
 from experiments.run.loggers import Log, final_scores, loggers
 from experiments.run.models import save_agent
-from experiments.run.resume import begin, save
+from experiments.run.resume import begin, finish, save
 from experiments.run.run import Run
 from experiments.terminal.console import Progress
 from experiments.terminal.signals import Signals, StoppedError
@@ -85,6 +85,7 @@ def _finish(run: Run, arm: Arm, log: Log) -> dict[str, Any]:
     run.folder.write_rows(PREDICTIONS, predictions)
     run.folder.write_json(RESULT, result)
     run.folder.remove(SO_FAR)
+    finish(run)
     log(run.steps, final_scores(result))
     _report(run)
     return result
