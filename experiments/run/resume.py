@@ -36,7 +36,7 @@ def begin(run: Run, arm: Stateful, resume: bool) -> tuple[int, list[str]]:
     Raises:
         CheckpointError: no checkpoint can be restored; the logs are unchanged.
         ConfigError: the run has done more iterations than it is to have; the folder is unchanged.
-        OSError: the disk has no room for its checkpoints; the folder is unchanged.
+        OSError: the disk has no room for its checkpoints; no result is removed, and the run can be resumed as before.
     """
     done, notes = 0, list[str]()
     folder = run.folder.path / "checkpoint"
