@@ -10,6 +10,7 @@ import torch
 
 from experiments.bench import bench, real, shapes
 from experiments.bench.bench import Bench, Shape
+from experiments.bench.memory import transient
 from tests.conftest import byte_tokenizer, llama
 
 
@@ -78,6 +79,17 @@ def test_ratios_are_medians_of_those_within_a_round(monkeypatch: pytest.MonkeyPa
     measure = Bench(budget=20.0, device="cpu", dtype=torch.float32)
     rows = list(measure.timed("w", {n: lambda n=n: work(n) for n in steps}, [("slow", "ours")]))
     assert (rows[0].theirs, rows[0].ours, rows[0].ratio) == (6.0, 2.0, 3.0)
+
+
+def test_memory_is_that_of_the_tensors_at_the_peak_minus_what_stays() -> None:
+    kept = []
+
+    def work() -> None:
+        total = torch.zeros(1000) + torch.ones(1000)  # three tensors of 4,000 bytes at once
+        kept.append(total[:10].clone())  # 40 bytes, for good
+
+    assert transient(work, "cpu") == 12_000 - 40
+    assert transient(lambda: None, "cpu") == 0
 
 
 def test_ways_that_differ_are_not_compared() -> None:

@@ -13,7 +13,6 @@ ways alike. Scoring and updating are timed only after all ways have given the sa
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
@@ -23,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +36,7 @@ from appo.policy import Policy
 from appo.rollout import Batch, Query, Rollout, Scored
 from appo.trainer import APPOTrainer
 from experiments.bench import real
+from experiments.bench.memory import transient
 from experiments.bench.plain import as_plain, plain_loss, plain_sample, plain_scores, plain_update
 from experiments.config import MAX_THREADS, RunConfig
 from experiments.config.extras import installed
@@ -65,11 +64,11 @@ SHAPES = {
     "big head": Shape(256_000, 256, 2),
 }
 PROMPT, INPUT, QUERY, RESPONSE = 70, 80, 256, 64  # tokens
-UPDATES = (  # shape, K, rank of an adapter; 0: all weights are trained
-    *(("tiny", 4, 0), ("tiny", 8, 0), ("small", 4, 0), ("big head", 1, 0)),
-    *(("tiny", 4, 16), ("small", 4, 16), ("big head", 1, 16)),
+UPDATES = (  # shape, K, rank of an adapter (0: all weights are trained), gradient checkpointing
+    *(("tiny", 4, 0, False), ("tiny", 8, 0, False), ("small", 4, 0, False), ("big head", 1, 0, False)),
+    *(("tiny", 4, 16, False), ("small", 4, 16, False), ("big head", 1, 16, False)),
+    *(("tiny", 4, 16, True), ("small", 4, 16, True), ("big head", 1, 16, True)),
 )
-PROC = Path("/proc/self")
 WORDS = ("yes", "maybe", "no")
 TEMPLATE = "{prompt} Input : {input} Output :"
 
@@ -106,18 +105,10 @@ class Bench:
     def timed(self, work: str, ways: Mapping[str, Work], pairs: Sequence[tuple[str, str]]) -> Iterator[Row]:
         """Runs all ways in turn until the budget is spent, at least twice; yields a row for each pair (theirs, ours).
 
-        The first round measures peak memory, minus what stays allocated afterwards, such as optimizer state.
+        A round before, which is not timed, measures the memory of the first pair.
         """
-        size: dict[str, int] = {}
-        seconds: dict[str, list[float]] = {}
-        for name, way in ways.items():
-            self._memory_in_use()
-            began = self._now()
-            way()
-            seconds[name] = [self._now() - began]
-            size[name] = self._peak() - self._memory_in_use()
-        if sum(times[0] for times in seconds.values()) < self.budget:  # a cold first round would distort the medians
-            seconds = {name: [] for name in ways}
+        size = {name: transient(way, self.device) for name, way in ways.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
         until = time.perf_counter() + self.budget
         while len(seconds[next(iter(ways))]) < 2 or time.perf_counter() < until:
             for name, way in ways.items():
@@ -129,21 +120,7 @@ class Bench:
             label = theirs if ours == "ours" else f"{theirs} ({ours})"
             yield Row(work, label, statistics.median(seconds[theirs]), statistics.median(seconds[ours]), ratio)
         theirs, ours = pairs[0]
-        if self.device != "cpu" or PROC.is_dir():
-            yield Row(work, theirs, size[theirs], size[ours], size[theirs] / max(1, size[ours]), "B")
-
-    def _memory_in_use(self) -> int:
-        """Returns the bytes in use, and resets the peak."""
-        if self.device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
-            return torch.cuda.memory_allocated()
-        if PROC.is_dir():
-            ctypes.CDLL(None).malloc_trim(0)  # freed memory would be reused without being counted
-            (PROC / "clear_refs").write_text("5", encoding="ascii")
-        return _status("VmRSS")
-
-    def _peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.device != "cpu" else _status("VmHWM")
+        yield Row(work, theirs, size[theirs], size[ours], size[theirs] / max(1, size[ours]), "B")
 
     def _now(self) -> float:
         if self.device != "cpu":
@@ -231,10 +208,10 @@ class Bench:
 
     def update(self) -> Iterator[Row]:
         """Runs four PPO epochs on K responses, after the passes for the reference's log-probabilities."""
-        for name, count, rank in UPDATES:
+        for name, count, rank, low in UPDATES:
             if rank and not installed("peft"):
                 continue
-            plain, ours = self._plain_trainer(name, rank), self._trainer(name, rank)
+            plain, ours = self._plain_trainer(name, rank, low), self._trainer(name, rank, low)
             rollout = ours.policy.sample([self._query()], copies=count)
             batch = as_batch(rollout)
             same(gradients(plain, plain_loss(plain, batch)[0]), gradients(ours, ours.updater.loss(batch)[0]))
@@ -245,7 +222,8 @@ class Bench:
             if (name, count, rank) == ("tiny", 4, 0):
                 ways["plain PPO"] = lambda t=plain, b=batch: plain_update(t, b, passes=1)
             pairs = [(theirs, "ours") for theirs in ways if theirs != "ours"]
-            yield from self.timed(f"{'LoRA ' if rank else ''}update {name}, K {count}", ways, pairs)
+            work = f"{'LoRA ' if rank else ''}update {name}, K {count}{', checkpointing' if low else ''}"
+            yield from self.timed(work, ways, pairs)
 
     def iteration(self) -> Iterator[Row]:
         """Samples, scores and updates: everything the plain way, against everything our way."""
@@ -280,18 +258,20 @@ class Bench:
         if not real.has_llama_cpp():
             print(f"llama.cpp is left out: it needs the package xllamacpp and {real.GGUF}", file=sys.stderr)
 
-    def _trainer(self, name: str, rank: int = 0) -> APPOTrainer:
+    def _trainer(self, name: str, rank: int = 0, checkpointing: bool = False) -> APPOTrainer:
         sampling = SamplingConfig(RESPONSE, 1.0, nonempty=False, one_line=False)
         model = build(SHAPES[name], torch.float32, self.device)
         if rank:
             adapter.add(model, rank)
-        policy = Policy(CausalLM(model, self.tokenizer, compute_dtype=self.dtype), sampling)
+        lm = CausalLM(model, self.tokenizer, compute_dtype=self.dtype, gradient_checkpointing=checkpointing)
+        policy = Policy(lm, sampling)
         policy.ends = Ends((), (), SHAPES[name].vocabulary, model.device, False, False)  # so that all have full length
         return APPOTrainer(policy, APPOConfig(learning_rate=1e-6, target_kl=None))
 
-    def _plain_trainer(self, name: str, rank: int = 0) -> APPOTrainer:
-        trainer = self._trainer(name, rank)
+    def _plain_trainer(self, name: str, rank: int = 0, checkpointing: bool = False) -> APPOTrainer:
+        trainer = self._trainer(name, rank, checkpointing)
         as_plain(trainer.policy.lm)
+        trainer.policy.model.train(checkpointing)  # as Hugging Face models want it for checkpointing; no dropout here
         return trainer
 
     def _query(self) -> Query:
@@ -345,12 +325,6 @@ def same(theirs: Tensor, ours: Tensor) -> None:
     error = ((theirs - ours).abs().max() / theirs.abs().max()).item()
     if error > (1e-4 if theirs.dtype == torch.float32 else 0.05):
         raise RuntimeError(f"the compared ways give different numbers: they differ by {error:.1e} of the largest")
-
-
-def _status(key: str) -> int:
-    """Returns the bytes of memory of this process, as Linux counts them; 0 on other systems."""
-    lines = (PROC / "status").read_text(encoding="ascii").splitlines() if PROC.is_dir() else []
-    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith(key)), 0)
 
 
 @in_order
