@@ -65,7 +65,7 @@ class APPOConfig:
     gamma: float = 1.0  # discount [P]
     lam: float = 1.0  # lambda of generalised advantage estimation; [P]: 0.95, which needs an accurate critic
     ppo_epochs: int = 2  # passes over each rollout; [TRL]: 4
-    minibatch_size: int = 0  # responses per optimizer step; 0: the whole rollout, ours: K = 4 is small enough
+    minibatch_size: int = 0  # responses per optimizer step; 0: the whole rollout, ours: K = 8 is small enough
     micro_batch_size: int = 0  # responses per backward pass (gradient accumulation); 0: the whole minibatch
     max_grad_norm: float | None = 1.0  # gradient clipping, null: off; ours, usual for language models
     max_ratio: float | None = 10.0  # mean probability ratio above which a step is skipped; null: off [TRL]
