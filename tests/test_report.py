@@ -60,7 +60,7 @@ RESULT: dict[str, Any] = {
     "target": "some/target",
     "seed": 7,
 }
-CONFIG = {"task": "mnli", "agent": "some/agent", "target": "some/target", "data": "lab", "appo": {"kl_coef": 0.2}}
+CONFIG = {"task": "mnli", "agent": "some/agent", "target": "some/target", "data": "hub", "appo": {"kl_coef": 0.2}}
 
 
 def row(iteration: int, value: float | None = None, anchor: str | None = None) -> dict[str, Any]:
@@ -337,12 +337,22 @@ def test_a_copied_prompt_and_a_one_sided_target_are_warned_of(tmp_path: Path) ->
     assert 'class="warning"' not in render(tmp_path).split("<main>")[1]
 
 
-def test_toy_models_on_foreign_data_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "toy models" not in render(tmp_path)
-    monkeypatch.setitem(CONFIG, "target", "lab")  # type: ignore[arg-type]
-    assert "toy models" not in render(tmp_path)  # the data are the lab's
-    monkeypatch.setitem(CONFIG, "data", "hub")  # type: ignore[arg-type]
-    assert "target lab: toy models that only know the lab" in render(tmp_path)
+@pytest.mark.parametrize(
+    ("data", "target", "told"),
+    [
+        ("lab", "lab", None),
+        ("hub", "a/model", None),
+        ("hub", "lab", "target lab: toy models that only know the lab"),
+        ("lab", "a/model", "what target a/model scores on it says nothing about the real task"),
+    ],
+)
+def test_toys_beside_what_is_real_are_warned_of(
+    data: str, target: str, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONFIG, "data", data)  # type: ignore[arg-type]
+    monkeypatch.setitem(CONFIG, "target", target)  # type: ignore[arg-type]
+    page = render(tmp_path)
+    assert told in page if told else 'class="warning"' not in page.split("<main>")[1]
 
 
 def test_a_collapse_during_the_run_is_warned_of(tmp_path: Path) -> None:

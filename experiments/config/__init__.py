@@ -319,14 +319,20 @@ def is_served(target: str) -> bool:
 
 
 def on_toys(task: str, data: str, agent: str, target: str) -> str | None:
-    """Returns a warning if a run uses the lab's tiny models on other data; else None."""
+    """Returns a warning if a run uses the lab's tiny models on other data, or its data for other models; else None."""
     toys = [f"{role} {name}" for role, name in (("agent", agent), ("target", target)) if name in LABS]
-    if not toys or data_source(task, data) == data_source(LAB, LAB):
-        return None
-    return (
-        f"{' and '.join(toys)}: toy models that only know the lab's own language; their scores on other data mean "
-        "nothing. Name real models with --agent and --target"
-    )
+    on_lab = data_source(task, data) == data_source(LAB, LAB)
+    if toys and not on_lab:
+        return (
+            f"{' and '.join(toys)}: toy models that only know the lab's own language; their scores on other data mean "
+            "nothing. Name real models with --agent and --target"
+        )
+    if on_lab and target not in LABS:
+        return (
+            f"data lab: {task} stands for a toy task in the lab's own language; what target {target} scores on it says "
+            "nothing about the real task. Name its data with --data"
+        )
+    return None
 
 
 def idle_keys(config: RunConfig) -> str | None:
