@@ -286,7 +286,7 @@ class APPOTrainer:
         self.anchor.load_state_dict(state["anchor"])
         self.kl_controller.coef = state["kl_coef"]
         for stream, saved in zip(self._streams(), state["generators"], strict=True):
-            if stream is not None:
+            if stream is not None and saved.shape == stream.get_state().shape:  # not that of another kind of device
                 stream.set_state(saved)
         self.updater.mean_score = state["mean_score"]
         self.bad_steps = state["bad_steps"]

@@ -84,8 +84,8 @@ appo train --task rte appo.kl_coef=0.1 prompts=8 sampling.max_new_tokens=48
 make train TASK=rte ARGS="appo.kl_coef=0.1 prompts=8"
 ```
 
-A YAML file of keys goes behind `--config`. Later sources win: defaults, preset, arm, file, named options (`--task`, `--seed`
-and so on), `key=value`. An unknown key, a value of the wrong type or one out of range is refused in one line that names
+A YAML file of keys goes behind `--config`. Later sources win: defaults, preset, arm, file, named options (`--task` and
+so on), `key=value`. An unknown key, a value of the wrong type or one out of range is refused in one line that names
 the key, before anything is loaded. A run writes all of its keys to `config.yaml`.
 
 [P] is the paper ([arXiv 2410.07652](https://arxiv.org/abs/2410.07652)), [TRL] the library that the published code used,

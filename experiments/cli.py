@@ -41,7 +41,7 @@ EXAMPLES = """examples:
   appo train --task mnli                              with the lab's tiny models, in a few minutes
   appo train --task mnli --show-config                every key, its value and what it means
   appo train --task my/reviews.yaml --agent models/smollm2 --target models/gemma3-270m --dry-run
-  appo prompt --run runs/mnli-20260101-120000 --input "premise : ..." --answer
+  appo prompt --run runs/mnli-20260101-120000-0 --input "premise : ..." --answer
 """
 
 

@@ -1,6 +1,6 @@
 """Rebuilds report.html, a run at a glance: one file that opens offline and loads nothing.
 
-appo report runs/mnli-20260101-120000
+appo report runs/mnli-20260101-120000-0
 """
 
 from __future__ import annotations

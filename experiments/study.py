@@ -23,7 +23,7 @@ from experiments.diagnostics.tables import markdown, markdown_row, view
 from experiments.page.heat_map import drawn
 from experiments.run.files import write_whole
 from experiments.run.folder import jsonl_of
-from experiments.terminal.command import UNSOUND, Parser, UsageError, in_order, new_file
+from experiments.terminal.command import Parser, UsageError, in_order, new_file
 from experiments.tuning.cells import Cell, check_assignments, make, seeds_of
 from experiments.tuning.study import STUDIES, Study, file_name
 
@@ -68,8 +68,8 @@ def main(argv: Sequence[str]) -> int:
     codes = {} if options.show else made([cell for _, cell in cells], options.jobs)
     finished = [(labels, cell) for labels, cell in cells if cell.begun and cell.finished]
     show(study, finished, folder, options.record)
-    if diverged := [name for name, code in codes.items() if code == UNSOUND]:
-        print(f"diverged, and in no table: {'; '.join(diverged)}")
+    if failed := [name for name, code in codes.items() if code]:
+        print(f"failed, and in no table: {'; '.join(failed)}")
     return max(codes.values(), default=0)
 
 
@@ -97,6 +97,8 @@ def show(study: Study, finished: Sequence[tuple[Mapping[str, str], Cell]], folde
             path = folder / f"{file_name(words)}.svg"
             write_whole(path, picture)
             print(f"as a picture: {path}\n", flush=True)
+    if record and not records:
+        raise UsageError(f"no run in {str(folder)!r} is finished; {str(record)!r} is not written")
     if record:
         write_whole(record, jsonl_of(records))
 

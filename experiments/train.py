@@ -4,7 +4,7 @@
     appo train --task sst2 --agent google/gemma-1.1-2b-it --target google/gemma-1.1-2b-it --data hub
     appo train --task rte --seed 1 preset=paper appo.kl_coef=0.1 prompts=8 --show-config
     appo train --task my/reviews.yaml --agent models/smollm2 --target models/gemma3-270m --dry-run
-    appo train --run runs/mnli-20260101-120000 --resume
+    appo train --run runs/mnli-20260101-120000-0 --resume
 
 Any key of the configuration is set by its dotted name; preset=NAME sets many. --show-config lists all keys.
 

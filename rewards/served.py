@@ -257,9 +257,7 @@ class ServedTarget:
 
     def _named(self, context: str) -> list[float]:
         text = self._written(context, NAMED_WITHIN, ["\n"])
-        said = re.sub(r"^\W+", "", text).casefold()
-        named = [word for word in self.words if re.match(rf"{re.escape(word.casefold())}(?!\w)", said)]
-        best = max(named, key=len, default=None)
+        best = named_in(text, self.words)
         return [0.0 if word == best else -torch.inf for word in self.words]
 
     # -- text --------------------------------------------------------------------------------------------------------
@@ -315,3 +313,15 @@ class ServedTarget:
         mean = sum(found) / len(found)
         self._keep(pair, answer=answer, logprob=mean)
         return mean
+
+
+def named_in(text: str, words: Sequence[str]) -> str | None:
+    """Returns the longest of the words that the text begins with, in any case; None if it begins with none.
+
+    Signs before a word are passed over unless they belong to one, as in "-1".
+    """
+    for said in (text, re.sub(r"^\W+", "", text)):
+        found = [word for word in words if re.match(rf"{re.escape(word.casefold())}(?!\w)", said.casefold())]
+        if found:
+            return max(found, key=len)
+    return None

@@ -91,6 +91,9 @@ def build_data(
         test = rng.sample(test, min(len(test), test_limit or len(test)))
     if not test:
         raise TooFewRowsError(f"{spec.name}: no examples left for test")
+    for number, label in enumerate(spec.verbalizer):
+        if all(example.label != number for example in test):
+            log.warning("%s: no test row has the label %r; test scores say nothing about it", spec.name, label)
     return TaskData(spec, drawn["train"], drawn["validation"], tuple(test))
 
 

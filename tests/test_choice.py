@@ -16,7 +16,7 @@ from experiments.arms.editing import TestTimeEditing
 from experiments.arms.fixed import FixedPrompt
 from experiments.config import build_config
 from experiments.lab import grammar
-from experiments.run.run import Run, prepare
+from experiments.run.run import Run, few_shot_prompts, prepare
 from tasks.spec import Example
 
 SMALL = ["threads=1", "sampling.max_new_tokens=24", "examples.test_limit=60", "prompts=4"]
@@ -128,19 +128,18 @@ def test_answers_are_counted_over_the_labels(run: Run) -> None:
 
 
 def test_few_shot_prompts_hold_the_manual_one_and_training_pairs(run: Run) -> None:
-    run = replace(run, config=replace(run.config, few_shot=2))
-    prompts = FixedPrompt(run)._few_shot_prompts(run.config.few_shot)
+    prompts = few_shot_prompts(run.config, run.data, 2)
     assert len(set(prompts)) == 2
     known = {f"Input : {e.input} Output : {e.answer}" for e in run.data.train}
     for prompt in prompts:
         first, *pairs = prompt.splitlines()
         assert first == run.data.spec.manual_prompt
         assert len(pairs) == run.config.examples.pairs and set(pairs) <= known
-    assert FixedPrompt(run)._few_shot_prompts(run.config.few_shot) == prompts
+    assert few_shot_prompts(run.config, run.data, 2) == prompts
 
 
 def test_few_shot_prompts_are_candidates(run: Run, better: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FixedPrompt, "_few_shot_prompts", lambda _arm, _count: [better])
+    monkeypatch.setattr("experiments.arms.fixed.few_shot_prompts", lambda *_: [better])
     result = finish(run, *JUNK)
     assert (result["prompt"], result["chosen"]) == (better, "few-shot")
 

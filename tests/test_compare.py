@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from experiments.compare import COLUMNS, cells_of, main, parse_args
 from experiments.config import build_config
 from experiments.diagnostics.results import arm_of
 from experiments.run.folder import read_result, stored_config
+from experiments.run.run import prepare
 from experiments.tuning.cells import make
 
 SMALL = ["prompts=2", "threads=1", "sampling.max_new_tokens=8", "examples.test_limit=10", "pool=2", "steps=2"]
@@ -114,7 +116,7 @@ def test_an_arm_that_diverges_is_a_row_and_the_others_go_on(
     assert captured.err == "error: appo, seed 0: no sound step\n"
     assert [row[:2] for row in rows(captured.out)] == [["appo", "0"], ["frozen", "0"], ["**frozen**", "mean"]]
     assert [row["finished"] for row in csv_rows(tmp_path / "results.csv")] == ["False", "True"]
-    assert "diverged" in rows(captured.out)[0] and len(rows(captured.out)[0]) == len(rows(captured.out)[1])
+    assert "failed" in rows(captured.out)[0] and len(rows(captured.out)[0]) == len(rows(captured.out)[1])
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -192,6 +194,22 @@ def test_a_process_without_an_error_message_does_not_get_an_older_one(
     monkeypatch.setattr("sys.executable", shutil.which("false"))
     ((_, code, error),) = make([cell], 2)
     assert code == 1 and error == f"ended without an error message; see {tmp_path / 'manual-0.log'}"
+
+
+def test_the_models_of_a_cell_are_gone_before_those_of_the_next_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = list[weakref.ref[Any]]()
+
+    def watched(*given: Any) -> Any:
+        assert all(model() is None for model in models)
+        run = prepare(*given)
+        models.append(weakref.ref(run.policy.model))
+        return run
+
+    monkeypatch.setattr("experiments.run.run.prepare", watched)
+    asked = ["--arms", "manual", "--seeds", "0-1", "--folder", str(tmp_path), "examples.test_limit=4", "headroom=0"]
+    assert [code for _, code, _ in make(cells_of(parse_args(asked)), 1)] == [0, 0] and len(models) == 2
 
 
 @pytest.mark.parametrize(

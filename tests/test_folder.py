@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments.arms.choice.pool import PoolEntry, PromptPool
-from experiments.run.folder import RunExistsError, RunFolder, RunFolderError, read_jsonl
+from experiments.config import RunConfig
+from experiments.run.folder import RunExistsError, RunFolder, RunFolderError, new_folder, read_jsonl
 from experiments.train import main as train
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -83,14 +85,15 @@ def test_an_empty_folder_will_do(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"a.txt": b"a"}
 
 
-def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [1_000, 10_000])  # a buffer has 8 kB; the rest of a row may be written on closing
+def test_a_full_disk_leaves_no_half_line(limit: int, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.append("metrics.jsonl", [{"iteration": 1}])
     before = contents(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        much = "x" * 20_000
+        much = "x" * 2 * limit
         for write in (
             lambda: folder.append("metrics.jsonl", [{"text": much}]),
             lambda: folder.write_text("a.txt", much),
@@ -101,6 +104,22 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert contents(tmp_path) == before
+
+
+def test_a_file_system_without_locks_is_not_taken_for_a_run_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(OSError, match=r"cannot be locked \(No locks available\)") as caught, RunFolder(tmp_path).lock():
+        pass
+    assert str(caught.value.filename).startswith(str(tmp_path))
+
+
+def test_runs_of_other_seeds_begun_in_the_same_second_have_folders_of_their_own() -> None:
+    assert len({new_folder(RunConfig(seed=seed)) for seed in range(3)}) == 3
 
 
 def test_half_a_last_line_is_passed_over(tmp_path: Path) -> None:

@@ -422,7 +422,7 @@ def test_the_code_asks_a_chat_target_in_a_chat() -> None:
 
 def test_what_differs_from_the_defaults_comes_first(tmp_path: Path) -> None:
     rows = cells(render(tmp_path), "What differs from the defaults")
-    assert ["appo.kl_coef", "0.2", "0.05"] in rows and not any(key == "data" for key, *_ in rows)
+    assert ["appo.kl_coef", "0.2", "0.05"] in rows and not any(key == "prompts" for key, *_ in rows)
 
 
 def test_the_look_before_training_is_quoted(tmp_path: Path) -> None:
@@ -432,7 +432,7 @@ def test_the_look_before_training_is_quoted(tmp_path: Path) -> None:
 
 def test_the_page_says_what_was_run(tmp_path: Path) -> None:
     page = render(tmp_path, [row(1), row(2), row(3)], [prompt("a"), prompt("b")])
-    assert "3 iterations, 2 prompts scored, seed 7, agent some/agent, target some/target, data lab</p>" in page
+    assert "3 iterations, 2 prompts scored, seed 7, agent some/agent, target some/target, data hub</p>" in page
 
 
 def test_the_page_holds_the_configuration(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from rewards.connection import AnswerError, Connection
 from rewards.functional import accuracy, softmax_margin
 from rewards.local import LocalTarget
 from rewards.reward import ClassificationReward
-from rewards.served import ServedTarget, ServerError, address_of, find_server
+from rewards.served import ServedTarget, ServerError, address_of, find_server, named_in
 from rewards.target import fill, grid, pairs
 from tasks.spec import Example
 from tests.conftest import byte_tokenizer, llama, sharpen
@@ -263,6 +263,22 @@ def test_an_answer_that_names_no_word_is_wrong_whatever_is_right() -> None:
     assert reply.answer == "" and reply.sound and reward.right(reply.answer, examples[0]) == 0.0
     row, label = torch.full((1, 3), -torch.inf), torch.tensor([0])
     assert accuracy(row, label).item() == softmax_margin(row, label).item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "named"),
+    [
+        ("-1", ("-1", "0", "1"), "-1"),
+        ("- 1", ("-1", "0", "1"), "1"),
+        ("+", ("+", "-"), "+"),
+        ('"Yes", he said', ("no", "yes"), "yes"),
+        ("yesterday", ("no", "yes"), None),
+        ("no one", ("no", "no one"), "no one"),
+        ("", ("no", "yes"), None),
+    ],
+)
+def test_the_word_that_a_text_begins_with_is_named(text: str, words: tuple[str, ...], named: str | None) -> None:
+    assert named_in(text, words) == named
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,12 @@ def test_a_label_without_any_row_is_named(split: str) -> None:
         build_data(TaskSpec(**SPEC), rows, shots=1)
 
 
+def test_a_test_split_without_a_label_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    train = [*pool(4), *(Example(f"more {i}", 1, "yes") for i in range(9))]
+    assert {example.label for example in build_data(TaskSpec(**SPEC), {"train": train}, shots=2).test} == {1}
+    assert "mood: no test row has the label 'sad'; test scores say nothing about it" in caplog.text
+
+
 def test_too_few_rows_for_validation_count_what_train_has_left() -> None:
     with pytest.raises(
         TaskError, match="mood: 2 different examples left with label 'no' for validation; 3 shots need 3"

@@ -110,6 +110,21 @@ def test_mcnemar_is_the_binomial_test_of_the_rows_that_differ(only_one: int, onl
     assert paired_p(one, other) == pytest.approx(expected, rel=1e-12)
 
 
+def test_many_rows_are_drawn_in_portions_with_the_same_result() -> None:
+    rows = np.random.default_rng(1).random(12_000)
+    draws = np.random.default_rng(0).choice(rows, (2_000, len(rows))).mean(1)
+    assert interval(rows.tolist()) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=1e-12)
+    signs = np.random.default_rng(0).choice([-1, 1], (2_000, len(rows)))
+    shifted = rows - 0.497
+    expected = (1 + (np.abs(signs @ shifted) >= abs(shifted.sum())).sum()) / 2_001
+    assert paired_p(shifted.tolist(), [0.0] * len(rows)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_mcnemar_takes_tens_of_thousands_of_rows() -> None:
+    one, other = [1.0] * 20_300 + [0.0] * 19_700, [0.0] * 20_300 + [1.0] * 19_700
+    assert paired_p(one, other) == pytest.approx(stats.binomtest(19_700, 40_000).pvalue, rel=1e-6)
+
+
 def test_the_permutation_test_equals_all_sign_flips() -> None:
     one, other = [0.9, 0.8, 0.35, 0.6, 0.75, 0.2], [0.5, 0.6, 0.4, 0.1, 0.7, 0.1]
     differences = np.subtract(one, other)

@@ -191,6 +191,15 @@ def test_an_assignment_is_no_seed_and_a_seed_counts_once(
     assert {(cell.config.steps, cell.config.prompts) for cell in asked} == {(1, 3)}
 
 
+def test_a_record_is_not_overwritten_with_no_runs(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "r.jsonl"
+    record.write_text("kept")
+    assert main([str(file), "--show", "--folder", str(tmp_path / "wrong"), "--record", str(record)]) == 2
+    assert "no run in" in capsys.readouterr().err and record.read_text() == "kept"
+
+
 def test_edits_which_have_no_kl_are_recorded_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "edits.yaml"
     keys = f"task=sst2 {SMALL} steps=1"

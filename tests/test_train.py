@@ -274,6 +274,17 @@ def test_interrupted_run_keeps_its_rows_and_shows_no_traceback(
     assert len(read_jsonl(tmp_path / "run/metrics.jsonl")) == 1
 
 
+def test_worked_examples_that_do_not_fit_are_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("experiments.run.run.few_shot_prompts", lambda *given: ["go " * 2000] * given[-1])
+    folder = tmp_path / "run"
+    assert main(["--task", "sst2", "few_shot=1", "--run", str(folder), *SMALL]) == 2
+    error = capsys.readouterr().err
+    assert "does not fit into the target's context" in error and "fewer examples.pairs in few-shot prompts" in error
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [

@@ -299,6 +299,17 @@ def test_gradient_is_clipped_to_its_limit() -> None:
     assert_close(norm.item(), 1e-5, rtol=2e-2, atol=0)  # torch divides by norm + 1e-6
 
 
+def test_a_state_saved_on_another_kind_of_device_keeps_the_new_streams() -> None:
+    trainer, other = make(), make(seed=1)
+    state = trainer.state_dict()
+    state["generators"] = [saved if saved is None else saved[:16] for saved in state["generators"]]  # a GPU's have 16
+    before = [stream and stream.get_state() for stream in other._streams()]
+    other.load_state_dict(state)
+    assert torch.equal(flat(other), flat(trainer))
+    for stream, saved in zip(other._streams(), before, strict=True):
+        assert stream is None or torch.equal(stream.get_state(), saved)
+
+
 def test_value_head_may_have_a_learning_rate_of_its_own() -> None:
     trainer = make(value_learning_rate=0.5, ppo_epochs=1)
     step(trainer)

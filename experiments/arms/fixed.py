@@ -25,9 +25,9 @@ from experiments.arms.choice.result import (
     shares,
     split_scores,
 )
-from experiments.run.run import Run, stream
+from experiments.run.run import Run, few_shot_prompts, stream
 from experiments.run.statistics import corrected, interval
-from tasks.meta_prompt import as_lines, meta_prompt
+from tasks.meta_prompt import meta_prompt
 from tasks.spec import Example
 
 REVIEW_QUERIES = 8  # most meta-prompts in a review
@@ -104,9 +104,10 @@ class FixedPrompt(Arm):
 
     def candidates(self) -> list[Candidate]:
         """Returns the candidates for the result: the manual prompt first, then few-shot prompts, then tuned ones."""
-        tuned = [Candidate(entry.prompt, "tuned", entry.reward) for entry in self.pool.best(self.run.config.pool)]
-        shots = [Candidate(prompt, "few-shot") for prompt in self._few_shot_prompts(self.run.config.few_shot)]
-        return [Candidate(self.run.data.spec.manual_prompt, "manual"), *shots, *tuned]
+        config, data = self.run.config, self.run.data
+        tuned = [Candidate(entry.prompt, "tuned", entry.reward) for entry in self.pool.best(config.pool)]
+        shots = [Candidate(prompt, "few-shot") for prompt in few_shot_prompts(config, data, config.few_shot)]
+        return [Candidate(data.spec.manual_prompt, "manual"), *shots, *tuned]
 
     def choose(self, means: Sequence[float], rewards: Sequence[float]) -> int:
         """Returns the index of the result, from scores and rewards on validation; the manual prompt wins a tie."""
@@ -201,13 +202,6 @@ class FixedPrompt(Arm):
             **described(run),
             **split_scores("validation", values[best], values[0]),
         }
-
-    def _few_shot_prompts(self, count: int) -> list[str]:
-        """Returns `count` prompts, each the manual prompt followed by training pairs of its own."""
-        config, data = self.run.config, self.run.data
-        rng, pairs = stream(config.seed, "few-shot"), min(config.examples.pairs, len(data.train))
-        drawn = [rng.sample(data.train, pairs) for _ in range(count)]
-        return [f"{data.spec.manual_prompt}\n{as_lines(shown)}\n" for shown in drawn]
 
     def _shares(self, best: Sequence[dict[str, Any]], manual: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
         """Returns each label's share of the target's answers on test, and of the right answers."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from experiments.arms.fixed import Candidate
 from experiments.arms.untrained import BestOfN
+from experiments.run.run import few_shot_prompts
 
 STEPWISE = "Let's think step by step."  # Kojima et al. 2022
 
@@ -19,7 +20,7 @@ class Given(BestOfN):
         own = {
             "manual": lambda: Candidate(manual, "manual"),
             "empty": lambda: Candidate("", "empty"),
-            "few_shot": lambda: Candidate(self._few_shot_prompts(1)[0], "few-shot"),
+            "few_shot": lambda: Candidate(few_shot_prompts(self.run.config, self.run.data, 1)[0], "few-shot"),
             "step_by_step": lambda: Candidate(f"{manual} {STEPWISE}", "step-by-step"),
         }[self.run.config.arm]()
         return [Candidate(manual, "manual"), *([] if own.kind == "manual" else [own])]

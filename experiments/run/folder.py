@@ -98,9 +98,11 @@ class RunFolder:
         with (self.path / LOCK).open("a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 file.seek(0)
                 raise RunExistsError(f"{str(self.path)!r} is in use by {file.read() or 'another process'}") from error
+            except OSError as error:  # some network file systems have no locks
+                raise OSError(error.errno, f"cannot be locked ({error.strerror})", file.name) from error
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
             file.flush()
@@ -141,14 +143,14 @@ class RunFolder:
         path = self.path / name
         with writing(path):
             self.path.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                size = file.tell()
-                try:
+            path.touch()
+            size = path.stat().st_size
+            try:
+                with path.open("a", encoding="utf-8") as file:
                     file.write(jsonl_of(rows))
-                    file.flush()
-                except OSError:  # the disk is full: leave no half line
-                    os.truncate(path, size)
-                    raise
+            except OSError:  # the disk is full: leave no half line, also of what was written when the file was closed
+                os.truncate(path, size)
+                raise
 
     def sizes(self) -> dict[str, int]:
         """The size in bytes of each .jsonl file that grows, after syncing it to the disk."""
@@ -248,8 +250,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def new_folder(config: RunConfig) -> Path:
-    """The folder that a run of this configuration writes into."""
-    return Path(config.run or f"runs/{Path(config.task).stem}-{datetime.now():%Y%m%d-%H%M%S}")
+    """The folder that a run of this configuration writes into, by default named after task, time and seed."""
+    return Path(config.run or f"runs/{Path(config.task).stem}-{datetime.now():%Y%m%d-%H%M%S}-{config.seed}")
 
 
 def stored_config(folder: Path) -> RunConfig:

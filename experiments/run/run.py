@@ -31,7 +31,7 @@ from rewards.reward import ClassificationReward, GenerationReward, Reward
 from rewards.served import ServedTarget
 from rewards.target import Remembered, Shared, Target
 from tasks.errors import TooFewRowsError, shown
-from tasks.meta_prompt import meta_prompt, rewrite_prompt
+from tasks.meta_prompt import as_lines, meta_prompt, rewrite_prompt
 from tasks.sources import load_task
 from tasks.spec import SPLITS, Example
 from tasks.splits import TaskData
@@ -103,6 +103,13 @@ def current_commit() -> str | None:
 def stream(seed: int, name: str) -> random.Random:
     """A stream of random numbers for one purpose of a run, independent of those for other purposes."""
     return random.Random(f"{seed} {name}")
+
+
+def few_shot_prompts(config: RunConfig, data: TaskData, count: int) -> list[str]:
+    """Returns `count` prompts, each the manual prompt followed by training pairs of its own."""
+    rng, pairs = stream(config.seed, "few-shot"), min(config.examples.pairs, len(data.train))
+    drawn = [rng.sample(data.train, pairs) for _ in range(count)]
+    return [f"{data.spec.manual_prompt}\n{as_lines(shown)}\n" for shown in drawn]
 
 
 def open_run(folder: Path, trust_remote_code: bool = False) -> Run:
@@ -221,7 +228,8 @@ def _check_agent_fits(run: Run) -> None:
     pairs = _by_length(run.policy.lm, run.data.train)[: run.config.examples.pairs]
     asked = meta_prompt(pairs)
     if run.config.mode == "tte":
-        asked = rewrite_prompt(pairs, _by_length(run.policy.lm, _every(run.data))[0].input, run.instruction)
+        longest, *_ = _by_length(run.policy.lm, _every(run.data), answers=False)
+        asked = rewrite_prompt(pairs, longest.input, run.instruction)
     try:
         run.policy.check_fits(run.policy.query(*asked))
     except ContextTooLongError as error:
@@ -236,20 +244,31 @@ def _check_target_fits(run: Run, reading: CausalLM) -> None:
         reading: whose tokenizer tells which inputs are longest: the target, or the agent if the target is behind a
             server. The server then counts the tokens of a few, as its own tokenizer may differ on which is longest.
     """
-    answer = run.config.reward.answer_tokens if run.data.spec.kind == "text" else 0
-    for example in _by_length(reading, _every(run.data))[: 8 if run.served else 1]:
+    config, data = run.config, run.data
+    answer = config.reward.answer_tokens if data.spec.kind == "text" else 0
+    if answer and config.reward.likelihood_weight:
+        answer = max(answer, *map(len, reading.tokenizer([example.answer for example in _every(data)])["input_ids"]))
+    shots = few_shot_prompts(
+        config, data, 1 if config.arm == "few_shot" else config.few_shot * (config.mode == "fixed")
+    )
+    advice = f"{SHORTER}, or fewer examples.pairs in few-shot prompts" if shots else SHORTER
+    for example in _by_length(reading, _every(data), answers=False)[: 8 if run.served else 1]:
         try:
-            run.target.check_fits(run.config.sampling.max_new_tokens + answer, example.input)
-            run.target.check_fits(run.data.spec.manual_prompt, example.input)
+            run.target.check_fits(config.sampling.max_new_tokens + answer, example.input)
+            for prompt in (data.spec.manual_prompt, *shots):
+                run.target.check_fits(prompt, example.input)
         except ContextTooLongError as error:
-            raise ContextTooLongError(f"{error}; {SHORTER}; the longest input is {shown(example.input)}") from error
+            raise ContextTooLongError(f"{error}; {advice}; the longest input is {shown(example.input)}") from error
 
 
 def _every(data: TaskData) -> list[Example]:
     return [example for split in SPLITS for example in getattr(data, split)]
 
 
-def _by_length(lm: CausalLM, examples: Sequence[Example]) -> list[Example]:
-    """The examples, most tokens first; characters would mislead, as a longer text may have fewer tokens."""
-    tokens = lm.tokenizer([f"{example.input} {example.answer}" for example in examples])["input_ids"]
+def _by_length(lm: CausalLM, examples: Sequence[Example], answers: bool = True) -> list[Example]:
+    """The examples, most tokens first, with or without those of the answer.
+
+    Characters would mislead, as a longer text may have fewer tokens.
+    """
+    tokens = lm.tokenizer([f"{e.input} {e.answer}" if answers else e.input for e in examples])["input_ids"]
     return [examples[i] for i in sorted(range(len(examples)), key=lambda i: -len(tokens[i]))]

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 DRAWS = 2_000  # of a bootstrap or permutation; the standard error of p near 0.05 is about 0.005
 Z = 1.959963984540054  # of a 95 % interval
@@ -46,7 +48,7 @@ def interval(values: Sequence[float]) -> Interval:
     rows = np.asarray(values)
     if _binary(rows):
         return wilson(int(rows.sum()), len(rows))
-    draws = np.random.default_rng(0).choice(rows, (DRAWS, len(rows))).mean(1)
+    draws = _resampled_means(rows)
     return Interval(*np.quantile(draws, [0.025, 0.975]).tolist())
 
 
@@ -65,17 +67,30 @@ def paired_p(one: Sequence[float], other: Sequence[float]) -> float:
         return 1.0
     if _binary(np.abs(differences)):
         fewer = min(int((differing > 0).sum()), int((differing < 0).sum()))
-        return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
-    signs = np.random.default_rng(0).choice([-1, 1], (DRAWS, n))
-    swapped = np.abs(signs @ differing)
+        terms = accumulate(range(1, fewer + 1), lambda term, k: term * (n - k + 1) // k, initial=1)  # n over k
+        return min(1.0, 2 * sum(terms) / 2**n)
+    rng = np.random.default_rng(0)
+    swapped = np.abs(np.concatenate([rng.choice([-1, 1], (few, n)) @ differing for few in _portions(n)]))
     return float((1 + (swapped >= abs(differing.sum()) - 1e-9).sum()) / (1 + DRAWS))
 
 
 def paired_interval(one: Sequence[float], other: Sequence[float]) -> Interval:
     """The interval of the mean difference between two prompts on the same rows: a percentile bootstrap over rows."""
     differences = np.asarray(one) - np.asarray(other)
-    draws = np.random.default_rng(0).choice(differences, (DRAWS, len(differences))).mean(1)
+    draws = _resampled_means(differences)
     return Interval(*np.quantile(draws, [0.025, 0.975]).tolist())
+
+
+def _resampled_means(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The means of DRAWS samples of the rows, with replacement."""
+    rng = np.random.default_rng(0)
+    return np.concatenate([rng.choice(rows, (few, len(rows))).mean(1) for few in _portions(len(rows))])
+
+
+def _portions(n: int) -> list[int]:
+    """DRAWS, divided so that so many samples of n rows take some 200 MB: all of 40,000 rows would take 1.2 GB."""
+    most = max(1, 10**7 // n)
+    return [min(most, DRAWS - begun) for begun in range(0, DRAWS, most)]
 
 
 def spread(table: Sequence[Sequence[float]]) -> Spread:

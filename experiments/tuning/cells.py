@@ -5,6 +5,7 @@ Several cells may run at a time, each in its own process, on one thread.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -101,7 +102,8 @@ def _one_by_one(cells: Sequence[Cell]) -> Iterator[tuple[Cell, int, str]]:
         from appo.trainer import DivergedError
         from experiments.run.run import prepare
         from experiments.tuning.loop import train
-    for cell in cells:
+
+    def made(cell: Cell) -> tuple[Cell, int, str]:
         begun = cell.begun
         config = cell.config
         if begun:
@@ -111,9 +113,12 @@ def _one_by_one(cells: Sequence[Cell]) -> Iterator[tuple[Cell, int, str]]:
             with run.folder.lock():
                 train(run, quiet=True, resume=begun)
         except (DivergedError, FloatingPointError) as error:
-            yield cell, UNSOUND, one_line(error)
-        else:
-            yield cell, 0, ""
+            return cell, UNSOUND, one_line(error)
+        return cell, 0, ""
+
+    for cell in cells:
+        yield made(cell)
+        gc.collect()  # or the models of this cell would still be there when those of the next are loaded
 
 
 def _side_by_side(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, int, str]]:
