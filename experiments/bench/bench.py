@@ -1,6 +1,6 @@
 """Benchmarks: how fast scoring, sampling and updating are, against the plain way of doing the same.
 
-    python -m experiments.bench                         all parts but `real`, in about 8 minutes; writes bench.json
+    python -m experiments.bench                         all parts but `real`, in about 11 minutes; writes bench.json
     python -m experiments.bench --only scoring          one part: scoring, sampling, update, iteration or real
 
 The part `real` (`make bench REAL=1`) decodes with the model in models/smollm2. Ratios depend on the machine, above all
