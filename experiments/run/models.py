@@ -6,6 +6,7 @@ An agent may be an adapter (LoRA) on a frozen base: a new one, or the folder of 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import sys
@@ -203,6 +204,7 @@ def _quantized(config: RunConfig, dtype: torch.dtype, device: torch.device) -> d
     """How transformers is asked for a target with weights of 8 or 4 bits; it puts such a model on its device itself."""
     if config.target_quantization is None:
         return {}
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast in each layer of each pass
     eight = config.target_quantization == "int8"
     kind = BitsAndBytesConfig(load_in_8bit=eight, load_in_4bit=not eight, bnb_4bit_compute_dtype=dtype)
     return {"quantization_config": kind, "device_map": {"": str(device)}}
