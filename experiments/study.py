@@ -70,6 +70,8 @@ def main(argv: Sequence[str]) -> int:
     show(study, finished, folder, options.record)
     if failed := [name for name, code in codes.items() if code]:
         print(f"failed, and in no table: {'; '.join(failed)}")
+    elif options.record and not finished:
+        raise UsageError(f"no run in {str(folder)!r} is finished; {str(options.record)!r} is not written")
     return max(codes.values(), default=0)
 
 
@@ -97,9 +99,7 @@ def show(study: Study, finished: Sequence[tuple[Mapping[str, str], Cell]], folde
             path = folder / f"{file_name(words)}.svg"
             write_whole(path, picture)
             print(f"as a picture: {path}\n", flush=True)
-    if record and not records:
-        raise UsageError(f"no run in {str(folder)!r} is finished; {str(record)!r} is not written")
-    if record:
+    if record and records:
         write_whole(record, jsonl_of(records))
 
 

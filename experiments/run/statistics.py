@@ -48,8 +48,7 @@ def interval(values: Sequence[float]) -> Interval:
     rows = np.asarray(values)
     if _binary(rows):
         return wilson(int(rows.sum()), len(rows))
-    draws = _resampled_means(rows)
-    return Interval(*np.quantile(draws, [0.025, 0.975]).tolist())
+    return _bootstrap(rows)
 
 
 def paired_p(one: Sequence[float], other: Sequence[float]) -> float:
@@ -76,15 +75,14 @@ def paired_p(one: Sequence[float], other: Sequence[float]) -> float:
 
 def paired_interval(one: Sequence[float], other: Sequence[float]) -> Interval:
     """The interval of the mean difference between two prompts on the same rows: a percentile bootstrap over rows."""
-    differences = np.asarray(one) - np.asarray(other)
-    draws = _resampled_means(differences)
-    return Interval(*np.quantile(draws, [0.025, 0.975]).tolist())
+    return _bootstrap(np.asarray(one) - np.asarray(other))
 
 
-def _resampled_means(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The means of DRAWS samples of the rows, with replacement."""
+def _bootstrap(rows: npt.NDArray[Any]) -> Interval:
+    """The percentile bootstrap of the mean, over rows."""
     rng = np.random.default_rng(0)
-    return np.concatenate([rng.choice(rows, (few, len(rows))).mean(1) for few in _portions(len(rows))])
+    draws = np.concatenate([rng.choice(rows, (few, len(rows))).mean(1) for few in _portions(len(rows))])
+    return Interval(*np.quantile(draws, [0.025, 0.975]).tolist())
 
 
 def _portions(n: int) -> list[int]:
