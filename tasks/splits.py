@@ -71,9 +71,8 @@ def build_data(
     drawn = {}
     for split in ("train", "validation"):
         pool = list(rows.get(split) or rows["train"])
-        for number, label in enumerate(spec.verbalizer):
-            if all(example.label != number for example in pool):
-                raise TaskError(f"{spec.name}: no row of {split} has the label {label!r} of the verbalizer")
+        for label in _absent(spec, pool):
+            raise TaskError(f"{spec.name}: no row of {split} has the label {label!r} of the verbalizer")
         rng.shuffle(pool)
         unique = {_normalise(e.input): e for e in pool if _normalise(e.input) not in taken}
         if spec.kind == "labels":
@@ -91,10 +90,15 @@ def build_data(
         test = rng.sample(test, min(len(test), test_limit or len(test)))
     if not test:
         raise TooFewRowsError(f"{spec.name}: no examples left for test")
-    for number, label in enumerate(spec.verbalizer):
-        if all(example.label != number for example in test):
-            log.warning("%s: no test row has the label %r; test scores say nothing about it", spec.name, label)
+    for label in _absent(spec, test):
+        log.warning("%s: no test row has the label %r; test scores say nothing about it", spec.name, label)
     return TaskData(spec, drawn["train"], drawn["validation"], tuple(test))
+
+
+def _absent(spec: TaskSpec, examples: Sequence[Example]) -> list[str]:
+    """The labels of the verbalizer that no example has."""
+    found = {example.label for example in examples}
+    return [label for number, label in enumerate(spec.verbalizer) if number not in found]
 
 
 def _balanced(spec: TaskSpec, pool: Sequence[Example], shots: int, split: str) -> list[Example]:

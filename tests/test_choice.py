@@ -128,14 +128,15 @@ def test_answers_are_counted_over_the_labels(run: Run) -> None:
 
 
 def test_few_shot_prompts_hold_the_manual_one_and_training_pairs(run: Run) -> None:
-    prompts = few_shot_prompts(run.config, run.data, 2)
+    config = replace(run.config, few_shot=2)
+    prompts = few_shot_prompts(config, run.data)
     assert len(set(prompts)) == 2
     known = {f"Input : {e.input} Output : {e.answer}" for e in run.data.train}
     for prompt in prompts:
         first, *pairs = prompt.splitlines()
         assert first == run.data.spec.manual_prompt
         assert len(pairs) == run.config.examples.pairs and set(pairs) <= known
-    assert few_shot_prompts(run.config, run.data, 2) == prompts
+    assert few_shot_prompts(config, run.data) == prompts
 
 
 def test_few_shot_prompts_are_candidates(run: Run, better: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,7 +277,7 @@ def test_interrupted_run_keeps_its_rows_and_shows_no_traceback(
 def test_worked_examples_that_do_not_fit_are_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("experiments.run.run.few_shot_prompts", lambda *given: ["go " * 2000] * given[-1])
+    monkeypatch.setattr("experiments.run.run.few_shot_prompts", lambda *_: ["go " * 2000])
     folder = tmp_path / "run"
     assert main(["--task", "sst2", "few_shot=1", "--run", str(folder), *SMALL]) == 2
     error = capsys.readouterr().err

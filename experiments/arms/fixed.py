@@ -106,7 +106,7 @@ class FixedPrompt(Arm):
         """Returns the candidates for the result: the manual prompt first, then few-shot prompts, then tuned ones."""
         config, data = self.run.config, self.run.data
         tuned = [Candidate(entry.prompt, "tuned", entry.reward) for entry in self.pool.best(config.pool)]
-        shots = [Candidate(prompt, "few-shot") for prompt in few_shot_prompts(config, data, config.few_shot)]
+        shots = [Candidate(prompt, "few-shot") for prompt in few_shot_prompts(config, data)]
         return [Candidate(data.spec.manual_prompt, "manual"), *shots, *tuned]
 
     def choose(self, means: Sequence[float], rewards: Sequence[float]) -> int:

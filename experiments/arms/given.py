@@ -20,7 +20,7 @@ class Given(BestOfN):
         own = {
             "manual": lambda: Candidate(manual, "manual"),
             "empty": lambda: Candidate("", "empty"),
-            "few_shot": lambda: Candidate(few_shot_prompts(self.run.config, self.run.data, 1)[0], "few-shot"),
+            "few_shot": lambda: Candidate(few_shot_prompts(self.run.config, self.run.data)[0], "few-shot"),
             "step_by_step": lambda: Candidate(f"{manual} {STEPWISE}", "step-by-step"),
         }[self.run.config.arm]()
         return [Candidate(manual, "manual"), *([] if own.kind == "manual" else [own])]

@@ -105,8 +105,9 @@ def stream(seed: int, name: str) -> random.Random:
     return random.Random(f"{seed} {name}")
 
 
-def few_shot_prompts(config: RunConfig, data: TaskData, count: int) -> list[str]:
-    """Returns `count` prompts, each the manual prompt followed by training pairs of its own."""
+def few_shot_prompts(config: RunConfig, data: TaskData) -> list[str]:
+    """Returns the few-shot prompts of a run, each the manual prompt followed by training pairs of its own."""
+    count = 1 if config.arm == "few_shot" else {"fixed": config.few_shot, "tte": 0}[config.mode]
     rng, pairs = stream(config.seed, "few-shot"), min(config.examples.pairs, len(data.train))
     drawn = [rng.sample(data.train, pairs) for _ in range(count)]
     return [f"{data.spec.manual_prompt}\n{as_lines(shown)}\n" for shown in drawn]
@@ -248,9 +249,7 @@ def _check_target_fits(run: Run, reading: CausalLM) -> None:
     answer = config.reward.answer_tokens if data.spec.kind == "text" else 0
     if answer and config.reward.likelihood_weight:
         answer = max(answer, *map(len, reading.tokenizer([example.answer for example in _every(data)])["input_ids"]))
-    shots = few_shot_prompts(
-        config, data, 1 if config.arm == "few_shot" else config.few_shot * (config.mode == "fixed")
-    )
+    shots = few_shot_prompts(config, data)
     advice = f"{SHORTER}, or fewer examples.pairs in few-shot prompts" if shots else SHORTER
     for example in _by_length(reading, _every(data), answers=False)[: 8 if run.served else 1]:
         try:
