@@ -231,10 +231,18 @@ class LocalTarget:
             FloatingPointError: the target's logits are not numbers.
         """
         contexts = self.lm.tokens([self.context(prompt, text) for prompt, inputs in asked for text in inputs])
-        widths = [len(ids) + budget for ids in contexts]
-        return self._batched(widths, lambda rows: self._greedy([contexts[r] for r in rows], budget, stop))
+        widest = max(map(len, contexts), default=0) + budget
+        self._check_width(widest)
+        while True:
+            try:
+                return self._greedy(contexts, budget, stop)
+            except RuntimeError as error:
+                if self.max_batch_tokens < 2 * widest or not out_of_memory(error):
+                    raise
+            self.max_batch_tokens = min(self.max_batch_tokens, len(contexts) * widest) // 2
 
     def _greedy(self, contexts: list[list[int]], budget: int, stop: Sequence[str]) -> list[str]:
+        order = sorted(range(len(contexts)), key=lambda row: len(contexts[row]))  # little padding
         written: list[list[int]] = [[] for _ in contexts]
         texts = [""] * len(contexts)
 
@@ -243,15 +251,15 @@ class LocalTarget:
                 raise FloatingPointError(NO_NUMBERS)
             tokens = output.logits.argmax(-1)
             going = []
-            for row, token in zip(alive.tolist(), tokens.tolist(), strict=True):
-                stopped = token in self.lm.ends
+            for i, token in zip(alive.tolist(), tokens.tolist(), strict=True):
+                row, stopped = order[i], token in self.lm.ends
                 if not stopped:
                     written[row].append(token)
                     texts[row], stopped = cut(self.lm.decode_text(written[row]), stop)
                 going.append(not stopped)
             return tokens, torch.tensor(going, device=alive.device)
 
-        self.lm.decode(contexts, choose, budget)
+        self.lm.decode([contexts[row] for row in order], choose, budget, room=self.max_batch_tokens)
         return [text.strip() for text in texts]
 
     @torch.inference_mode()

@@ -9,15 +9,14 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from appo.lm import adapter, linear, packed, trial
+from appo.lm import adapter, head, linear, packed, trial
 from appo.lm.attention import Branches
-from appo.lm.decoding.growing import Growing
+from appo.lm.decoding.flight import Flight
 from appo.lm.decoding.recorded import Recordings
 from appo.lm.packed import Output
 
@@ -97,7 +96,7 @@ class CausalLM:
 
     def use_float32_head(self) -> None:
         """Lets the head compute in float32 from now on, whatever the layers compute in."""
-        _exempt_from_autocast(_float32_head(self.model))
+        head.exempt_from_autocast(head.float32_head(self.model))
 
     @property
     def device(self) -> torch.device:
@@ -184,13 +183,18 @@ class CausalLM:
             keep: how many of each branch's last tokens are wanted; default: all of them.
             only: the few tokens of the vocabulary whose logits are wanted, in float32; default: all, as computed.
         """
-        with self._adapting(), self._computing(), self._checkpointing(), _only_rows(self.model, only) as columns:
+        with self._adapting(), self._computing(), self._checkpointing(), head.only_rows(self.model, only) as columns:
             output = packed.run(self.model, batch, keep)
         return output if columns is None else Output(output.logits[:, columns].float(), output.hidden)
 
     @torch.no_grad()
     def decode(
-        self, contexts: Sequence[Sequence[int]], choose: Choose, budget: int, owner: Sequence[int] | None = None
+        self,
+        contexts: Sequence[Sequence[int]],
+        choose: Choose,
+        budget: int,
+        owner: Sequence[int] | None = None,
+        room: int | None = None,
     ) -> None:
         """Decodes responses to contexts, token by token, until `choose` ends all or `budget` is spent.
 
@@ -199,7 +203,9 @@ class CausalLM:
                 prefix that all share is run once for all.
             choose: called with the model's output for the responses that go on; see `Choose`.
             budget: most tokens in a response.
-            owner: which context each response is to; default: one response to each.
+            owner: which context each response is to, in order; default: one response to each.
+            room: most tokens of contexts and responses at a time, padding included, except for a single response. As
+                responses end, others begin beside those that go on. Default: all begin at once.
 
         Raises:
             UnsupportedModelError: the model cannot decode several texts at a time; the first call tells, by a trial.
@@ -207,17 +213,14 @@ class CausalLM:
         if not self._decodes:
             trial.check_decoding(self.model)
             self._decodes = True
+        owner = range(len(contexts)) if owner is None else owner
         with self._adapting(), self._computing():
-            with _only_rows(self.model, [0]):  # nobody reads the logits of the contexts: one column is enough
-                begun = Growing(self.model, contexts, range(len(contexts)) if owner is None else owner)
-            responses = self._recordings.take_over(begun, budget, kind=self.bare)
-            for _ in range(budget):
-                output = responses.step()
+            flight = Flight(self.model, self._recordings, contexts, owner, budget, room, kind=self.bare)
+            while flight.board():
+                output = flight.responses.step()
                 with torch.autocast(self.device.type, enabled=False):
-                    tokens, going = choose(output, responses.alive)
-                if not going.any():
-                    return
-                responses.feed(tokens, going)
+                    tokens, going = choose(output, flight.responses.alive)
+                flight.feed(tokens, going)
 
     def _adapting(self) -> AbstractContextManager[None]:
         return adapter.switched_off(self.model) if self.bare else nullcontext()
@@ -255,57 +258,6 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
     return {token for token in ends - {None} if 0 <= token < vocabulary}
 
 
-def _float32_head(model: PreTrainedModel) -> nn.Module:
-    """The model's head; a frozen one of less precision is replaced by a copy in float32, which the embedding is not."""
-    head = model.get_output_embeddings()
-    if head.weight.dtype.itemsize < 4:
-        head = copy.deepcopy(head).float()
-        model.set_output_embeddings(head)
-    return head
-
-
-def _exempt_from_autocast(head: nn.Module) -> None:
-    """Lets the head compute in the dtype of its weights, whatever autocast says around it."""
-    head.forward = partial(_without_autocast, head, head.forward)  # bound to the head, so that a deep copy has its own
-
-
-def _without_autocast(head: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    with torch.autocast(hidden.device.type, enabled=False):
-        return forward(hidden.to(next(head.parameters()).dtype))
-
-
 def _make_dense(weight: Tensor) -> None:
     if weight.grad is not None:
         weight.grad = weight.grad.to_dense()
-
-
-@contextmanager
-def _only_rows(model: PreTrainedModel, tokens: Sequence[int] | None) -> Iterator[list[int] | None]:
-    """Lets the model compute the logits of a few tokens only; yields the columns that hold them.
-
-    The model still scales or soft-caps its logits. A head that is not a plain linear layer stays as it is. The few rows
-    are float32 even if the model is bfloat16, where logits near 20 are 0.125 apart: label words would tie, and the
-    first one would win.
-    """
-    head = model.get_output_embeddings()
-    if tokens is None or type(head) not in (nn.Linear, linear.OneDNNLinear):
-        yield None if tokens is None else list(tokens)
-        return
-    model.set_output_embeddings(_HeadRows(head, tokens))
-    try:
-        yield list(range(len(tokens)))
-    finally:
-        model.set_output_embeddings(head)
-
-
-class _HeadRows(nn.Module):
-    """Some rows of a linear head, in float32."""
-
-    def __init__(self, head: nn.Linear, tokens: Sequence[int]) -> None:
-        super().__init__()
-        self.weight = head.weight[list(tokens)].float()
-        self.bias = None if head.bias is None else head.bias[list(tokens)].float()
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.float(), self.weight, self.bias)

@@ -1,13 +1,14 @@
-"""The cache of keys and values in decoding: it has room to grow, and rows leave it when their response ends."""
+"""The cache of keys and values in decoding: it has room to grow, rows leave it, and others join them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
@@ -57,6 +58,35 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def can_join(cache: DynamicCache) -> bool:
+    """Whether `join` knows how: every layer holds keys and values of past tokens, and nothing else."""
+    return all(type(layer) in (DynamicLayer, RoomyLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+
+
+def join(cache: DynamicCache, other: DynamicCache, rows: int) -> None:
+    """Puts the `rows` rows of another cache below those of `cache`; the shorter ones are padded on the left."""
+    for layer, new in zip(cache.layers, other.layers, strict=True):
+        if layer.keys is None:  # it uses another layer's
+            continue
+        put(layer, _below(layer.keys, new.keys, rows), _below(layer.values, new.values, rows))
+        if layer.is_sliding:
+            layer.cumulative_length = max(layer.cumulative_length, new.cumulative_length)
+
+
+def put(layer: DynamicLayer, keys: Tensor, values: Tensor) -> None:
+    """Replaces what a layer holds by keys and values [R, kv, L, D]."""
+    layer.keys, layer.values = keys, values
+    if isinstance(layer, RoomyLayer):
+        layer.room = []
+
+
+def _below(upper: Tensor, lower: Tensor | None, rows: int) -> Tensor:
+    if lower is None:  # contexts of one token, which the first step runs
+        lower = upper.new_empty(rows, upper.shape[1], 0, upper.shape[3])
+    width = max(upper.shape[2], lower.shape[2])
+    return torch.cat([F.pad(x, (0, 0, width - x.shape[2], 0)) for x in (upper, lower)])
 
 
 def surviving_rows(going: Tensor) -> Tensor:

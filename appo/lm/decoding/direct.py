@@ -93,6 +93,15 @@ class Direct:
         self.hidden = None if self.hidden is None else self.hidden[rows]
         self.layers = [layer.select(rows) for layer in self.layers]
 
+    def into(self, begun: Growing) -> Growing:
+        """The responses as they stand, held by `begun`, from which they began."""
+        read, rows = self.layers[0].keys.shape[2], len(self.ids)
+        mask = begun.mask.new_ones(rows, read + self.written)
+        if self.hidden is not None:
+            mask[:, :read] = ~self.hidden[:, 0]
+        layers = [layer.whole(rows, self.written) for layer in self.layers]
+        return begun.hold(layers, mask, self.ids, self.positions, self.alive)
+
     def _attend(self, layer: _Layer, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Attention of a token of each response, which joins the cache: [R, (heads + 2 kv) * D] -> [R, heads * D]."""
         (kv, shares, length, width), (rows, turning, _), end = layer.keys.shape, cos.shape, self.written + 1
@@ -132,6 +141,12 @@ class _Layer(NamedTuple):
     values: Tensor
     own_keys: Tensor  # of the responses, [kv, R, budget, D]
     own_values: Tensor
+
+    def whole(self, rows: int, written: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of contexts and responses, [R, kv, L + written, D]."""
+        pairs = (self.keys, self.own_keys), (self.values, self.own_values)
+        keys, values = (torch.cat([read.expand(-1, rows, -1, -1), own[:, :, :written]], dim=2) for read, own in pairs)
+        return keys.transpose(0, 1), values.transpose(0, 1)
 
     def select(self, rows: Tensor) -> _Layer:
         """The layer for some of the responses."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from appo.lm import packed
-from appo.lm.decoding.cache import new_cache, surviving_rows
+from appo.lm.decoding.cache import join, new_cache, put, surviving_rows
 from appo.lm.packed import Output, common_prefix
 
 
@@ -70,6 +71,41 @@ class Growing:
             self.cache.reorder_cache(rows)
             self.alive, self.ids, self.positions = self.alive[rows], self.ids[rows], self.positions[rows]
             self.mask = self.mask[rows]
+
+    def into(self, begun: Growing) -> Growing:
+        """The responses as they stand, held by `begun`, from which they began: here they always were."""
+        return begun
+
+    def hold(
+        self, layers: Iterable[tuple[Tensor, Tensor]], mask: Tensor, ids: Tensor, positions: Tensor, alive: Tensor
+    ) -> Growing:
+        """Takes over responses in another form: each layer's keys and values [R, kv, L, D], and the attributes."""
+        for layer, (keys, values) in zip(self.cache.layers, layers, strict=True):
+            put(layer, keys, values)
+        self.mask, self.ids, self.positions, self.alive = mask, ids, positions, alive
+        return self._settle()
+
+    def join(self, others: Growing) -> Growing:
+        """Lets others go on beside these, from their first step. What is shorter is padded on the left."""
+        others.spread()
+        read = [responses.cache.get_seq_length() for responses in (self, others)]
+        join(self.cache, others.cache, len(others.ids))
+        masks = [
+            F.pad(held.mask if held.padded else held.mask.new_ones(len(held.ids), length), (max(read) - length, 0))
+            for held, length in zip((self, others), read, strict=True)
+        ]
+        self.mask, self.ids = torch.cat(masks), torch.cat([self.ids, others.ids])
+        self.positions, self.alive = (
+            torch.cat([self.positions, others.positions]),
+            torch.cat([self.alive, others.alive]),
+        )
+        return self._settle()
+
+    def _settle(self) -> Growing:
+        """From now on every response has its own context."""
+        self.contexts, self.padded = len(self.ids), not self.mask.all()
+        self.owner = torch.arange(self.contexts, device=self.ids.device)
+        return self
 
     def _run(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Output:
         return run(self.model, ids, None if mask is None else mask.long(), positions, self.cache)

@@ -69,7 +69,7 @@ class Fixed:
         self.positions.zero_()  # of spare rows, too: a position beyond the context's end may not exist
         self.column.fill_(held)
         self.ids[:used], self.positions[:used] = begun.ids, begun.positions
-        self.alive = begun.alive
+        self.alive, self.rows = begun.alive, torch.arange(used, device=self.ids.device)
         return self
 
     def step(self) -> Output:
@@ -78,12 +78,18 @@ class Fixed:
             self.output = self._compute()
         else:
             self.graph.replay()
-        return Output(self.output.logits[self.alive], self.output.hidden[self.alive])
+        return Output(self.output.logits[self.rows], self.output.hidden[self.rows])
 
     def feed(self, tokens: Tensor, going: Tensor) -> None:
         """As in `Growing`, but the responses that have ended are only hidden."""
-        self.ids[self.alive, 0] = tokens
-        self.alive = self.alive[going]
+        self.ids[self.rows, 0] = tokens
+        self.alive, self.rows = self.alive[going], self.rows[going]
+
+    def into(self, begun: Growing) -> Growing:
+        """As in `Growing`."""
+        rows, held = self.rows, int(self.column)
+        layers = [(layer.keys[rows, :, :held], layer.values[rows, :, :held]) for layer in self.cache.layers]
+        return begun.hold(layers, self.mask[rows, 0, 0, :held], self.ids[rows], self.positions[rows], self.alive)
 
     def _compute(self) -> Output:
         self.mask.index_fill_(3, self.column, True)

@@ -1,0 +1,114 @@
+"""Responses that begin beside others are what they are alone, and as many are in flight as there is room for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from appo.lm.decoding import flight, recorded
+from appo.lm.decoding.flight import fitting
+from appo.lm.model import CausalLM
+from appo.lm.packed import Output
+from tests.test_decoding import always
+from tests.test_packed import build
+
+BUDGET = 12
+CONTEXTS = [list(range(3 + i, 3 + i + size)) for i, size in enumerate([4, 1, 9, 6, 2, 15, 3, 5, 1, 7])]
+ENDS = [1, 12, 3, 2, 9, 1, 5, 12, 2, 4]  # tokens of each response; two are cut off by the budget
+
+
+def decoded(
+    lm: CausalLM, room: int | None, owner: Sequence[int] | None = None
+) -> tuple[list[list[int]], list[list[Tensor]], list[int]]:
+    """Each response's tokens, the logits from which they were taken, and how many responses each step had."""
+    ends = ENDS if owner is None else [ENDS[i % 10] for i in range(len(owner))]
+    tokens: list[list[int]] = [[] for _ in ends]
+    logits: list[list[Tensor]] = [[] for _ in ends]
+    rows = []
+
+    def choose(output: Output, alive: Tensor) -> tuple[Tensor, Tensor]:
+        rows.append(len(alive))
+        best = output.logits.argmax(-1)
+        for i, token, row in zip(alive.tolist(), best.tolist(), output.logits.clone(), strict=True):
+            tokens[i].append(token)
+            logits[i].append(row)
+        limits = [100 if ends[i] == BUDGET else ends[i] for i in alive.tolist()]  # the budget ends two of them
+        return best, torch.tensor([len(tokens[i]) < limit for i, limit in zip(alive.tolist(), limits, strict=True)])
+
+    lm.decode(CONTEXTS, choose, BUDGET, owner, room)
+    assert [len(response) for response in tokens] == ends
+    return tokens, logits, rows
+
+
+def assert_as_alone(model: PreTrainedModel, tokens: list[list[int]], logits: list[list[Tensor]]) -> None:
+    for context, response, found in zip(CONTEXTS, tokens, logits, strict=True):
+        row = torch.tensor([[*context, *response[:-1]]])
+        with torch.no_grad():
+            expected = model(row, use_cache=False).logits[0, len(context) - 1 :]
+        assert_close(torch.stack(found), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2", "mixtral", "bloom", "llama4_text"])
+@pytest.mark.parametrize("room", [1, 60, 100])
+def test_responses_that_join_others_are_as_alone(name: str, room: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = build(name)
+    tokens, logits, rows = decoded(CausalLM(model, tokenizer), room)
+    assert_as_alone(model, tokens, logits)
+    if room == 1:
+        assert rows == [1] * sum(ENDS)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_they_join_in_fixed_tensors_too(
+    name: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded, "BLOCK", 8)
+    made = always(monkeypatch)
+    model = build(name)
+    tokens, logits, _ = decoded(CausalLM(model, tokenizer), room=60)
+    assert_as_alone(model, tokens, logits)
+    assert len(made) > 1
+
+
+def test_copies_of_a_context_may_begin_at_different_times(tokenizer: PreTrainedTokenizerBase) -> None:
+    lm = CausalLM(build("llama"), tokenizer)
+    owner = [m for m in range(len(CONTEXTS)) for _ in range(3)]
+    tokens, logits, rows = decoded(lm, 100, owner)
+    at_once, expected, _ = decoded(lm, None, owner)
+    assert tokens == at_once and max(rows) < len(owner)
+    for found, those in zip(logits, expected, strict=True):
+        assert_close(torch.stack(found), torch.stack(those), rtol=1e-3, atol=1e-4)
+
+
+def test_where_caches_cannot_be_joined_the_next_ones_wait_for_the_last(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = CausalLM(build("gpt2"), tokenizer)
+    expected, _, joined = decoded(lm, 60)
+    monkeypatch.setattr(flight, "can_join", lambda cache: False)
+    found, _, rows = decoded(lm, 60)
+    assert found == expected
+    assert len(rows) > len(joined)
+    assert all(later <= earlier for earlier, later in zip(rows, rows[1:], strict=False) if earlier > 1)
+
+
+@given(st.lists(st.integers(1, 50), max_size=8), st.integers(0, 5), st.integers(0, 40), st.integers(1, 300))
+def test_as_many_fit_as_there_is_room_for(widths: list[int], going: int, width: int, room: int) -> None:
+    width = width if going else 0
+    count = fitting(widths, going, width, room)
+
+    def taken(new: int) -> int:
+        return (going + new) * max([width, *widths[:new]])
+
+    lone = going == 0 and count == 1
+    assert count == 0 or lone or taken(count) <= room
+    assert count == len(widths) or taken(count + 1) > room
+    assert count >= min(1, len(widths)) or going
+    assert fitting(widths, going, width, None) == len(widths)
