@@ -39,20 +39,22 @@ def build(kind: str, **changes: object) -> PreTrainedModel:
     return model
 
 
-@pytest.fixture(params=[True, False], ids=["panels", "plain"])
-def panels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "panels_pay", lambda: request.param)
-
-
-@pytest.mark.usefixtures("panels")
+@pytest.mark.parametrize("laid_out", [True, False])
 @pytest.mark.parametrize("responses", OWNERS)
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_steps_equal_the_models_own(kind: str, responses: str) -> None:
+def test_steps_equal_the_models_own(kind: str, responses: str, laid_out: bool) -> None:
     owner, contexts = OWNERS[responses]
-    begun = Growing(build(kind), contexts, owner)
+    model = build(kind)
+    begun = Growing(model, contexts, owner)
     assert looks_familiar(begun)
-    ours, theirs = Direct(begun, budget=9), begun.spread()
+    if laid_out:
+        linear.install(model)
+        with linear.laid_out(model):
+            ours = Direct(begun, budget=9)
+    else:
+        ours = Direct(begun, budget=9)
+    theirs = begun.spread()
     for step in range(9):
         found, expected = ours.step(), theirs.step()
         assert torch.equal(ours.alive, theirs.alive)
@@ -78,8 +80,7 @@ def test_sampling_is_what_the_pass_says(tokenizer: PreTrainedTokenizerBase, monk
         assert torch.equal(plain.tokens, rollout.tokens)
 
 
-def test_changed_weights_count(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "panels_pay", lambda: True)
+def test_changed_weights_count(tokenizer: PreTrainedTokenizerBase) -> None:
     policy = policy_of(build("llama"), tokenizer, plain_sampling(6))
     queries = [Query((3, 4, 5, 6))]
     for _ in range(2):
@@ -90,7 +91,6 @@ def test_changed_weights_count(tokenizer: PreTrainedTokenizerBase, monkeypatch: 
                 parameter.mul_(1.1)
 
 
-@pytest.mark.usefixtures("panels")
 def test_an_adapter_counts_unless_it_is_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
     pytest.importorskip("peft")
     model = build("llama")

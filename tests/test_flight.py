@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -96,7 +97,7 @@ def test_where_caches_cannot_be_joined_the_next_ones_wait_for_the_last(
     found, _, rows = decoded(lm, 60)
     assert found == expected
     assert len(rows) > len(joined)
-    assert all(later <= earlier for earlier, later in zip(rows, rows[1:], strict=False) if earlier > 1)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rows) if earlier > 1)
 
 
 @given(st.lists(st.integers(1, 50), max_size=8), st.integers(0, 5), st.integers(0, 40), st.integers(1, 300))

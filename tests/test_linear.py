@@ -138,14 +138,39 @@ def test_onednn_is_used_where_it_is_faster(
     assert found == (expected and torch.backends.mkl.is_available())
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_laid_out_give_the_same_for_few_rows(bias: bool, dtype: torch.dtype) -> None:
+    plain, ours = layers(bias, dtype)
+    with torch.no_grad(), linear.laid_out(ours):
+        weight = ours.weight.clone()
+        ours.weight.zero_()  # so that the copy must be what is multiplied
+        for x in (torch.randn(1, 24), torch.randn(6, 24), torch.randn(3, 1, 24), torch.randn(FEW - 1, 48)[:, ::2]):
+            found, expected = ours(x.to(dtype)), plain(x.to(dtype))
+            assert found.shape == expected.shape
+            assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+        ours.weight.copy_(weight)
+        many = torch.randn(FEW, 24, dtype=dtype)
+        assert_close(ours(many), plain(many), rtol=1e-5, atol=1e-5)
+    assert ours.laid_out is None
+    assert torch.equal(ours(many[:3]), plain(many[:3]))
+
+
+def test_under_autocast_torch_computes_as_before() -> None:
+    plain, ours = layers(bias=True)
+    x = torch.randn(6, 24)
+    with torch.no_grad(), linear.laid_out(ours), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(x), plain(x))
+
+
 @pytest.mark.parametrize("biased", [(), (0,), (0, 1)])
-def test_panels_give_the_layers_outputs_side_by_side(biased: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "panels_pay", lambda: True)
+def test_products_of_several_layers_lie_side_by_side(biased: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    some = [nn.Linear(24, width, bias=i in biased) for i, width in enumerate((40, 13))]  # neither fills its panels
-    for rows in (linear.FEWEST, 6, linear.MOST):
-        x = torch.randn(rows, 24)
-        product = linear.product_of(some, rows)
-        assert isinstance(product, linear.Panels)
-        same(product(x), torch.cat([layer(x) for layer in some], dim=-1))
-    assert linear.product_of(some[:1], linear.MOST + 1) is some[0]
+    some = nn.ModuleList(nn.Linear(24, width, bias=i in biased) for i, width in enumerate((40, 13)))
+    x = torch.randn(6, 24)
+    expected = torch.cat([layer(x) for layer in some], dim=-1)
+    assert linear.product_of([some[0]]) is some[0]
+    same(linear.product_of(list(some))(x), expected)
+    linear.install(some)
+    with torch.no_grad(), linear.laid_out(some):
+        same(linear.product_of(list(some))(x), expected)

@@ -1,20 +1,19 @@
 """Linear layers on CPUs where torch's default multiplies matrices slowly.
 
-torch leaves float32 products to MKL, which is at its best on Intel's CPUs only.
+`install` gives `nn.Linear` layers another class, which calls torch's private oneDNN operator where that is faster:
 
-Many rows: MKL uses AVX-512 on Intel's CPUs only, and reaches half of the rate of others. torch also ships oneDNN, which
-uses AVX-512 on all CPUs, but torch calls it for other dtypes only. `install` gives `nn.Linear` layers another class,
-which calls torch's private oneDNN operator. Nothing outside of `CausalLM(onednn=...)` knows of it.
+- Many rows in float32: torch leaves these to MKL, which uses AVX-512 on Intel's CPUs only, and reaches half of the rate
+  of others. oneDNN uses it on all CPUs.
+- Few rows, as in decoding: oneDNN and MKL first put the weights in another order. Within `laid_out` that is done once.
 
-Few rows, as in decoding: `product_of` multiplies by a copy of the weights in another order.
-
-Results equal those of `nn.Linear` up to rounding.
+Results equal those of `nn.Linear` up to rounding. Nothing outside of `CausalLM(onednn=...)` knows of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,8 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW = 64  # rows: with fewer, reading the weights takes most of the time, and MKL has less overhead
-PANEL = 16  # columns that MKL's innermost loop takes at once
-FEWEST, MOST = 2, 32  # rows between which panels pay
 MANY = 2**25  # weights: with more (an output head), oneDNN computes their gradient no faster, in more memory
 
 Product = Callable[[Tensor], Tensor]
@@ -38,15 +35,15 @@ def is_faster() -> bool:
 
 
 @cache
-def panels_pay() -> bool:
-    """Whether MKL spends much of a product of few rows on copying weights, as it does on CPUs that are not Intel's."""
-    name = str(torch.cpu.get_capabilities().get("cpu_name", "intel"))
-    return torch.backends.mkl.is_available() and "intel" not in name.lower()
+def _dtypes() -> set[torch.dtype]:
+    """The dtypes that oneDNN multiplies with instructions made for them."""
+    bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return {torch.float32, torch.bfloat16} if bfloat16 else {torch.float32}
 
 
 def install(model: nn.Module) -> None:
-    """Lets the model's linear layers use oneDNN on a CPU where that is faster; their weights and names stay."""
-    if is_faster():
+    """Lets the model's linear layers use oneDNN; their weights and names stay."""
+    if torch.backends.mkldnn.is_available():
         for module in model.modules():
             if type(module) is nn.Linear:  # not a subclass, which may compute something else
                 module.__class__ = OneDNNLinear
@@ -60,11 +57,21 @@ def uninstall(model: nn.Module) -> None:
 
 
 class OneDNNLinear(nn.Linear):
-    """A linear layer that leaves float32 products of many rows to oneDNN; otherwise `nn.Linear`."""
+    """A linear layer that leaves products to oneDNN where that is faster; otherwise `nn.Linear`.
+
+    Attributes:
+        laid_out: the weights in oneDNN's order, within `laid_out`.
+    """
+
+    laid_out: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        many = x.numel() >= FEW * self.in_features and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        if not (many and x.dtype == self.weight.dtype == torch.float32):
+        if x.device.type != "cpu" or x.dtype != self.weight.dtype or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        many = x.numel() >= FEW * self.in_features
+        if self.laid_out is not None and not many:
+            return _multiply(x, self.laid_out, self.bias)
+        if not (many and x.dtype == torch.float32 and is_faster()):
             return super().forward(x)
         product: Tensor = _Product.apply(x, self.weight, self.bias)
         return product
@@ -91,39 +98,34 @@ class _Product(torch.autograd.Function):
         )
 
 
-class Panels:
-    """The outputs of linear layers with the same input, side by side, for few rows.
+@contextmanager
+def laid_out(model: nn.Module) -> Iterator[None]:
+    """Within this block the model's oneDNN layers multiply few rows by a copy of their weights in oneDNN's own order.
 
-    A product of few rows takes as long as the weights take to pass. MKL first copies weights that lie row by row into
-    panels, which its innermost loop reads straight through. Here they are copied once, into panels [n, in, 16], and
-    multiplied as a batch of n matrices, which MKL takes as they are.
-
-    Args:
-        layers: the layers; later changes of their weights have no effect.
+    A product of few rows takes as long as the weights take to pass, and torch lays them out anew for each. Making the
+    copies costs a few such products. Later changes of the weights have no effect; nothing has a gradient.
     """
-
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        biases = [weight.new_zeros(x.out_features) if x.bias is None else x.bias.detach() for x in layers]
-        self.width, spare = len(weight), -len(weight) % PANEL
-        self.weight = F.pad(weight, (0, 0, 0, spare)).view(-1, PANEL, weight.shape[1]).transpose(1, 2).contiguous()
-        self.bias = F.pad(torch.cat(biases), (0, spare)).view(-1, 1, PANEL)
-        self.biased = any(layer.bias is not None for layer in layers)
-        self.count = len(self.weight)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[R, in] -> [R, out]."""
-        rows = x.expand(self.count, *x.shape)
-        found = torch.baddbmm(self.bias, rows, self.weight) if self.biased else torch.bmm(rows, self.weight)
-        return found.transpose(0, 1).reshape(x.shape[0], -1)[:, : self.width]
+    found = [module for module in model.modules() if isinstance(module, OneDNNLinear)]
+    layers = [layer for layer in found if layer.weight.device.type == "cpu" and layer.weight.dtype in _dtypes()]
+    for layer in layers:
+        layer.laid_out = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.laid_out
 
 
-def product_of(layers: Sequence[nn.Module], rows: int) -> Product:
-    """The outputs of layers with the same input, side by side, as a function that is called often with so many rows."""
-    own = all(type(layer) in (nn.Linear, OneDNNLinear) for layer in layers)
-    if own and FEWEST <= rows <= MOST and panels_pay():
-        return Panels([layer for layer in layers if isinstance(layer, nn.Linear)])
-    return layers[0] if len(layers) == 1 else lambda x: torch.cat([layer(x) for layer in layers], dim=-1)
+def product_of(layers: Sequence[nn.Module]) -> Product:
+    """The outputs of layers with the same input, side by side, for few rows; within `laid_out` no module is called."""
+    products = [_product(layer) for layer in layers]
+    return products[0] if len(products) == 1 else lambda x: torch.cat([product(x) for product in products], dim=-1)
+
+
+def _product(layer: nn.Module) -> Product:
+    if isinstance(layer, OneDNNLinear) and layer.laid_out is not None:
+        return partial(_multiply, b=layer.laid_out, bias=layer.bias)
+    return layer
 
 
 def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

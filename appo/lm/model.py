@@ -214,7 +214,7 @@ class CausalLM:
             trial.check_decoding(self.model)
             self._decodes = True
         owner = range(len(contexts)) if owner is None else owner
-        with self._adapting(), self._computing():
+        with self._adapting(), self._computing(), linear.laid_out(self.model):
             flight = Flight(self.model, self._recordings, contexts, owner, budget, room, kind=self.bare)
             while flight.board():
                 output = flight.responses.step()

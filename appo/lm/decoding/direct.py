@@ -1,9 +1,9 @@
 """Decoding on a CPU without transformers: one step of Llama-like models, written out.
 
 A step of some rows is little work in many pieces. In transformers' code a layer takes some forty-five operators and a
-dozen calls of modules; here it takes thirty. The weights are laid out for few rows (`linear.Panels`). The keys of a
-query are kept once for all its responses; each response keeps its own keys beside them. Llama, Qwen, SmolLM and similar
-models differ only in biases and in norms of queries and keys; other models are decoded by `growing.Growing`.
+dozen calls of modules; here it takes thirty. The keys of a query are kept once for all its responses; each response
+keeps its own keys beside them. Llama, Qwen, SmolLM and similar models differ only in biases and in norms of queries and
+keys; other models are decoded by `growing.Growing`.
 """
 
 from __future__ import annotations
@@ -55,9 +55,8 @@ class Direct:
     def __init__(self, begun: Growing, budget: int) -> None:
         self.alive, self.ids, self.positions = begun.alive, begun.ids, begun.positions
         body: Any = begun.model.base_model
-        count = len(begun.owner)
         self.embed, self.rotary, self.norm = body.embed_tokens, body.rotary_emb, _norm(body.norm)
-        self.head = product_of([begun.model.get_output_embeddings()], count)
+        self.head = product_of([begun.model.get_output_embeddings()])
         self.hidden = ~begun.mask[:, None, :] if begun.padded else None  # [R, 1, L]: padding
         self.layers = [
             _layer(layer, cached.keys, cached.values, begun.owner, budget)
@@ -161,13 +160,13 @@ def _layer(layer: Any, keys: Tensor, values: Tensor, owner: Tensor, budget: int)
     keys, values = (x.transpose(0, 1) if len(x) == 1 else x.transpose(0, 1)[:, owner] for x in (keys, values))
     return _Layer(
         norm=_norm(layer.input_layernorm),
-        qkv=product_of([attention.q_proj, attention.k_proj, attention.v_proj], count),
+        qkv=product_of([attention.q_proj, attention.k_proj, attention.v_proj]),
         qk_norms=(_norm(attention.q_norm), _norm(attention.k_norm)) if hasattr(attention, "q_norm") else None,
-        out=product_of([attention.o_proj], count),
+        out=product_of([attention.o_proj]),
         mlp_norm=_norm(layer.post_attention_layernorm),
-        gate_up=product_of([mlp.gate_proj, mlp.up_proj], count),
+        gate_up=product_of([mlp.gate_proj, mlp.up_proj]),
         activation=mlp.act_fn,
-        down=product_of([mlp.down_proj], count),
+        down=product_of([mlp.down_proj]),
         keys=keys,
         values=values,
         own_keys=keys.new_empty(len(keys), count, budget, keys.shape[3]),
