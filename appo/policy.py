@@ -24,6 +24,8 @@ from appo.lm.parallel.ranks import Ranks
 from appo.lm.ragged import stacked, unpack
 from appo.rollout import Query, Rollout
 
+AT_ONCE = 256  # most responses that are written at a time, for the memory of their keys and values
+
 
 class Evaluation(NamedTuple):
     """The policy's log-probabilities, values and entropies of given responses; each [B, T] float32, 0 on padding."""
@@ -143,24 +145,24 @@ class Policy(nn.Module):
 
     def _write(self, queries: Sequence[Query], owner: Tensor, chances: Tensor, greedy: bool) -> list[Tensor]:
         """Tokens, mask, logprobs and values of a response for each entry of `owner` [R], each [R, T]; see `sample`."""
-        written = torch.zeros(len(owner), dtype=torch.bool, device=self.device)  # visible text so far
+        written, length = torch.zeros_like(owner, dtype=torch.bool), torch.zeros_like(owner)  # visible text; tokens
         steps: list[tuple[Tensor, ...]] = []
 
         def choose(output: Output, alive: Tensor) -> tuple[Tensor, Tensor]:
             logits, values = self._read(output)
             logprobs = self.ends.forbid(logits.float(), written[alive]).log_softmax(-1)
-            tokens = logprobs.argmax(-1) if greedy else draw(logprobs, chances[alive, len(steps)])  # [alive]
+            tokens = logprobs.argmax(-1) if greedy else draw(logprobs, chances[alive, length[alive]])  # [alive]
             chosen = logprobs.gather(-1, tokens.unsqueeze(-1))[:, 0]
             if chosen.isnan().any():  # where one is NaN, so are all of its row
                 raise FloatingPointError("the agent's logits are not numbers; its weights are damaged, or overflow")
-            steps.append((alive, tokens, torch.ones_like(alive, dtype=torch.bool), chosen, values))
+            steps.append((alive, length[alive], tokens, torch.ones_like(alive, dtype=torch.bool), chosen, values))
+            length[alive] += 1
             going, written[alive] = self.ends.step(tokens, written[alive])
             return tokens, going
 
-        first, last = int(owner[0]), int(owner[-1])
-        contexts = [query.tokens for query in queries[first : last + 1]]
-        self.lm.decode(contexts, choose, self.sampling.max_new_tokens, (owner - first).tolist())
-        return stacked(steps, len(owner))
+        contexts, budget = [query.tokens for query in queries], self.sampling.max_new_tokens
+        self.lm.decode(contexts, choose, budget, owner.tolist(), AT_ONCE * (max(map(len, contexts)) + budget))
+        return stacked(steps, length)
 
     @torch.no_grad()
     def measure(self, rollout: Rollout) -> Evaluation:

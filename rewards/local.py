@@ -247,9 +247,9 @@ class LocalTarget:
         texts = [""] * len(contexts)
 
         def choose(output: Output, alive: Tensor) -> tuple[Tensor, Tensor]:
-            if output.logits.isnan().any():  # argmax would prefer NaN to any number
+            best, tokens = output.logits.max(-1)
+            if best.isnan().any():  # max prefers NaN to any number
                 raise FloatingPointError(NO_NUMBERS)
-            tokens = output.logits.argmax(-1)
             going = []
             for i, token in zip(alive.tolist(), tokens.tolist(), strict=True):
                 row, stopped = order[i], token in self.lm.ends

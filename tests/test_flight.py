@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from appo import policy
 from appo.lm.decoding import flight, recorded
 from appo.lm.decoding.flight import fitting
 from appo.lm.model import CausalLM
 from appo.lm.packed import Output
+from appo.rollout import Query, Rollout
+from tests.conftest import plain_sampling, policy_of
 from tests.test_decoding import always
 from tests.test_packed import build
 
@@ -113,3 +116,24 @@ def test_as_many_fit_as_there_is_room_for(widths: list[int], going: int, width: 
     assert count == len(widths) or taken(count + 1) > room
     assert count >= min(1, len(widths)) or going
     assert fitting(widths, going, width, None) == len(widths)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_the_agent_writes_the_same_however_many_responses_it_writes_at_a_time(
+    greedy: bool, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = policy_of(build("gpt2"), tokenizer, plain_sampling(BUDGET))
+    agent.ends.tokens = torch.arange(0, 259, 5)  # many end tokens, so that lengths differ
+    queries = [Query(tuple(context)) for context in CONTEXTS]
+
+    def sampled() -> Rollout:
+        return agent.sample(queries, torch.Generator().manual_seed(0), copies=2, greedy=greedy)
+
+    at_once = sampled()
+    assert len(set(at_once.mask.sum(1).tolist())) > 3
+    monkeypatch.setattr(policy, "AT_ONCE", 3)
+    some = sampled()
+    for name in ("tokens", "mask", "owner"):
+        assert torch.equal(getattr(some, name), getattr(at_once, name))
+    assert_close(some.logprobs, at_once.logprobs, rtol=1e-4, atol=1e-4)
+    assert_close(some.values, at_once.values, rtol=1e-4, atol=1e-4)

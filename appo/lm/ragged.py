@@ -13,15 +13,15 @@ def unpack(values: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
-def stacked(steps: Sequence[tuple[Tensor, ...]], rows: int) -> list[Tensor]:
+def stacked(steps: Sequence[tuple[Tensor, ...]], lengths: Tensor) -> list[Tensor]:
     """The steps of a decoding as columns [R, T].
 
     Args:
-        steps: T of them: which rows went on, [A], and their entry in each column, [A].
-        rows: R.
+        steps: for each, which rows went on, [A], at which of their tokens, [A], and their entry in each column, [A].
+        lengths: [R], tokens in each row.
     """
-    found = [values.new_zeros(rows, len(steps)) for values in steps[0][1:]]
-    for t, (alive, *entries) in enumerate(steps):
-        for column, entry in zip(found, entries, strict=True):
-            column[alive, t] = entry
+    found = [entries.new_zeros(len(lengths), int(lengths.max())) for entries in steps[0][2:]]
+    for alive, token, *step in steps:
+        for column, entries in zip(found, step, strict=True):
+            column[alive, token] = entries
     return found

@@ -16,8 +16,6 @@ from tasks.errors import shown
 from tasks.meta_prompt import rewrite_prompt
 from tasks.spec import Example
 
-WRITTEN_AT_ONCE = 256  # most instructions that the agent writes in one batch
-
 
 @dataclass(frozen=True)
 class Editor:
@@ -58,11 +56,7 @@ class Editor:
                 self.policy.check_fits(query)
             except ValueError as error:
                 raise ContextTooLongError(f"the input {shown(text)}: {error}") from error
-        written = []
-        for start in range(0, len(queries), WRITTEN_AT_ONCE):
-            part = queries[start : start + WRITTEN_AT_ONCE]
-            written += self.policy.decode(self.policy.sample(part, generator, greedy=generator is None))
-        return written
+        return self.policy.decode(self.policy.sample(queries, generator, greedy=generator is None))
 
 
 def editor_of(run: Run) -> Editor:
