@@ -53,7 +53,14 @@ def test_what_cannot_work_is_refused_before_anything_is_timed(
 def test_the_real_model_is_decoded_if_it_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in (("MODEL", tmp_path / "model"), ("GGUF", tmp_path / "x.gguf"), ("QUERY", 9), ("RESPONSE", 4)):
+    for name, value in (
+        ("MODEL", tmp_path / "model"),
+        ("GGUF", tmp_path / "x.gguf"),
+        ("QUERY", 9),
+        ("RESPONSE", 4),
+        ("ANSWERING", tmp_path / "other"),
+        ("ANSWER", 3),
+    ):
         monkeypatch.setattr(real, name, value)
     monkeypatch.setattr("sys.argv", ["bench", "--only", "real", "--seconds", "0", "--out", str(tmp_path / "b.json")])
     assert bench.main() == 2
@@ -65,6 +72,10 @@ def test_the_real_model_is_decoded_if_it_is_there(
     said = capsys.readouterr()
     assert "reading its weights" in said.out
     assert "llama.cpp is left out: it needs the package xllamacpp and" in said.err
+    assert "answers are left out: there is no model in" in said.err
+    (tmp_path / "model").rename(tmp_path / "other")
+    for way in real.Answers().ways().values():
+        way()
 
 
 def test_ratios_are_medians_of_those_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:

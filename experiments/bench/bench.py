@@ -3,8 +3,8 @@
     python -m experiments.bench                         all parts but `real`, in about 11 minutes; writes bench.json
     python -m experiments.bench --only scoring          one part: scoring, sampling, update, iteration or real
 
-The part `real` (`make bench REAL=1`) decodes with the model in models/smollm2. Ratios depend on the machine, above all
-on its libraries for matrix products.
+The part `real` (`make bench REAL=1`) decodes with the models in models/smollm2 and models/gemma3-270m. Ratios depend on
+the machine, above all on its libraries for matrix products.
 
 Models have random weights, since only shapes matter here. The ways to do a piece of work take turns, round after round.
 Times are medians, and ratios are medians of the ratios within a round, so that a slow moment of the machine affects all
@@ -247,7 +247,7 @@ class Bench:
             yield from self.timed(f"iteration {name}, K {count}, B {size}", ways, [("all the plain way", "ours")])
 
     def real(self) -> Iterator[Row]:
-        """Samples with SmolLM2-135M, and makes decoding steps."""
+        """Samples with SmolLM2-135M, makes decoding steps, and writes answers with Gemma-3-270M."""
         model = real.Real()
         yield from self.timed(f"sampling {real.NAME}", model.ways(), [("generate and a pass", "ours")])
         rounds = list(model.rounds(self.budget))
@@ -257,6 +257,11 @@ class Bench:
             yield Row(f"a step of {real.COUNT} rows", name, statistics.median(theirs), statistics.median(ours), ratio)
         if not real.has_llama_cpp():
             print(f"llama.cpp is left out: it needs the package xllamacpp and {real.GGUF}", file=sys.stderr)
+        if real.has_answers():
+            ways = real.Answers().ways()
+            yield from self.timed(f"answers of {real.NAME_OF_ANSWERS}", ways, [(next(iter(ways)), "ours")])
+        else:
+            print(f"answers are left out: there is no model in {real.ANSWERING}", file=sys.stderr)
 
     def _trainer(self, name: str, rank: int = 0, checkpointing: bool = False) -> APPOTrainer:
         sampling = SamplingConfig(RESPONSE, 1.0, nonempty=False, one_line=False)

