@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 @pytest.fixture(autouse=True)
 def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "is_faster", lambda: True)
+    monkeypatch.setattr(linear, "native_dtypes", lambda: {torch.float32, torch.bfloat16})
 
 
 def layers(bias: bool, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, nn.Linear]:
@@ -154,6 +155,32 @@ def test_weights_that_are_laid_out_give_the_same_for_few_rows(bias: bool, dtype:
         assert_close(ours(many), plain(many), rtol=1e-5, atol=1e-5)
     assert ours.laid_out is None
     assert torch.equal(ours(many[:3]), plain(many[:3]))
+
+
+def test_weights_that_take_much_memory_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours = layers(bias=True)
+    monkeypatch.setattr(linear, "MOST", 24 * 40 * 4 - 1)
+    with linear.laid_out(ours):
+        assert ours.laid_out is None
+    monkeypatch.setattr(linear, "MOST", 24 * 40 * 4)
+    with linear.laid_out(ours):
+        assert ours.laid_out is not None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "supported", "expected"),
+    [("x86_64", True, {torch.float32, torch.bfloat16}), ("x86_64", False, {torch.float32}), ("arm64", True, set())],
+)
+def test_weights_are_laid_out_in_dtypes_that_the_cpu_multiplies(
+    architecture: str, supported: bool, expected: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": architecture})
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    linear.native_dtypes.cache_clear()
+    found = linear.native_dtypes()
+    linear.native_dtypes.cache_clear()
+    assert found == expected
 
 
 def test_under_autocast_torch_computes_as_before() -> None:

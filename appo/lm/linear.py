@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MOST = 2**32  # bytes of weights: a copy of more might not fit into memory
 FEW = 64  # rows: with fewer, reading the weights takes most of the time, and MKL has less overhead
 MANY = 2**25  # weights: with more (an output head), oneDNN computes their gradient no faster, in more memory
 
@@ -35,15 +36,16 @@ def is_faster() -> bool:
 
 
 @cache
-def _dtypes() -> set[torch.dtype]:
-    """The dtypes that oneDNN multiplies with instructions made for them."""
-    bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return {torch.float32, torch.bfloat16} if bfloat16 else {torch.float32}
+def native_dtypes() -> set[torch.dtype]:
+    """The dtypes whose products oneDNN computes on this machine's CPU with instructions made for them."""
+    if not torch.backends.mkldnn.is_available() or torch.cpu.get_capabilities().get("architecture") != "x86_64":
+        return set()
+    return {torch.float32, *([torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [])}
 
 
 def install(model: nn.Module) -> None:
     """Lets the model's linear layers use oneDNN; their weights and names stay."""
-    if torch.backends.mkldnn.is_available():
+    if is_faster() or native_dtypes():
         for module in model.modules():
             if type(module) is nn.Linear:  # not a subclass, which may compute something else
                 module.__class__ = OneDNNLinear
@@ -103,10 +105,13 @@ def laid_out(model: nn.Module) -> Iterator[None]:
     """Within this block the model's oneDNN layers multiply few rows by a copy of their weights in oneDNN's own order.
 
     A product of few rows takes as long as the weights take to pass, and torch lays them out anew for each. Making the
-    copies costs a few such products. Later changes of the weights have no effect; nothing has a gradient.
+    copies costs a few such products. Later changes of the weights have no effect; nothing has a gradient. Models of
+    more than `MOST` bytes, and those that compute in another dtype than their weights', stay as they are.
     """
     found = [module for module in model.modules() if isinstance(module, OneDNNLinear)]
-    layers = [layer for layer in found if layer.weight.device.type == "cpu" and layer.weight.dtype in _dtypes()]
+    layers = [layer for layer in found if layer.weight.device.type == "cpu" and layer.weight.dtype in native_dtypes()]
+    if torch.is_autocast_enabled("cpu") or sum(layer.weight.nbytes for layer in layers) > MOST:
+        layers = []
     for layer in layers:
         layer.laid_out = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
     try:
