@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from appo.config import SamplingConfig
 from appo.lm.attention import Branches
+from appo.lm.decoding.flight import stacked
 from appo.lm.ends import Ends, clean, whole_sentences
 from appo.lm.logits import draw, logprobs_and_entropy
 from appo.lm.model import CausalLM
-from appo.lm.packed import Output
+from appo.lm.packed import Output, unpack
 from appo.lm.parallel.ranks import Ranks
-from appo.lm.ragged import stacked, unpack
 from appo.rollout import Query, Rollout
 
 AT_ONCE = 256  # most responses that are written at a time, for the memory of their keys and values

@@ -235,3 +235,8 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the longest prefix that all sequences share."""
     columns = zip(*sequences, strict=False)
     return next((i for i, column in enumerate(columns) if len(set(column)) > 1), min(map(len, sequences)))
+
+
+def unpack(values: Tensor, mask: Tensor) -> Tensor:
+    """Puts the [n] values of real tokens at their places in [R, T]."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

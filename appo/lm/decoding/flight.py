@@ -50,6 +50,7 @@ class Flight:
     ) -> None:
         self.model, self.recordings, self.kind = model, recordings, kind
         self.contexts, self.owner, self.budget, self.room = contexts, owner, budget, room
+        self.widths = [len(contexts[m]) + budget for m in owner]
         self.begun: Growing | None = None  # the responses when the last ones joined; None: nobody goes on
         self.boarded = 0
         self.width = 0  # tokens in each row of the cache, and the budget of a response that begins beside them
@@ -60,7 +61,7 @@ class Flight:
 
         They join those in flight only if they are as many, or the last ones.
         """
-        waiting = [len(self.contexts[m]) + self.budget for m in self.owner[self.boarded :]]
+        waiting = self.widths[self.boarded :]
         going = len(self.responses.alive) if self.begun else 0
         count = fitting(waiting, going, self.width, self.room)
         wanted = count >= max(going, 1) or count == len(waiting) > 0
@@ -103,3 +104,17 @@ def fitting(widths: Sequence[int], going: int, width: int, room: int | None) -> 
         if (going + count + 1) * width > room and going + count > 0:
             return count
     return len(widths)
+
+
+def stacked(steps: Sequence[tuple[Tensor, ...]], lengths: Tensor) -> list[Tensor]:
+    """The steps of a decoding as columns [R, T].
+
+    Args:
+        steps: for each, which rows went on, [A], at which of their tokens, [A], and their entry in each column, [A].
+        lengths: [R], tokens in each row.
+    """
+    found = [entries.new_zeros(len(lengths), int(lengths.max())) for entries in steps[0][2:]]
+    for alive, token, *step in steps:
+        for column, entries in zip(found, step, strict=True):
+            column[alive, token] = entries
+    return found
