@@ -100,8 +100,9 @@ class LocalTarget:
         template: text with {prompt} and {input}, ending where the answer begins.
         words: the label words in class order; none where the answer is text.
         inputs: some of the task's inputs. If the template ends in {input}, the words follow an input's last character.
-        max_batch_tokens: upper bound on the tokens of one forward pass, halved whenever memory runs out; default: 2048
-            on the CPU, whose caches hold no more, 32768 elsewhere.
+        max_batch_tokens: upper bound on the tokens of one forward pass, or of the contexts and answers that are being
+            written, halved whenever memory runs out; default: 2048 on the CPU, whose caches hold no more, 32768
+            elsewhere.
 
     Raises:
         ValueError: the tokenizer does not know a label word, or cannot tell two apart; a weight is trainable.
@@ -231,20 +232,25 @@ class LocalTarget:
             FloatingPointError: the target's logits are not numbers.
         """
         contexts = self.lm.tokens([self.context(prompt, text) for prompt, inputs in asked for text in inputs])
-        widest = max(map(len, contexts), default=0) + budget
-        self._check_width(widest)
-        while True:
+        self._check_width(max(map(len, contexts), default=0) + budget)
+        answers: dict[int, str] = {}
+        while todo := sorted(set(range(len(contexts))) - answers.keys(), key=lambda row: len(contexts[row])):
             try:
-                return self._greedy(contexts, budget, stop)
+                self._greedy({row: contexts[row] for row in todo}, budget, stop, answers)
             except RuntimeError as error:
-                if self.max_batch_tokens < 2 * widest or not out_of_memory(error):
+                widest = len(contexts[todo[-1]]) + budget
+                at_once = min(self.max_batch_tokens // widest, len(todo))
+                if at_once <= 1 or not out_of_memory(error):
                     raise
-            self.max_batch_tokens = min(self.max_batch_tokens, len(contexts) * widest) // 2
+                self.max_batch_tokens = at_once // 2 * widest
+        return [answers[row] for row in range(len(contexts))]
 
-    def _greedy(self, contexts: list[list[int]], budget: int, stop: Sequence[str]) -> list[str]:
-        order = sorted(range(len(contexts)), key=lambda row: len(contexts[row]))  # little padding
-        written: list[list[int]] = [[] for _ in contexts]
-        texts = [""] * len(contexts)
+    def _greedy(
+        self, contexts: dict[int, list[int]], budget: int, stop: Sequence[str], answers: dict[int, str]
+    ) -> None:
+        """Adds the answers to contexts, each under its context's number; those that ended stay if memory runs out."""
+        rows = list(contexts)
+        written: list[list[int]] = [[] for _ in rows]
 
         def choose(output: Output, alive: Tensor) -> tuple[Tensor, Tensor]:
             best, tokens = output.logits.max(-1)
@@ -252,15 +258,16 @@ class LocalTarget:
                 raise FloatingPointError(NO_NUMBERS)
             going = []
             for i, token in zip(alive.tolist(), tokens.tolist(), strict=True):
-                row, stopped = order[i], token in self.lm.ends
-                if not stopped:
-                    written[row].append(token)
-                    texts[row], stopped = cut(self.lm.decode_text(written[row]), stop)
-                going.append(not stopped)
+                ended = token in self.lm.ends
+                if not ended:
+                    written[i].append(token)
+                text, stopped = cut(self.lm.decode_text(written[i]), stop)
+                going.append(not ended and not stopped)
+                if not going[-1] or len(written[i]) == budget:
+                    answers[rows[i]] = text.strip()
             return tokens, torch.tensor(going, device=alive.device)
 
-        self.lm.decode([contexts[row] for row in order], choose, budget, room=self.max_batch_tokens)
-        return [text.strip() for text in texts]
+        self.lm.decode(list(contexts.values()), choose, budget, room=self.max_batch_tokens)
 
     @torch.inference_mode()
     def answer_logprobs(self, asked: Sequence[Asked], answers: Sequence[str]) -> Tensor:

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from appo import policy
 from appo.lm.decoding import flight, recorded
-from appo.lm.decoding.flight import fitting
+from appo.lm.decoding.flight import Waiting
+from appo.lm.decoding.growing import Growing
 from appo.lm.model import CausalLM
 from appo.lm.packed import Output
 from appo.rollout import Query, Rollout
@@ -103,19 +104,55 @@ def test_where_caches_cannot_be_joined_the_next_ones_wait_for_the_last(
     assert all(later <= earlier for earlier, later in itertools.pairwise(rows) if earlier > 1)
 
 
-@given(st.lists(st.integers(1, 50), max_size=8), st.integers(0, 5), st.integers(0, 40), st.integers(1, 300))
-def test_as_many_fit_as_there_is_room_for(widths: list[int], going: int, width: int, room: int) -> None:
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=8),
+    st.integers(0, 5),
+    st.integers(1, 40),
+    st.integers(1, 300),
+    st.integers(1, 9),
+)
+def test_as_many_fit_as_there_is_room_for(lengths: list[int], going: int, width: int, room: int, at_once: int) -> None:
+    budget = 7
+    waiting = Waiting([[0] * length for length in lengths], range(len(lengths)), budget, room, going + at_once)
     width = width if going else 0
-    count = fitting(widths, going, width, room)
+    count = waiting.fitting(0, going, width)
 
-    def taken(new: int) -> int:
-        return (going + new) * max([width, *widths[:new]])
+    def fits(new: int) -> bool:
+        widest = max([width, *(length + budget for length in lengths[:new])])
+        return new <= min(len(lengths), at_once) and ((going + new) * widest <= room or (going == 0 and new == 1))
 
-    lone = going == 0 and count == 1
-    assert count == 0 or lone or taken(count) <= room
-    assert count == len(widths) or taken(count + 1) > room
-    assert count >= min(1, len(widths)) or going
-    assert fitting(widths, going, width, None) == len(widths)
+    assert count == 0 or fits(count)
+    assert not fits(count + 1)
+    assert Waiting(waiting.contexts, waiting.owner, budget).fitting(0, going, width) == len(lengths)
+
+
+def test_padding_in_all_rows_is_dropped_when_others_join(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Else a long flight would read ever more of it, and fewer responses would fit."""
+    columns = []
+
+    def joined(self: Growing, others: Growing) -> Growing:
+        found = join(self, others)
+        assert found.mask.any(0).all()
+        columns.append(found.mask.shape[1])
+        return found
+
+    join = Growing.join
+    for name in ("gpt2", "mistral"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Growing, "join", joined)
+            decoded(CausalLM(build(name), tokenizer), 60)
+    assert len(columns) > 4 and max(columns) < max(map(len, CONTEXTS)) + BUDGET
+
+
+def test_positions_stay_within_the_context_in_fixed_tensors(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows whose response has ended run on, and gpt2 has no position beyond its context."""
+    monkeypatch.setattr(recorded, "BLOCK", 8)
+    always(monkeypatch)
+    model = build("gpt2", n_positions=max(map(len, CONTEXTS)) + BUDGET)
+    tokens, logits, _ = decoded(CausalLM(model, tokenizer), room=60)
+    assert_as_alone(model, tokens, logits)
 
 
 @pytest.mark.parametrize("greedy", [True, False])

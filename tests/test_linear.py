@@ -167,6 +167,24 @@ def test_weights_that_take_much_memory_stay_as_they_are(monkeypatch: pytest.Monk
         assert ours.laid_out is not None
 
 
+def test_a_copy_that_fails_leaves_no_layout_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lay_out = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5)), torch.ops.mkldnn._reorder_linear_weight
+
+    def starving(weight: Tensor) -> Tensor:
+        if len(weight) == 5:
+            raise RuntimeError("can't allocate memory")
+        return lay_out(weight)
+
+    linear.install(model)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", starving)
+    with linear.laid_out(model):
+        assert all(layer.laid_out is None for layer in model)
+    monkeypatch.undo()
+    with pytest.raises(ZeroDivisionError), linear.laid_out(model):
+        raise ZeroDivisionError
+    assert all(layer.laid_out is None for layer in model)
+
+
 @pytest.mark.parametrize(
     ("architecture", "supported", "expected"),
     [("x86_64", True, {torch.float32, torch.bfloat16}), ("x86_64", False, {torch.float32}), ("arm64", True, set())],

@@ -257,7 +257,7 @@ def test_the_head_reads_one_block(name: str) -> None:
 
 
 def test_reading_contexts_makes_no_logits(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded, "looks_familiar", lambda begun: False)  # its panels call no module
+    monkeypatch.setattr(recorded, "looks_familiar", lambda begun: False)
     lm, seen = target_of(build("llama"), tokenizer, TEMPLATE, WORDS).lm, []
     lm.model.get_output_embeddings().register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:2]))
 

@@ -37,7 +37,7 @@ def is_faster() -> bool:
 
 @cache
 def native_dtypes() -> set[torch.dtype]:
-    """The dtypes whose products oneDNN computes on this machine's CPU with instructions made for them."""
+    """The dtypes that oneDNN multiplies on this machine's CPU; bfloat16 where torch says that oneDNN supports it."""
     if not torch.backends.mkldnn.is_available() or torch.cpu.get_capabilities().get("architecture") != "x86_64":
         return set()
     return {torch.float32, *([torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [])}
@@ -106,23 +106,31 @@ def laid_out(model: nn.Module) -> Iterator[None]:
 
     A product of few rows takes as long as the weights take to pass, and torch lays them out anew for each. Making the
     copies costs a few such products. Later changes of the weights have no effect; nothing has a gradient. Models of
-    more than `MOST` bytes, and those that compute in another dtype than their weights', stay as they are.
+    more than `MOST` bytes, and those that compute in another dtype than their weights', stay as they are; so does a
+    model whose copies do not fit into memory. Blocks do not nest.
     """
     found = [module for module in model.modules() if isinstance(module, OneDNNLinear)]
     layers = [layer for layer in found if layer.weight.device.type == "cpu" and layer.weight.dtype in native_dtypes()]
     if torch.is_autocast_enabled("cpu") or sum(layer.weight.nbytes for layer in layers) > MOST:
         layers = []
-    for layer in layers:
-        layer.laid_out = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+    try:
+        for layer in layers:
+            layer.laid_out = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+    except (RuntimeError, MemoryError):
+        _drop(layers)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.laid_out
+        _drop(layers)
+
+
+def _drop(layers: Sequence[OneDNNLinear]) -> None:
+    for layer in layers:
+        vars(layer).pop("laid_out", None)
 
 
 def product_of(layers: Sequence[nn.Module]) -> Product:
-    """The outputs of layers with the same input, side by side, for few rows; within `laid_out` no module is called."""
+    """The outputs of layers with the same input, side by side; where weights are laid out, no module is called."""
     products = [_product(layer) for layer in layers]
     return products[0] if len(products) == 1 else lambda x: torch.cat([product(x) for product in products], dim=-1)
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from appo.lm import adapter, head, linear, packed, trial
 from appo.lm.attention import Branches
-from appo.lm.decoding.flight import Flight
+from appo.lm.decoding.flight import Flight, Waiting
 from appo.lm.decoding.recorded import Recordings
 from appo.lm.packed import Output
 
@@ -78,7 +78,7 @@ class CausalLM:
         self.packed = packed.install(model)
         if not self.packed:
             trial.check_padding(model)
-        self._decodes = self.packed  # until a trial has shown it
+        self._decodes = self._joins = self.packed  # else a trial shows it
         self.bare = False
         self._recordings = Recordings()
         if compute_dtype != torch.float32:
@@ -195,27 +195,31 @@ class CausalLM:
         budget: int,
         owner: Sequence[int] | None = None,
         room: int | None = None,
+        at_once: int | None = None,
     ) -> None:
         """Decodes responses to contexts, token by token, until `choose` ends all or `budget` is spent.
 
         Args:
-            contexts: token ids, at least one each, which leave room for the budget (`check_fits`). Each is run once; a
-                prefix that all share is run once for all.
+            contexts: token ids, at least one each, which leave room for the budget (`check_fits`). Responses that begin
+                together run their context once, and a prefix that all contexts share once for all.
             choose: called with the model's output for the responses that go on; see `Choose`.
             budget: most tokens in a response.
             owner: which context each response is to, in order; default: one response to each.
             room: most tokens of contexts and responses at a time, padding included, except for a single response. As
-                responses end, others begin beside those that go on. Default: all begin at once.
+                responses end, others begin beside those that go on. Default: no limit.
+            at_once: most responses at a time. Default: no limit.
 
         Raises:
             UnsupportedModelError: the model cannot decode several texts at a time; the first call tells, by a trial.
         """
         if not self._decodes:
             trial.check_decoding(self.model)
-            self._decodes = True
+            self._decodes, self._joins = True, trial.lets_join(self.model)
         owner = range(len(contexts)) if owner is None else owner
-        with self._adapting(), self._computing(), linear.laid_out(self.model):
-            flight = Flight(self.model, self._recordings, contexts, owner, budget, room, kind=self.bare)
+        waiting = Waiting(contexts, owner, budget, room, at_once, joining=self._joins)
+        fast = linear.laid_out(self.model) if len(owner) > 1 else nullcontext()  # for one row it takes long to pay
+        with self._adapting(), self._computing(), fast:
+            flight = Flight(self.model, self._recordings, waiting, kind=self.bare)
             while flight.board():
                 output = flight.responses.step()
                 with torch.autocast(self.device.type, enabled=False):

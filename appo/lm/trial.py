@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from appo.lm import packed
 from appo.lm.attention import Branches
-from appo.lm.decoding.cache import can_join
+from appo.lm.decoding.cache import can_join, new_cache
 from appo.lm.decoding.growing import Growing
 
 TEXTS = [[1, 2, 3, 4, 5, 6], [7, 8, 9]]
 OWNER = [0, 1, 1, 0]  # which text each answer continues
-ANSWERS = [[3, 5, 8], [2, 4, 7], [5, 1, 6], [4, 2, 3]]
+ANSWERS = [[3, 5, 8], [2, 4, 7], [5, 1, 6], [4, 2, 3]]  # the last one may begin a step later
 APART = 0.2  # standard deviations: in float32 and bfloat16 sound models differ by 0.02 at most, others by 0.7 or more
 
 
@@ -39,30 +39,44 @@ def check_padding(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def check_decoding(model: PreTrainedModel) -> None:
-    """Decodes answers to two texts token by token, and runs each text and answer alone.
-
-    The answers end one after the other; where the cache allows it, the last one begins a step later than the others.
+    """Decodes answers to two texts token by token, which end one after the other, and runs each text and answer alone.
 
     Raises:
         UnsupportedModelError: the logits differ, or the model does not take the cache.
     """
-    texts, answers = packed.known(model, TEXTS), packed.known(model, ANSWERS)
     try:
-        responses, begin = Growing(model, texts, OWNER[:3]).spread(), [0, 0, 0, 1]
-        for step in range(3):
-            if step == 1 and can_join(responses.cache):
-                last = Growing(model, texts[:1], OWNER[3:])
-                last.alive += 3
-                responses.join(last)
-            alive = responses.alive.tolist()
-            rows = [[*texts[OWNER[i]], *answers[i][: step - begin[i]]] for i in alive]
-            _check_equal(model, "token by token", responses.step().logits, rows)
-            fed = torch.tensor([answers[i][step - begin[i]] for i in alive], device=model.device)
-            responses.feed(fed, going=responses.alive >= step)
+        _decode(model)
     except (UnsupportedModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise UnsupportedModelError(f"{_name(model)} cannot be decoded with a cache: {error}") from error
+
+
+@torch.no_grad()
+def lets_join(model: PreTrainedModel) -> bool:
+    """Whether an answer that begins beside others, a step later, gets the logits that it has alone."""
+    try:
+        return can_join(new_cache(model)) and _decode(model, joining=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # of any kind: such answers wait for the others
+        return False
+
+
+def _decode(model: PreTrainedModel, joining: bool = False) -> bool:
+    texts, answers = packed.known(model, TEXTS), packed.known(model, ANSWERS)
+    responses, begun = Growing(model, texts, OWNER[:3]).spread(), [0, 0, 0, 1]
+    for step in range(3):
+        if joining and step == 1:
+            last = Growing(model, texts[:1], OWNER[3:])
+            last.alive += 3
+            responses.join(last)
+        alive = responses.alive.tolist()
+        rows = [[*texts[OWNER[i]], *answers[i][: step - begun[i]]] for i in alive]
+        _check_equal(model, "token by token", responses.step().logits, rows)
+        fed = torch.tensor([answers[i][step - begun[i]] for i in alive], device=model.device)
+        responses.feed(fed, going=responses.alive >= step)
+    return True
 
 
 def _check_equal(model: PreTrainedModel, how: str, logits: Tensor, rows: list[list[int]]) -> None:

@@ -56,7 +56,7 @@ class Editor:
                 self.policy.check_fits(query)
             except ValueError as error:
                 raise ContextTooLongError(f"the input {shown(text)}: {error}") from error
-        return self.policy.decode(self.policy.sample(queries, generator, greedy=generator is None))
+        return self.policy.decode(self.policy.sample(queries, generator, greedy=generator is None)) if queries else []
 
 
 def editor_of(run: Run) -> Editor:

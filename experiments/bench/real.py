@@ -43,23 +43,11 @@ PROMPTS = (
     "output the opposite of",
     "a great adventure, and a wonderful film to bring to",
 )
-INPUTS = (
-    *("hot", "early", "open", "strong", "happy", "inside", "visible", "direct", "known", "legal", "patient", "fair"),
-    *(
-        "agree",
-        "lead",
-        "appear",
-        "continue",
-        "win",
-        "remember",
-        "arrive",
-        "accept",
-        "before",
-        "above",
-        "always",
-        "more",
-    ),
-)
+WORDS = """
+hot early open strong happy inside visible direct known legal patient fair
+agree lead appear continue win remember arrive accept before above always more
+"""
+INPUTS = WORDS.split()
 NAME_OF_ANSWERS = f"Gemma-3-270M, {len(PROMPTS) * len(INPUTS)} texts + up to {ANSWER} tokens"
 
 
@@ -138,12 +126,15 @@ class Answers:
         }
 
     @torch.inference_mode()
-    def _generate(self) -> None:
+    def _generate(self) -> list[str]:
         model, tokenizer = self.plain.lm.model, self.plain.lm.tokenizer
         texts = [self.plain.context(prompt, text) for prompt in PROMPTS for text in INPUTS]
+        answers: list[str] = []
         for start in range(0, len(texts), BATCH):
             batch = tokenizer(texts[start : start + BATCH], return_tensors="pt", padding=True, padding_side="left")
-            model.generate(**batch, do_sample=False, max_new_tokens=ANSWER, eos_token_id=self.ends)
+            found = model.generate(**batch, do_sample=False, max_new_tokens=ANSWER, eos_token_id=self.ends)
+            answers += tokenizer.batch_decode(found[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [answer.strip() for answer in answers]
 
 
 def has_answers() -> bool:

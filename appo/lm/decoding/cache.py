@@ -68,14 +68,21 @@ def can_join(cache: DynamicCache) -> bool:
 def join(cache: DynamicCache, other: DynamicCache, rows: int) -> None:
     """Puts the `rows` rows of another cache below those of `cache`; the shorter ones are padded on the left."""
     for layer, new in zip(cache.layers, other.layers, strict=True):
-        if layer.keys is None:  # it uses another layer's
-            continue
         put(layer, _below(layer.keys, new.keys, rows), _below(layer.values, new.values, rows))
         if layer.is_sliding:
             layer.cumulative_length = max(layer.cumulative_length, new.cumulative_length)
 
 
-def put(layer: DynamicLayer, keys: Tensor, values: Tensor) -> None:
+def trim(cache: DynamicCache, columns: int) -> None:
+    """Drops the first columns, which are padding in every row."""
+    left = cache.get_seq_length() - columns
+    for layer in cache.layers:
+        put(layer, layer.keys[:, :, -left:], layer.values[:, :, -left:])  # a sliding layer may hold fewer
+        if layer.is_sliding:
+            layer.cumulative_length = left
+
+
+def put(layer: DynamicLayer, keys: Tensor | None, values: Tensor | None) -> None:
     """Replaces what a layer holds by keys and values [R, kv, L, D]."""
     layer.keys, layer.values = keys, values
     if isinstance(layer, RoomyLayer):

@@ -98,7 +98,7 @@ class Direct:
         mask = begun.mask.new_ones(rows, read + self.written)
         if self.hidden is not None:
             mask[:, :read] = ~self.hidden[:, 0]
-        layers = [layer.whole(rows, self.written) for layer in self.layers]
+        layers = (layer.whole(rows, self.written) for layer in self.layers)
         return begun.hold(layers, mask, self.ids, self.positions, self.alive)
 
     def _attend(self, layer: _Layer, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from appo.lm import packed
-from appo.lm.decoding.cache import join, new_cache, put, surviving_rows
+from appo.lm.decoding.cache import join, new_cache, put, surviving_rows, trim
 from appo.lm.packed import Output, common_prefix
 
 
@@ -79,27 +79,35 @@ class Growing:
     def hold(
         self, layers: Iterable[tuple[Tensor, Tensor]], mask: Tensor, ids: Tensor, positions: Tensor, alive: Tensor
     ) -> Growing:
-        """Takes over responses in another form: each layer's keys and values [R, kv, L, D], and the attributes."""
+        """Takes over responses from another form; each layer has keys and values [R, kv, L, D]."""
         for layer, (keys, values) in zip(self.cache.layers, layers, strict=True):
             put(layer, keys, values)
         self.mask, self.ids, self.positions, self.alive = mask, ids, positions, alive
         return self._settle()
 
+    def forget(self) -> None:
+        """Frees keys and values, which another form has taken over."""
+        for layer in self.cache.layers:
+            put(layer, None, None)
+
     def join(self, others: Growing) -> Growing:
         """Lets others go on beside these, from their first step. What is shorter is padded on the left."""
         others.spread()
-        read = [responses.cache.get_seq_length() for responses in (self, others)]
+        masks = [self._whole_mask(), others._whole_mask()]
+        spare = int(masks[0].long().argmax(1).min())  # those whose context was longest may have left
+        if spare:
+            trim(self.cache, spare)
+            masks[0] = masks[0][:, spare:]
         join(self.cache, others.cache, len(others.ids))
-        masks = [
-            F.pad(held.mask if held.padded else held.mask.new_ones(len(held.ids), length), (max(read) - length, 0))
-            for held, length in zip((self, others), read, strict=True)
-        ]
-        self.mask, self.ids = torch.cat(masks), torch.cat([self.ids, others.ids])
-        self.positions, self.alive = (
-            torch.cat([self.positions, others.positions]),
-            torch.cat([self.alive, others.alive]),
-        )
+        columns = max(mask.shape[1] for mask in masks)
+        self.mask = torch.cat([F.pad(mask, (columns - mask.shape[1], 0)) for mask in masks])
+        self.ids = torch.cat([self.ids, others.ids])
+        self.positions = torch.cat([self.positions, others.positions])
+        self.alive = torch.cat([self.alive, others.alive])
         return self._settle()
+
+    def _whole_mask(self) -> Tensor:
+        return self.mask if self.padded else self.mask.new_ones(len(self.ids), self.cache.get_seq_length())
 
     def _settle(self) -> Growing:
         """From now on every response has its own context."""

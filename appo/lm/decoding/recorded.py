@@ -31,6 +31,9 @@ LEAST_TOKENS = 8  # recording costs about four steps
 KEPT = 3  # recordings: of iterations, and of both sides of a review; those of one size share a cache
 
 
+Size = tuple[Hashable, int, int]  # of a recording: its kind, rows, tokens in a row
+
+
 class Fixed:
     """Responses in decoding, as in `Growing`, in tensors that stay; on a GPU with the step recorded as a CUDA graph.
 
@@ -83,12 +86,14 @@ class Fixed:
     def feed(self, tokens: Tensor, going: Tensor) -> None:
         """As in `Growing`, but the responses that have ended are only hidden."""
         self.ids[self.rows, 0] = tokens
-        self.alive, self.rows = self.alive[going], self.rows[going]
+        self.positions[self.rows] *= going.unsqueeze(1)  # ended rows run on, and the context may have no more positions
+        kept = going.nonzero()[:, 0]
+        self.alive, self.rows = self.alive[kept], self.rows[kept]
 
     def into(self, begun: Growing) -> Growing:
         """As in `Growing`."""
         rows, held = self.rows, int(self.column)
-        layers = [(layer.keys[rows, :, :held], layer.values[rows, :, :held]) for layer in self.cache.layers]
+        layers = ((layer.keys[rows, :, :held], layer.values[rows, :, :held]) for layer in self.cache.layers)
         return begun.hold(layers, self.mask[rows, 0, 0, :held], self.ids[rows], self.positions[rows], self.alive)
 
     def _compute(self) -> Output:
@@ -139,7 +144,7 @@ class Recordings:
     """
 
     def __init__(self) -> None:
-        self._made: OrderedDict[tuple[Hashable, ...], Fixed] = OrderedDict()
+        self._made: OrderedDict[tuple[Size, tuple[int, ...]], Fixed] = OrderedDict()  # by size, and where weights lie
         self._possible = True
         self._direct: bool | None = None
 
@@ -163,10 +168,11 @@ class Recordings:
             return begun
         rows, length = room_for(len(begun.ids), read + budget)
         # A graph knows weights by their address; those of agent and anchor change places (`Anchor.in_place`).
-        size = (kind, rows, length)
-        key = (size, *(weight.data_ptr() for weight in begun.model.parameters()))
+        weights = tuple(weight.data_ptr() for weight in begun.model.parameters())
+        size = self._serving(kind, weights, rows, length)
+        key = (size, weights)
         if key not in self._made:
-            beside = next((made for (other, *_), made in self._made.items() if other == size), None)
+            beside = next((made for (other, _), made in self._made.items() if other == size), None)
             try:
                 self._made[key] = Fixed(begun, rows, length, beside)
             except RuntimeError as error:
@@ -177,6 +183,16 @@ class Recordings:
         while len(self._made) > KEPT:
             self._made.popitem(last=False)
         return self._made[key].begin(begun)
+
+    def _serving(self, kind: Hashable, weights: tuple[int, ...], rows: int, length: int) -> Size:
+        """The size of a recording that serves, if it is at most twice as large as needed; else the size of a new one.
+
+        So responses that join others, in ever other numbers, do not need a recording each.
+        """
+        made = [size for size, others in self._made if others == weights and size[0] == kind]
+        large = [size for size in made if rows <= size[1] and length <= size[2]]
+        best = min(large, key=lambda size: size[1] * size[2], default=(kind, rows, length))
+        return best if best[1] * best[2] <= 2 * rows * length else (kind, rows, length)
 
 
 def room_for(rows: int, tokens: int) -> tuple[int, int]:
