@@ -26,7 +26,7 @@ from tests.test_packed import build
 
 BUDGET = 12
 CONTEXTS = [list(range(3 + i, 3 + i + size)) for i, size in enumerate([4, 1, 9, 6, 2, 15, 3, 5, 1, 7])]
-ENDS = [1, 12, 3, 2, 9, 1, 5, 12, 2, 4]  # tokens of each response; two are cut off by the budget
+ENDS = [1, 12, 3, 2, 2, 9, 5, 12, 2, 4]  # tokens of each response; two are cut off by the budget
 
 
 def decoded(
@@ -61,8 +61,12 @@ def assert_as_alone(model: PreTrainedModel, tokens: list[list[int]], logits: lis
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2", "mixtral", "bloom", "llama4_text"])
-@pytest.mark.parametrize("room", [1, 60, 100])
-def test_responses_that_join_others_are_as_alone(name: str, room: int, tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize(("room", "longest_first"), [(1, False), (60, False), (100, False), (60, True)])
+def test_responses_that_join_others_are_as_alone(
+    name: str, room: int, longest_first: bool, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if longest_first:  # so that those that go on are longer than those that join
+        monkeypatch.setattr("tests.test_flight.CONTEXTS", sorted(CONTEXTS, key=len, reverse=True))
     model = build(name)
     tokens, logits, rows = decoded(CausalLM(model, tokenizer), room)
     assert_as_alone(model, tokens, logits)
