@@ -24,7 +24,7 @@ from appo.lm.packed import Output, unpack
 from appo.lm.parallel.ranks import Ranks
 from appo.rollout import Query, Rollout
 
-AT_ONCE = 256  # most responses that are written at a time, for the memory of their keys, values and logits
+MOST_AT_ONCE = 256  # most responses that are written at a time, for the memory of their keys, values and logits
 
 
 class Evaluation(NamedTuple):
@@ -161,7 +161,7 @@ class Policy(nn.Module):
             return tokens, going
 
         contexts, budget = [query.tokens for query in queries], self.sampling.max_new_tokens
-        self.lm.decode(contexts, choose, budget, owner.tolist(), at_once=AT_ONCE)
+        self.lm.decode(contexts, choose, budget, owner.tolist(), at_once=MOST_AT_ONCE)
         return stacked(steps, length)
 
     @torch.no_grad()

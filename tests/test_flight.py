@@ -172,7 +172,7 @@ def test_the_agent_writes_the_same_however_many_responses_it_writes_at_a_time(
 
     at_once = sampled()
     assert len(set(at_once.mask.sum(1).tolist())) > 3
-    monkeypatch.setattr(policy, "AT_ONCE", 3)
+    monkeypatch.setattr(policy, "MOST_AT_ONCE", 3)
     some = sampled()
     for name in ("tokens", "mask", "owner"):
         assert torch.equal(getattr(some, name), getattr(at_once, name))

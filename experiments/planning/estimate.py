@@ -12,6 +12,7 @@ import torch
 from appo.anchor import Reference
 from appo.lm.decoding.cache import RoomyLayer, new_cache
 from appo.lm.decoding.recorded import KEPT, LEAST_TOKENS, MOST_ROWS, room_for
+from appo.policy import MOST_AT_ONCE
 from experiments.config import GIVEN, TRAINED, RunConfig
 from experiments.planning.machines import BANDWIDTH_SHARE, Machine
 from experiments.planning.shadow import Shadow
@@ -210,8 +211,8 @@ class Estimate:
         branches = self.responses * self.examples
         fit = max(1, min(branches, AT_ONCE // (t.example + t.prompt // self.examples)))
         scoring = _scoring(self.target, t, max(1, fit // self.examples), fit, self.examples)
-        sampling = self.cache() + 5 * 4 * self.responses * self.agent.vocabulary
-        cached = f"{self.responses} rows x {t.query + t.prompt + 128} tokens"
+        sampling = self.cache() + 5 * 4 * self._written() * self.agent.vocabulary
+        cached = f"{self._written()} rows x {t.query + t.prompt + 128} tokens"
         scored = Line("scoring", scoring, f"{fit} examples of {t.example} tokens a pass, label rows only; counted")
         if self.config.arm in GIVEN:
             return [scored]
@@ -225,7 +226,11 @@ class Estimate:
     def cache(self) -> int:
         """Returns the bytes of keys and values during sampling."""
         tokens = self.lengths.query + self.lengths.prompt + RoomyLayer.ROOM
-        return self._per_token() * tokens * self.responses
+        return self._per_token() * tokens * self._written()
+
+    def _written(self) -> int:
+        """Returns how many responses are written at a time."""
+        return min(self.responses, MOST_AT_ONCE)
 
     def _per_token(self) -> int:
         """Returns the bytes of keys and values per token; they are float32 under autocast."""
