@@ -317,6 +317,16 @@ def test_gpus_without_shard_are_told_of(monkeypatch: pytest.MonkeyPatch, capsys:
     assert capsys.readouterr().err == "note: --gpus does nothing without shard=true\n"
 
 
+def test_scoring_runs_at_the_rate_of_the_targets_dtype() -> None:
+    estimate = Estimate(build_config({}), Lengths(query=100, prompt=100, example=40, steps=10, rows=32), Options())
+    one = Machine("of one rate", 80.0, 1e9, 1e18, launch=0.0, step=0.0)
+    work = {line.name: line.value for line in estimate.work()}
+    faster = (work["scoring"] + work["reviews"]) * (1 - 1 / 4) / (one.share * 1e9)
+    assert faster > 0
+    two = one._replace(target_flops=4e9)
+    assert estimate.seconds(one) - estimate.seconds(two) == pytest.approx(faster)
+
+
 def test_a_pass_takes_at_least_its_launches() -> None:
     lengths = Lengths(query=100, prompt=100, example=40, steps=10, rows=32)
     estimate = Estimate(build_config({}), lengths, Options(rank=4))

@@ -299,13 +299,20 @@ class Estimate:
         A phase takes the time of its products at a share of the peak rate, or the time to launch its layers, whichever
         is longer. Sampling also takes at least the time to read all weights and the cache once per token.
         """
-        rate, layers = machine.share * machine.flops, self.agent.layers
+        layers, target_flops = self.agent.layers, machine.target_flops or machine.flops
+        flops = {"scoring": target_flops, "reviews": target_flops}  # most of a review is scoring
         launch, step = (least * (2 if self.options.rank else 1) for least in (machine.launch, machine.step))
         width = 2 if self.options.rank and self.options.bfloat16 else 4
         read = self.agent.parameters * width + self.cache()
         sampling = self.lengths.prompt * read / (BANDWIDTH_SHARE * machine.bandwidth)
         least = {"sampling": step, "reviews": step}
-        phases = [max(line.value / rate, line.passes * layers * least.get(line.name, launch)) for line in self.work()]
+        phases = [
+            max(
+                line.value / (machine.share * flops.get(line.name, machine.flops)),
+                line.passes * layers * least.get(line.name, launch),
+            )
+            for line in self.work()
+        ]
         return max(phases[0], sampling) + sum(phases[1:]) if phases else 0.0
 
     def needed(self) -> float:

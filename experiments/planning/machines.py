@@ -20,6 +20,7 @@ class Machine(NamedTuple):
         launch: least seconds per layer.
         step: least seconds per layer in a decoding step.
         share: the share of `flops` that a run reaches.
+        target_flops: the rate for the target's products, where it computes in another dtype than the agent.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Machine(NamedTuple):
     launch: float = LAUNCH
     step: float = STEP
     share: float = COMPUTE_SHARE
+    target_flops: float | None = None
 
 
 GPUS = (
