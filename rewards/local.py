@@ -232,23 +232,16 @@ class LocalTarget:
             FloatingPointError: the target's logits are not numbers.
         """
         contexts = self.lm.tokens([self.context(prompt, text) for prompt, inputs in asked for text in inputs])
-        self._check_width(max(map(len, contexts), default=0) + budget)
-        answers: dict[int, str] = {}
-        while todo := sorted(set(range(len(contexts))) - answers.keys(), key=lambda row: len(contexts[row])):
-            try:
-                self._greedy({row: contexts[row] for row in todo}, budget, stop, answers)
-            except RuntimeError as error:
-                widest = len(contexts[todo[-1]]) + budget
-                at_once = min(self.max_batch_tokens // widest, len(todo))
-                if at_once <= 1 or not out_of_memory(error):
-                    raise
-                self.max_batch_tokens = at_once // 2 * widest
-        return [answers[row] for row in range(len(contexts))]
+
+        def write(rows: list[int], _fit: int, answers: dict[int, str]) -> None:
+            self._greedy({row: contexts[row] for row in rows}, budget, stop, answers)
+
+        return self._within_memory([len(ids) + budget for ids in contexts], write)
 
     def _greedy(
         self, contexts: dict[int, list[int]], budget: int, stop: Sequence[str], answers: dict[int, str]
     ) -> None:
-        """Adds the answers to contexts, each under its context's number; those that ended stay if memory runs out."""
+        """Adds the answers to contexts, each under its context's number, as they end."""
         rows = list(contexts)
         written: list[list[int]] = [[] for _ in rows]
 
@@ -284,35 +277,36 @@ class LocalTarget:
         before, after = self.lm.tokens(contexts), self.lm.tokens(wholes)
         lengths = [len(w) - common_prefix([b, w]) for b, w in zip(before, after, strict=True)]
 
-        def means(rows: list[int]) -> list[float]:
+        def means(rows: list[int], fit: int, done: dict[int, float]) -> None:
+            rows = rows[:fit]
             counts = [lengths[r] for r in rows]
             # A token is predicted at the token before it, so the last token is not run.
             batch = Branches([[]], [after[r][:-1] for r in rows], [0] * len(rows))
             logprobs = self.lm.run(batch, counts).logits.float().log_softmax(-1)
             tokens = torch.tensor([token for r in rows for token in after[r][-lengths[r] :]], device=logprobs.device)
             chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-            return [part.mean().item() for part in chosen.split(counts)]
+            done |= zip(rows, [part.mean().item() for part in chosen.split(counts)], strict=True)
 
-        return torch.tensor(self._batched(list(map(len, after)), means), device="cpu")
+        return torch.tensor(self._within_memory(list(map(len, after)), means), device="cpu")
 
-    def _batched(self, widths: Sequence[int], work: Callable[[list[int]], list[T]]) -> list[T]:
-        """Does the work in batches of rows of similar width, each within the token budget or a single row.
+    def _within_memory(self, widths: Sequence[int], work: Callable[[list[int], int, dict[int, T]], None]) -> list[T]:
+        """Works until all rows are done; the token budget is halved whenever memory runs out.
 
-        The budget is halved whenever memory runs out.
+        Args:
+            widths: tokens of each row.
+            work: takes the rows that are left, narrow ones first, how many of the first fit into the token budget (at
+                least one), and where to put results; what is put there stays if memory runs out.
         """
         self._check_width(max(widths, default=0))
         done: dict[int, T] = {}
-        todo = sorted(range(len(widths)), key=lambda row: widths[row])
-        while todo:
-            size = 1
-            while size < len(todo) and widths[todo[size]] * (size + 1) <= self.max_batch_tokens:
-                size += 1
+        while todo := sorted(set(range(len(widths))) - done.keys(), key=lambda row: widths[row]):
+            fit = 1
+            while fit < len(todo) and widths[todo[fit]] * (fit + 1) <= self.max_batch_tokens:
+                fit += 1
             try:
-                done |= zip(todo[:size], work(todo[:size]), strict=True)
+                work(todo, fit, done)
             except RuntimeError as error:
-                if size == 1 or not out_of_memory(error):
+                if fit == 1 or not out_of_memory(error):
                     raise
-                self.max_batch_tokens = size // 2 * widths[todo[size - 1]]
-            else:
-                todo = todo[size:]
+                self.max_batch_tokens = fit // 2 * widths[todo[fit - 1]]
         return [done[row] for row in range(len(widths))]

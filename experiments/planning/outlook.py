@@ -32,12 +32,19 @@ def outlook(run: Run) -> Iterator[tuple[str, str]]:
     total = sum(line.value for line in work)
     most = ", ".join(f"{line.name} {line.value / total:.0%}" for line in sorted(work, key=lambda line: -line.value)[:3])
     yield "work", f"{total / 1e12:.2g} TFLOP an iteration: {most}"
-    device, scores_in = run.policy.device, getattr(torch, run.target.described()["computes_in"])
-    machine = measured(device, run.policy.lm.compute_dtype)._replace(target_flops=measured(device, scores_in).flops)
+    machine = measured(run.policy.device, run.policy.lm.compute_dtype)
+    if (scores_in := scoring_dtype(run)) != run.policy.lm.compute_dtype:
+        machine = machine._replace(target_flops=measured(run.policy.device, scores_in).flops)
     seconds = plan.seconds(machine) / run.policy.ranks.size
     each = f"{seconds:.2g} s" if seconds < 100 else duration(seconds)
     how = "from the rate of a matrix product just now; the progress bar will know better"
     yield "expected", f"about {each} an iteration and {duration(seconds * run.steps)} in all, {how}"
+
+
+def scoring_dtype(run: Run) -> torch.dtype:
+    """Returns what the target of a run computes in; it is not on a server."""
+    found: torch.dtype = getattr(torch, run.target.described()["computes_in"])
+    return found
 
 
 def plan_of(run: Run) -> Estimate | None:

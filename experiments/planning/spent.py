@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-
 from experiments.planning.estimate import Estimate
-from experiments.planning.outlook import measured, plan_of
+from experiments.planning.outlook import measured, plan_of, scoring_dtype
 from experiments.run.folder import METRICS, PHASES, read_optional
 from experiments.run.run import Run
 
@@ -36,7 +34,7 @@ def spent(run: Run) -> Iterator[str]:
     known["update"] = sum(work.values())
     dtypes = dict.fromkeys(PHASES, run.policy.lm.compute_dtype)
     if known["scoring"]:
-        dtypes["scoring"] = getattr(torch, run.target.described()["computes_in"])
+        dtypes["scoring"] = scoring_dtype(run)
     rates = {dtype: measured(run.policy.device, dtype).flops * run.policy.ranks.size for dtype in set(dtypes.values())}
     for phase in PHASES:
         if seconds := sum(row.get(f"{phase}_seconds", 0.0) for row in rows):
