@@ -118,6 +118,10 @@ class Anchor:
             parameter.copy_(self._parameters[name])
         self._optimizer.load_state_dict(copy.deepcopy(self._optimizer_state))
 
+    def is_policy(self) -> bool:
+        """Whether the policy's weights are the anchor's: at first, and right after a promotion or a rollback."""
+        return self._policy.ranks.equal([(p, self._parameters[name]) for name, p in self._policy.trained().items()])
+
     def state_dict(self) -> dict[str, Any]:
         """The snapshot, to be saved."""
         return {"parameters": self._parameters, "optimizer": self._optimizer_state}

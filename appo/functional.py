@@ -20,10 +20,7 @@ KLKind = Literal["k1", "k2", "k3"]
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean of `x` [*] over the positions that `mask` selects, along `dim` or (None) all; 0 where it selects none."""
     mask = mask.bool()
-    x = x.masked_fill(~mask, 0.0)
-    if dim is None:
-        return x.sum() / mask.sum().clamp(min=1)
-    return x.sum(dim) / mask.sum(dim).clamp(min=1)
+    return x.masked_fill(~mask, 0.0).sum(dim) / mask.sum(dim).clamp(min=1)
 
 
 def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
@@ -126,8 +123,7 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
         [B, T], 0 on padding.
     """
     mask = mask.bool()
-    following = F.pad(mask[:, 1:], (0, 1))
-    is_last = mask & ~following
+    is_last = mask & ~F.pad(mask[:, 1:], (0, 1))
     penalty = -kl_coef * kl.masked_fill(~mask, 0.0)
     return penalty + torch.where(is_last, scores.unsqueeze(1), 0.0)
 

@@ -194,7 +194,7 @@ class APPOTrainer:
         prompts = self.policy.decode(rollout)
         rewarded = _rewarded(reward_fn(prompts), len(prompts))
         self.policy.ranks.check_same("rewards", rewarded.scores.tolist())
-        anchor_logprobs = self.anchor.logprobs(rollout)
+        anchor_logprobs = rollout.logprobs if self.anchor.is_policy() else self.anchor.logprobs(rollout)
         cut_off = 1 - self.policy.ended(rollout).float()
         if rewarded.scores.isfinite().all():
             ref_logprobs = anchor_logprobs if self.updater.reference.fixed else rollout.logprobs

@@ -148,6 +148,8 @@ MUTANTS = (
     Mutant("lm: copies of the first context", G, "self.owner = torch.tensor(owner, device=model.device)", "self.owner = torch.zeros(len(owner), dtype=torch.long)", "test_policy.py"),
     Mutant("lm: special tokens in a text are parsed", LM, "split_special_tokens=not self.chat", "split_special_tokens=False", "test_policy.py"),
     Mutant("reference: the initial agent moves", A, "name != \"initial\", name ==", "True, name ==", "test_trainer.py"),
+    Mutant("collect: the anchor is taken for the policy", TR, "if self.anchor.is_policy() else", "if True else", "test_trainer.py"),
+    Mutant("collect: the anchor always makes a pass", TR, "if self.anchor.is_policy() else", "if False else", "test_trainer.py"),
     Mutant("reference: plain PPO against the anchor", TR, "anchor_logprobs if self.updater.reference.fixed else rollout.logprobs", "anchor_logprobs", "test_trainer.py"),
     Mutant("update: the penalty counts twice", U, "0.0 if self.reference.in_loss else kl_coef", "kl_coef", "test_trainer.py"),
     Mutant("update: the coefficient is not passed on", U, "self.optimizer_step(part, kl_coef, entropy_coef)", "self.optimizer_step(part)", "test_trainer.py"),

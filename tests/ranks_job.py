@@ -72,7 +72,9 @@ def updates(ranks: Ranks | None, names: Sequence[str] = tuple(CONFIGS)) -> dict[
     for name in names:
         made = trainer(ranks, **CONFIGS[name])
         done = [made.step(QUERIES, score, copies=3)]
+        is_policy = [made.anchor.is_policy()]
         made.anchor.promote()
+        is_policy.append(made.anchor.is_policy())
         with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
             done.append(made.step(QUERIES, score, copies=3))
         found[name] = {
@@ -82,8 +84,10 @@ def updates(ranks: Ranks | None, names: Sequence[str] = tuple(CONFIGS)) -> dict[
             "weights": weights(made),
             "exchanged": {call.args[0].numel() for call in reduced.call_args_list},
         }
+        is_policy.append(made.anchor.is_policy())
         made.anchor.rollback()
         found[name]["rolled back"] = weights(made)
+        found[name]["anchor is policy"] = [*is_policy, made.anchor.is_policy()]
     return found
 
 
@@ -122,6 +126,7 @@ def verbs(ranks: Ranks) -> dict[str, Any]:
         "sums": sums,
         "first": module[0].detach(),
         "largest": ranks.largest(ranks.rank),
+        "equal": [ranks.equal([(torch.tensor(n), torch.tensor(0))]) for n in (0, ranks.rank)],
         "same": ranks.check_same("nothing", [float("nan")]),
         "apart": apart,
     }

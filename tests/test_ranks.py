@@ -80,7 +80,7 @@ def test_a_process_on_its_own_gets_what_it_gives() -> None:
     found = verbs(Ranks())
     assert found["numbers"].shape == (5, 5) and found["texts"][3] == "row of 5"
     assert found["sums"] == {"a": 1.0} and found["gradients"][0].tolist() == [1.0, 1.0]
-    assert found["largest"] == 0 and found["apart"] == ""
+    assert found["largest"] == 0 and found["equal"] == [True, True] and found["apart"] == ""
 
 
 def test_a_share_is_cut_into_parts_that_hold_every_row() -> None:
@@ -102,6 +102,7 @@ def test_gradients_and_numbers_are_added_up(job: tuple[Path, list[dict[str, Any]
     for found in (rank["verbs"] for rank in job[1]):
         assert [g.tolist() for g in found["gradients"]] == [[1.0, 1.0], [2.0]]  # rank 1 had none for the first
         assert found["sums"] == {"a": 3.0} and found["largest"] == 1
+        assert found["equal"] == [True, False]  # rank 0's are equal, rank 1's are not
 
 
 def test_rank_0_is_copied_and_a_difference_is_an_error(job: tuple[Path, list[dict[str, Any]], str]) -> None:
@@ -120,6 +121,7 @@ def test_two_ranks_end_in_the_update_of_one(
         assert_close(mine["weights"], alone["weights"], rtol=0, atol=1e-6)
         for here, there in zip(mine["stats"], alone["stats"], strict=True):
             assert here == pytest.approx(there, rel=1e-4, abs=1e-5)
+        assert mine["anchor is policy"] == [False, True, False, True]
     assert torch.equal(both[0]["weights"], both[1]["weights"])
 
 
@@ -133,6 +135,7 @@ def test_ranks_that_divide_an_agent_end_in_the_update_of_one(
             assert_close(mine[weights], one[name][weights], rtol=0, atol=1e-6)
         for here, there in zip(mine["stats"], one[name]["stats"], strict=True):
             assert here == pytest.approx(there, rel=1e-4, abs=1e-5)
+        assert mine["anchor is policy"] == [False, True, False, True]
     assert not torch.equal(one[name]["weights"], one[name]["rolled back"])
 
 

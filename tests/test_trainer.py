@@ -65,6 +65,26 @@ def test_ratio_is_one_at_the_first_optimizer_step() -> None:
     assert stats["approx_kl"] < 1e-10
 
 
+@pytest.mark.parametrize("event", ["nothing yet", "promotion", "rollback", "resume"])
+def test_the_anchor_makes_no_pass_of_its_own_while_it_is_the_policy(
+    event: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, asked = make(), []
+    if event != "nothing yet":
+        step(trainer)
+        assert step(trainer)["kl"] != 0  # no longer the policy's weights
+        trainer.anchor.promote() if event == "promotion" else trainer.anchor.rollback()
+    if event == "resume":
+        saved, trainer = trainer.state_dict(), make(seed=1)
+        trainer.load_state_dict(saved)
+    monkeypatch.setattr(trainer.anchor, "logprobs", asked.append)
+    collect(trainer)
+    (scored,) = trainer.buffer._parts
+    assert asked == [] and torch.equal(scored.ref_logprobs, scored.logprobs)
+    monkeypatch.undo()
+    assert_close(trainer.anchor.logprobs(scored), scored.ref_logprobs, rtol=0, atol=1e-5)  # what a pass would give
+
+
 def test_two_seeded_runs_are_equal_to_the_last_bit() -> None:
     one, two = make(), make()
     for _ in range(3):

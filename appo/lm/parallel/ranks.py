@@ -80,6 +80,10 @@ class Ranks:
         before, parameter.data = parameter.data, other
         return before
 
+    def equal(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        """Whether the tensors of each pair, of one shape and dtype, are equal, on all ranks."""
+        return all(torch.equal(one, other) for one, other in pairs)
+
     def whole(self, state: Any) -> Any:
         """A nested state for the first rank to save: with whole tensors where ranks hold parts."""
         return state
@@ -159,6 +163,10 @@ class Joined(Ranks):
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
         self.check_weights(tensors)
+
+    def equal(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        """As `Ranks.equal`."""
+        return not self.largest(int(not super().equal(pairs)))
 
     def check_same(self, what: str, found: object) -> None:
         """As `Ranks.check_same`."""

@@ -98,6 +98,10 @@ class Sharded(Joined):
         parameter.detach().copy_(other)
         return before
 
+    def equal(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        """As `Ranks.equal`; each rank compares its parts."""
+        return super().equal([(_part(one), _part(other)) for one, other in pairs])
+
     def whole(self, state: Any) -> Any:
         """As `Ranks.whole`; in the CPU's memory, and on the first rank only: others get empty tensors."""
         if isinstance(state, DTensor):
@@ -123,3 +127,8 @@ class Sharded(Joined):
     def _parts(self) -> list[FSDPModule]:
         """The modules that are gathered at once, each without those in it."""
         return [part for root in self._roots for part in root.modules() if isinstance(part, FSDPModule)]  # type: ignore[attr-defined]
+
+
+def _part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
