@@ -60,6 +60,7 @@ def test_the_real_model_is_decoded_if_it_is_there(
         ("RESPONSE", 4),
         ("ANSWERING", tmp_path / "other"),
         ("ANSWER", 3),
+        ("LENGTH", 3),
     ):
         monkeypatch.setattr(real, name, value)
     monkeypatch.setattr("sys.argv", ["bench", "--only", "real", "--seconds", "0", "--out", str(tmp_path / "b.json")])
@@ -70,10 +71,12 @@ def test_the_real_model_is_decoded_if_it_is_there(
         part.save_pretrained(tmp_path / "model")
     assert bench.main() == 0
     said = capsys.readouterr()
-    assert "reading its weights" in said.out
+    assert "reading its weights" in said.out and "update" in said.out
     assert "llama.cpp is left out: it needs the package xllamacpp and" in said.err
     assert "answers are left out: there is no model in" in said.err
     (tmp_path / "model").rename(tmp_path / "other")
+    for way in real.scoring().values():
+        assert way().shape == (real.ASKED, real.EXAMPLES, 2)
     generated, ours = (way() for way in real.Answers().ways().values())
     assert len(ours) == len(real.PROMPTS) * len(real.INPUTS)
     assert sum(a == b for a, b in zip(generated, ours, strict=True)) > 0.8 * len(ours)  # both in bfloat16

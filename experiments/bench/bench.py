@@ -3,12 +3,12 @@
     python -m experiments.bench                         all parts but `real`, in about 11 minutes; writes bench.json
     python -m experiments.bench --only scoring          one part: scoring, sampling, update, iteration or real
 
-The part `real` (`make bench REAL=1`) decodes with the models in models/smollm2 and models/gemma3-270m. Ratios depend on
-the machine, above all on its libraries for matrix products.
+The part `real` (`make bench REAL=1`) takes the models in models/smollm2 and models/gemma3-270m, and some ten minutes
+more. The others take random weights, since only shapes matter here.
 
-Models have random weights, since only shapes matter here. The ways to do a piece of work take turns, round after round.
-Times are medians, and ratios are medians of the ratios within a round, so that a slow moment of the machine affects all
-ways alike. Scoring and updating are timed only after all ways have given the same numbers.
+Ratios depend on the machine, above all on its libraries for matrix products. The ways to do a piece of work take
+turns, round after round. Times are medians, and ratios are medians of the ratios within a round, so that a slow moment
+of the machine affects all ways alike. Scoring and updating are timed only after all ways have given the same numbers.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from appo.trainer import APPOTrainer
 from experiments.bench import real
 from experiments.bench.memory import transient
 from experiments.bench.plain import as_plain, plain_loss, plain_sample, plain_scores, plain_update
+from experiments.bench.real import Real
 from experiments.config import MAX_THREADS, RunConfig
 from experiments.config.extras import installed
 from experiments.lab import grammar
@@ -212,18 +213,22 @@ class Bench:
             if rank and not installed("peft"):
                 continue
             plain, ours = self._plain_trainer(name, rank, low), self._trainer(name, rank, low)
-            rollout = ours.policy.sample([self._query()], copies=count)
-            batch = as_batch(rollout)
-            same(gradients(plain, plain_loss(plain, batch)[0]), gradients(ours, ours.updater.loss(batch)[0]))
-            ways = {
-                "TRL's passes": lambda t=plain, b=batch: plain_update(t, b, passes=2),
-                "ours": lambda t=ours, r=rollout: our_update(t, r),
-            }
-            if (name, count, rank) == ("tiny", 4, 0):
-                ways["plain PPO"] = lambda t=plain, b=batch: plain_update(t, b, passes=1)
-            pairs = [(theirs, "ours") for theirs in ways if theirs != "ours"]
             work = f"{'LoRA ' if rank else ''}update {name}, K {count}{', checkpointing' if low else ''}"
-            yield from self.timed(work, ways, pairs)
+            also_ppo = (name, count, rank) == ("tiny", 4, 0)
+            yield from self._update(work, plain, ours, ours.policy.sample([self._query()], copies=count), also_ppo)
+
+    def _update(
+        self, work: str, plain: APPOTrainer, ours: APPOTrainer, rollout: Rollout, also_ppo: bool = False
+    ) -> Iterator[Row]:
+        batch = as_batch(rollout)
+        same(gradients(plain, plain_loss(plain, batch)[0]), gradients(ours, ours.updater.loss(batch)[0]))
+        ways = {
+            "TRL's passes": lambda: plain_update(plain, batch, passes=2),
+            "ours": lambda: our_update(ours, rollout),
+        }
+        if also_ppo:
+            ways["plain PPO"] = lambda: plain_update(plain, batch, passes=1)
+        yield from self.timed(work, ways, [(theirs, "ours") for theirs in ways if theirs != "ours"])
 
     def iteration(self) -> Iterator[Row]:
         """Samples, scores and updates: everything the plain way, against everything our way."""
@@ -247,9 +252,13 @@ class Bench:
             yield from self.timed(f"iteration {name}, K {count}, B {size}", ways, [("all the plain way", "ours")])
 
     def real(self) -> Iterator[Row]:
-        """Samples with SmolLM2-135M, makes decoding steps, and writes answers with Gemma-3-270M."""
-        model = real.Real()
-        yield from self.timed(f"sampling {real.NAME}", model.ways(), [("generate and a pass", "ours")])
+        """An iteration of SmolLM2-135M with Gemma-3-270M, piece by piece; decoding steps; answers."""
+        model, pieces = Real(), list[Row]()
+        for row in self._pieces(model):
+            yield row
+            pieces += [row] if row.unit == "s" else []
+        plain, appo = sum(row.theirs for row in pieces), sum(row.ours for row in pieces)
+        yield Row("the above together", "all the plain way", plain, appo, plain / appo)
         rounds = list(model.rounds(self.budget))
         for name in [way for way in rounds[0] if way != "ours"]:
             theirs, ours = ([seconds[way] for seconds in rounds] for way in (name, "ours"))
@@ -261,7 +270,17 @@ class Bench:
             ways = real.Answers().ways()
             yield from self.timed(f"answers of {real.NAME_OF_ANSWERS}", ways, [(next(iter(ways)), "ours")])
         else:
-            print(f"answers are left out: there is no model in {real.ANSWERING}", file=sys.stderr)
+            print(f"scoring and answers are left out: there is no model in {real.ANSWERING}", file=sys.stderr)
+
+    def _pieces(self, model: Real) -> Iterator[Row]:
+        yield from self.timed(f"sampling {real.NAME}", model.ways(), [("generate and a pass", "ours")])
+        if real.has_answers():
+            ways = real.scoring()
+            theirs, ours = ways
+            yield from self.timed(f"scoring {real.NAME_OF_SCORING}", ways, [(theirs, ours)])
+        plain, trained = (APPOTrainer(p, APPOConfig(learning_rate=1e-6)) for p in (model.plain, model.ours))
+        rollout = model.ours.sample([model.query], copies=real.COUNT)
+        yield from self._update(f"update {real.NAME}", plain, trained, rollout)
 
     def _trainer(self, name: str, rank: int = 0, checkpointing: bool = False) -> APPOTrainer:
         sampling = SamplingConfig(RESPONSE, 1.0, nonempty=False, one_line=False)
@@ -271,7 +290,7 @@ class Bench:
         lm = CausalLM(model, self.tokenizer, compute_dtype=self.dtype, gradient_checkpointing=checkpointing)
         policy = Policy(lm, sampling)
         policy.ends = Ends((), (), SHAPES[name].vocabulary, model.device, False, False)  # so that all have full length
-        return APPOTrainer(policy, APPOConfig(learning_rate=1e-6, target_kl=None))
+        return APPOTrainer(policy, APPOConfig(learning_rate=1e-6, ppo_epochs=4))  # TRL's epochs
 
     def _plain_trainer(self, name: str, rank: int = 0, checkpointing: bool = False) -> APPOTrainer:
         trainer = self._trainer(name, rank, checkpointing)

@@ -1,4 +1,4 @@
-"""Decoding real models: an agent's responses (SmolLM2-135M) and a target's answers (Gemma-3-270M), against `generate`.
+"""Real models, our way and the plain one: responses of SmolLM2-135M, class logits and answers of Gemma-3-270M.
 
 SmolLM2's step is also compared with the time to read its weights once, and with llama.cpp. That runs the model from a
 GGUF file with about five bits per weight, while ours have thirty-two. So its time shows what this CPU can reach, not
@@ -8,9 +8,10 @@ the same work.
 from __future__ import annotations
 
 import itertools
+import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +27,7 @@ from appo.lm.model import CausalLM
 from appo.lm.packed import Output
 from appo.policy import Policy
 from appo.rollout import Query
-from experiments.bench.plain import as_plain, plain_sample
+from experiments.bench.plain import as_plain, plain_sample, plain_scores
 from experiments.config.extras import installed
 from experiments.terminal.command import UsageError
 from rewards.local import LocalTarget
@@ -48,6 +49,8 @@ hot early open strong happy inside visible direct known legal patient fair
 agree lead appear continue win remember arrive accept before above always more
 """
 INPUTS = WORDS.split()
+ASKED, EXAMPLES, LENGTH = 6, 16, 24  # prompts, inputs, and words of each, to be scored
+NAME_OF_SCORING = f"Gemma-3-270M, K {ASKED}, B {EXAMPLES}, {LENGTH} + {LENGTH} words"
 NAME_OF_ANSWERS = f"Gemma-3-270M, {len(PROMPTS) * len(INPUTS)} texts + up to {ANSWER} tokens"
 
 
@@ -110,7 +113,7 @@ class Answers:
     """
 
     def __init__(self) -> None:
-        self.ours, self.plain = _target(), _target()
+        self.ours, self.plain = _target(torch.bfloat16), _target(torch.bfloat16)
         as_plain(self.plain.lm)
         # torch copies the head's weights for each row of a slice, and a batch would take minutes.
         self.plain.lm.model.get_output_embeddings().register_forward_pre_hook(lambda _, rows: (rows[0].contiguous(),))
@@ -137,6 +140,18 @@ class Answers:
         return [answer.strip() for answer in answers]
 
 
+def scoring() -> dict[str, Callable[[], Tensor]]:
+    """Returns, by name, the ways to score some prompts with Gemma-3-270M on some inputs; class logits [K, B, C]."""
+    plain, ours = (_target(dtype, ("negative", "positive")) for dtype in (torch.float32, torch.bfloat16))
+    as_plain(plain.lm)
+    rng = random.Random(0)
+    prompts, inputs = ([" ".join(rng.choices(INPUTS, k=LENGTH)) for _ in range(n)] for n in (ASKED, EXAMPLES))
+    return {
+        "batches of 4 in float32": lambda: plain_scores(plain, prompts, inputs, 4),
+        "ours in bfloat16": lambda: ours.class_logits(grid(prompts, inputs)).view(ASKED, EXAMPLES, -1),
+    }
+
+
 def has_answers() -> bool:
     """Whether the model that answers is in its folder."""
     return (ANSWERING / "config.json").is_file()
@@ -161,10 +176,10 @@ def _policy() -> Policy:
     return policy
 
 
-def _target() -> LocalTarget:
-    model = AutoModelForCausalLM.from_pretrained(ANSWERING, dtype=torch.bfloat16).requires_grad_(False)
+def _target(dtype: torch.dtype, words: Sequence[str] = ()) -> LocalTarget:
+    model = AutoModelForCausalLM.from_pretrained(ANSWERING, dtype=dtype).requires_grad_(False)
     lm = CausalLM(model, AutoTokenizer.from_pretrained(ANSWERING), chat=False)
-    return LocalTarget(lm, "{prompt}\nInput: {input}\nOutput:", ())
+    return LocalTarget(lm, "{prompt}\nInput: {input}\nOutput:", words)
 
 
 def llama_cpp(tokens: tuple[int, ...]) -> Callable[[], Any]:
