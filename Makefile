@@ -87,7 +87,7 @@ landscape: $(READY) ## measure the lab: accuracy under good and bad instructions
 lab: $(READY) ## rebuild the lab's data, tokenizers and models from scratch (about two hours)
 	$(BIN)/python -m experiments.lab.recipe
 
-bench: $(READY) ## time scoring, sampling and updating against plain padded batches (about 11 minutes); REAL=1: decoding with models/smollm2 and models/gemma3-270m
+bench: $(READY) ## time scoring, sampling and updating against plain padded batches (about 11 minutes); REAL=1: with models/smollm2 and models/gemma3-270m
 	$(BIN)/python -m experiments.bench $(if $(REAL),--only real) $(ARGS)
 
 test: $(READY) ## run the tests

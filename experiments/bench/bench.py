@@ -8,7 +8,8 @@ more. The others take random weights, since only shapes matter here.
 
 Ratios depend on the machine, above all on its libraries for matrix products. The ways to do a piece of work take
 turns, round after round. Times are medians, and ratios are medians of the ratios within a round, so that a slow moment
-of the machine affects all ways alike. Scoring and updating are timed only after all ways have given the same numbers.
+of the machine affects all ways alike. Scoring and updating are timed only after all ways have given the same numbers;
+not so the scoring of `real`, whose ways compute in different dtypes.
 """
 
 from __future__ import annotations
