@@ -55,7 +55,7 @@ class AnchorConfig:
 class APPOConfig:
     """PPO, and the reference of its KL penalty."""
 
-    learning_rate: float = 6e-5  # of AdamW; [P]: 1e-5, for adapters
+    learning_rate: float | None = None  # of AdamW; null: by the size of the agent's weights; [P]: 1e-5, for adapters
     value_learning_rate: float | None = None  # of the value head alone; null: learning_rate [P]
     clip_range: float = 0.2  # of the probability ratio [P]
     value_clip_range: float | None = 0.2  # of the value head around its old values; null: off [TRL]
@@ -81,9 +81,9 @@ class APPOConfig:
     kl_horizon: int = 10_000  # responses over which it adapts [TRL]
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "clip_range"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("value_learning_rate", "value_clip_range", "max_grad_norm", "target_kl", "kl_target"):
+        _require(self.clip_range > 0, "clip_range", self.clip_range, "above 0")
+        rates = ("learning_rate", "value_learning_rate")
+        for name in (*rates, "value_clip_range", "max_grad_norm", "target_kl", "kl_target"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "above 0, or null")
         for name in ("value_coef", "entropy_coef", "cut_off_penalty", "minibatch_size", "micro_batch_size", "kl_coef"):

@@ -75,16 +75,14 @@ class Updater:
     def __init__(self, policy: Policy, config: APPOConfig, generator: torch.Generator | None = None) -> None:
         self.policy, self.config, self.generator = policy, config, generator
         self.reference = Reference.of(config.reference, config.kl_in_loss)
+        rate = config.learning_rate or policy.lm.learning_rate
         policy.ranks.begin(policy.model, policy.value_head)
         weights, head = [p for p in policy.model.parameters() if p.requires_grad], list(policy.value_head.parameters())
         if not weights:
-            raise ValueError(
-                "the agent has no parameter to train: all have requires_grad=False; does it share its model object "
-                "with the frozen target?"
-            )
+            raise ValueError("the agent has no parameter to train; is its model object that of the frozen target?")
         self.trained = [*weights, *head]
-        self.optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0, fused=True)
-        self.optimizer.add_param_group({"params": head, "lr": config.value_learning_rate or config.learning_rate})
+        self.optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0, fused=True)
+        self.optimizer.add_param_group({"params": head, "lr": config.value_learning_rate or rate})
         self.mean_score: float | None = None  # running, over updates
 
     def update(self, scored: Scored, kl_coef: float) -> dict[str, float]:

@@ -275,6 +275,7 @@ def test_the_header_and_the_plan_know_an_adapter_by_its_folder(tmp_path: Path) -
     said = " ".join(loaded(run))
     trained = sum(weight.numel() for weight in run.policy.trained().values())
     assert f"trains an adapter of {trained / 1e6:.2f} M parameters; agent and target share the rest" in said
+    assert "learning rate 1.7e-05, by the size of the agent's weights" in said  # of the base: half the adapter is 0
     planned = Options.of(config, bfloat16=False)
     assert (planned.rank, planned.shared) == (4, True)
     assert Estimate(config, lengths_of(run), planned).agent.trained == trained

@@ -329,10 +329,10 @@ def test_numbers_are_finite(key: str, text: str) -> None:
 
 # (key, value, what it should be)
 WRONG_TYPES = [
-    ("appo.learning_rate", "fast", "a number"),
-    ("appo.learning_rate", "true", "a number"),
-    ("appo.learning_rate", "null", "a number"),
-    ("appo.learning_rate", "[1]", "a number"),
+    ("appo.learning_rate", "fast", "a number or null"),
+    ("appo.learning_rate", "true", "a number or null"),
+    ("appo.clip_range", "null", "a number"),
+    ("appo.learning_rate", "[1]", "a number or null"),
     ("appo.value_clip_range", "high", "a number or null"),
     ("prompts", "4.0", "a whole number"),
     ("prompts", "four", "a whole number"),

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from appo.config import APPOConfig, SamplingConfig
 from appo.lm.attention import Branches
+from appo.rollout import Scored
 from appo.selfcheck import SelfCheckError, self_check
 from appo.trainer import APPOTrainer
 from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of, sharpen, target_of
@@ -37,6 +38,53 @@ def test_200_small_steps_move_nearly_all_weights() -> None:
     assert moved >= 0.99
     for p, q in pairs:  # a constant gradient moves AdamW by the learning rate a step: 200 * 1e-5
         assert_close(p.detach(), q - 2e-3, rtol=0, atol=2e-5)
+
+
+def test_the_default_learning_rate_is_a_share_of_the_size_of_the_weights() -> None:
+    tokenizer = byte_tokenizer()
+    model = llama(len(tokenizer))
+    for parameter in model.parameters():
+        signs = parameter.detach().sign_()
+        signs.mul_(0.2 if parameter.dim() > 1 else 100.0)  # the weights of norms do not count
+    model.lm_head.weight.detach().mul_(25)  # nor do a large matrix and a small one
+    model.get_input_embeddings().weight.detach().mul_(0.01)
+    policy = policy_of(model, tokenizer, plain_sampling(8))
+    assert policy.lm.learning_rate == 6.3e-5  # 3.15e-4 * 0.2
+    rates = [
+        [group["lr"] for group in APPOTrainer(policy, APPOConfig(**given)).updater.optimizer.param_groups]  # type: ignore[arg-type]
+        for given in ({}, {"value_learning_rate": 0.5}, {"learning_rate": 1e-3})
+    ]
+    assert rates == [[6.3e-5, 6.3e-5], [6.3e-5, 0.5], [1e-3, 1e-3]]
+    model.bfloat16()  # a frozen base, whose adapter is trained
+    assert policy.lm.learning_rate == 6.3e-5
+
+
+def moved_by_an_update(share: float, learning_rate: float | None) -> float:
+    """How far an update moves the log-probabilities of what was sampled, for one policy written down in several ways.
+
+    The weights of its matrices are multiplied by `share`, and those of its norms divided by it, as between SmolLM2 and
+    Gemma. That changes nothing in what the model computes, since each matrix stands behind a norm or is undone by one.
+    """
+    tokenizer = byte_tokenizer()
+    model = sharpen(llama(len(tokenizer)))
+    for parameter in model.parameters():
+        parameter.detach().mul_(share if parameter.dim() > 1 else 1 / share)
+        parameter.requires_grad = parameter.dim() > 1
+    for norm in (module for module in model.modules() if hasattr(module, "variance_epsilon")):
+        norm.variance_epsilon = 1e-12  # small beside the states of either
+    policy = policy_of(model, tokenizer, plain_sampling(8))
+    trainer = APPOTrainer(policy, APPOConfig(learning_rate=learning_rate, kl_coef=0.0, value_coef=0.0, ppo_epochs=1))
+    rollout = policy.sample([policy.query("Write.", "")], torch.Generator().manual_seed(0), 16)
+    trainer.updater.update(Scored.of(rollout, torch.arange(16.0), rollout.logprobs), 0.0)
+    with torch.no_grad():
+        return (policy.evaluate(rollout).logprobs - rollout.logprobs).abs().mean().item()
+
+
+def test_by_default_updates_go_as_far_whatever_the_size_of_the_weights() -> None:
+    far = moved_by_an_update(1.0, None)
+    assert far > 1e-5
+    assert moved_by_an_update(0.2, None) == pytest.approx(far, rel=0.05)
+    assert moved_by_an_update(0.2, 3e-5) > 4 * moved_by_an_update(1.0, 3e-5)  # with one learning rate for both
 
 
 def test_weights_kept_in_bfloat16_would_not_move() -> None:
