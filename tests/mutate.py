@@ -37,8 +37,8 @@ ADVANTAGES = "test_advantages.py"
 P, T, L, LOGITS, LM = (f"appo/lm/{name}.py" for name in ("packed", "attention", "linear", "logits", "model"))
 C, D, G = (f"appo/lm/decoding/{name}.py" for name in ("cache", "recorded", "growing"))
 MUTANTS = (
-    Mutant("mean: mask dropped", F, "x = x.masked_fill(~mask, 0.0)\n    if dim", "if dim", MASKS),
-    Mutant("mean: divided by all", F, "x.sum() / mask.sum().clamp(min=1)", "x.sum() / mask.numel()", MASKS),
+    Mutant("mean: mask dropped", F, "return x.masked_fill(~mask, 0.0).sum(dim)", "return x.sum(dim)", MASKS),
+    Mutant("mean: divided by all", F, ".sum(dim) / mask.sum(dim).clamp(min=1)", ".sum(dim) / mask.numel()", MASKS),
     Mutant("variance: always biased", F, "(count - int(unbiased))", "count", MASKS),
     Mutant("variance: mask dropped", F, "squares.masked_fill(~mask, 0.0).sum()", "squares.sum()", MASKS),
     Mutant("whiten: not centred", F, "whitened if shift_mean", "whitened if not shift_mean", MASKS),
@@ -52,7 +52,7 @@ MUTANTS = (
     Mutant("k1: sign", F, "difference = logprobs - ref_logprobs", "difference = ref_logprobs - logprobs", KL),
     Mutant("k3: sign", F, "torch.expm1(-difference) + difference", "torch.expm1(difference) - difference", KL),
     Mutant("rewards: penalty is a bonus", F, "penalty = -kl_coef", "penalty = kl_coef", KL),
-    Mutant("rewards: score on the first token", F, "F.pad(mask[:, 1:], (0, 1))\n    is", "F.pad(mask[:, :-1], (1, 0))\n    is", KL),
+    Mutant("rewards: score on the first token", F, "is_last = mask & ~F.pad(mask[:, 1:], (0, 1))", "is_last = mask & ~F.pad(mask[:, :-1], (1, 0))", KL),
     Mutant("rewards: KL mask dropped", F, "kl.masked_fill(~mask, 0.0)", "kl", KL),
     Mutant("gae: sign of the value", F, "gamma * next_values - values", "gamma * next_values + values", GAE),
     Mutant("gae: values aligned one late", F, "F.pad(values[:, 1:], (0, 1))", "values", GAE),
@@ -156,6 +156,9 @@ MUTANTS = (
     Mutant("collect: cut-off responses are rewarded", TR, "- self.config.cut_off_penalty", "+ self.config.cut_off_penalty", "test_trainer.py"),
     Mutant("update: entropy is penalised", U, "loss - entropy_coef", "loss + entropy_coef", "test_trainer.py"),
     Mutant("update: the entropy bonus does not grow", U, "config.entropy_coef / max(", "config.entropy_coef * max(", "test_trainer.py"),
+    Mutant("update: one learning rate for weights of any size", LM, "RELATIVE_RATE * median(sizes)", "6e-5", "test_precision.py"),
+    Mutant("update: a matrix is as large as its sum of squares", LM, " / m.numel() ** 0.5", "", "test_precision.py"),
+    Mutant("update: the given learning rate is ignored", U, "config.learning_rate or policy.lm.learning_rate", "policy.lm.learning_rate", "test_precision.py"),
     Mutant("fit: never reviews", TR, "number % self.anchor_config.period == 0", "False", "test_trainer.py"),
     Mutant("fit: reviews at once", TR, "number % self.anchor_config.period == 0", "number % self.anchor_config.period == 1", "test_trainer.py"),
     Mutant("checkpoints: no room for the one being written", "experiments/run/checkpoint.py", "KEPT + 1) - found", "KEPT) - found", "test_checkpoint.py"),
