@@ -11,7 +11,8 @@ import torch
 from experiments.bench import bench, real, shapes
 from experiments.bench.bench import Bench, Shape
 from experiments.bench.memory import transient
-from tests.conftest import byte_tokenizer, llama
+from experiments.bench.plain import bare_products
+from tests.conftest import byte_tokenizer, llama, target_of
 
 
 @pytest.fixture(autouse=True)
@@ -75,11 +76,23 @@ def test_the_real_model_is_decoded_if_it_is_there(
     assert "llama.cpp is left out: it needs the package xllamacpp and" in said.err
     assert "answers are left out: there is no model in" in said.err
     (tmp_path / "model").rename(tmp_path / "other")
-    for way in real.scoring().values():
-        assert way().shape == (real.ASKED, real.EXAMPLES, 2)
-    generated, ours = (way() for way in real.Answers().ways().values())
-    assert len(ours) == len(real.PROMPTS) * len(real.INPUTS)
-    assert sum(a == b for a, b in zip(generated, ours, strict=True)) > 0.8 * len(ours)  # both in bfloat16
+    theirs, products, ours = real.scoring().values()
+    assert theirs().shape == ours().shape == (real.ASKED, real.EXAMPLES, 2)
+    assert products() is None
+    generated, written = (way() for way in real.Answers().ways().values())
+    assert len(written) == len(real.PROMPTS) * len(real.INPUTS)
+    assert sum(a == b for a, b in zip(generated, written, strict=True)) > 0.8 * len(written)  # both in bfloat16
+
+
+def test_bare_products_are_those_of_the_tokens_that_scoring_runs() -> None:
+    tokenizer = byte_tokenizer()
+    target = target_of(llama(len(tokenizer)), tokenizer, "{prompt}|{input}", ["a", "b"])
+    seen = set[int]()
+    for layer in target.lm.model.model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_pre_hook(lambda _, rows: seen.add(rows[0].numel() // rows[0].shape[-1]))
+    bare_products(target, ["one", "three"], ["x", "yz"])()
+    assert seen == {(4 + 1 + 2) + (6 + 1 + 2)}  # a prompt with the sign behind it runs once, and each input
 
 
 def test_ratios_are_medians_of_those_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:

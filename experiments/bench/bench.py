@@ -26,7 +26,7 @@ from datetime import date
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from appo.config import APPOConfig, SamplingConfig
@@ -38,7 +38,7 @@ from appo.rollout import Batch, Query, Rollout, Scored
 from appo.trainer import APPOTrainer
 from experiments.bench import real
 from experiments.bench.memory import transient
-from experiments.bench.plain import as_plain, plain_loss, plain_sample, plain_scores, plain_update
+from experiments.bench.plain import as_plain, bare_products, plain_loss, plain_sample, plain_scores, plain_update
 from experiments.bench.real import Real
 from experiments.config import MAX_THREADS, RunConfig
 from experiments.config.extras import installed
@@ -47,7 +47,7 @@ from experiments.run.files import write_whole
 from experiments.run.models import find_device, load_model
 from experiments.terminal.command import Parser, UsageError, in_order, new_file
 from rewards.local import LocalTarget
-from rewards.target import fill, grid
+from rewards.target import grid
 
 Work = Callable[[], Any]
 
@@ -155,7 +155,7 @@ class Bench:
         same(plain_scores(plain, prompts, inputs, 4).log_softmax(-1), ours(exact).log_softmax(-1))
         ways = {
             "batches of 4": lambda: plain_scores(plain, prompts, inputs, 4),
-            "bare matrix products": self._products(exact, prompts, inputs),
+            "bare matrix products": bare_products(exact, prompts, inputs),
             "ours": lambda: ours(exact),
             "ours in bfloat16": lambda: ours(half),
         }
@@ -168,24 +168,6 @@ class Bench:
     def _target(self, name: str, dtype: torch.dtype) -> LocalTarget:
         model = build(SHAPES[name], dtype, self.device).requires_grad_(False)
         return LocalTarget(CausalLM(model, self.tokenizer), TEMPLATE, WORDS)
-
-    def _products(self, target: LocalTarget, prompts: Sequence[str], inputs: Sequence[str]) -> Work:
-        """Returns a lower bound for the time: only the linear layers' products, for the tokens that must be run.
-
-        Its ratio to our time is the share of this machine's matrix-product rate that we reach.
-        """
-        around = len(self.tokenizer(fill(TEMPLATE, "", ""))["input_ids"])
-        tokens = sum(len(ids) for ids in self.tokenizer([*prompts, *list(inputs) * len(prompts)])["input_ids"])
-        tokens += (around - 1) * len(prompts) * len(inputs) - len(prompts)
-        layers = [layer for layer in target.lm.model.model.modules() if isinstance(layer, nn.Linear)]
-        states = {width: torch.randn(tokens, width, device=self.device) for width in {x.in_features for x in layers}}
-
-        @torch.inference_mode()
-        def products() -> None:
-            for layer in layers:
-                layer(states[layer.in_features])
-
-        return products
 
     def _texts(self, count: int, length: int) -> list[str]:
         """Returns `count` texts of about `length` tokens."""
@@ -254,11 +236,11 @@ class Bench:
 
     def real(self) -> Iterator[Row]:
         """An iteration of SmolLM2-135M with Gemma-3-270M, piece by piece; decoding steps; answers."""
-        model, pieces = Real(), list[Row]()
+        model, pieces = Real(), dict[str, Row]()
         for row in self._pieces(model):
             yield row
-            pieces += [row] if row.unit == "s" else []
-        plain, appo = sum(row.theirs for row in pieces), sum(row.ours for row in pieces)
+            pieces.setdefault(row.work, row)  # the first row of each is against the plain way
+        plain, appo = sum(row.theirs for row in pieces.values()), sum(row.ours for row in pieces.values())
         yield Row("the above together", "all the plain way", plain, appo, plain / appo)
         rounds = list(model.rounds(self.budget))
         for name in [way for way in rounds[0] if way != "ours"]:
@@ -277,8 +259,8 @@ class Bench:
         yield from self.timed(f"sampling {real.NAME}", model.ways(), [("generate and a pass", "ours")])
         if real.has_answers():
             ways = real.scoring()
-            theirs, ours = ways
-            yield from self.timed(f"scoring {real.NAME_OF_SCORING}", ways, [(theirs, ours)])
+            *others, ours = ways
+            yield from self.timed(f"scoring {real.NAME_OF_SCORING}", ways, [(theirs, ours) for theirs in others])
         plain, trained = (APPOTrainer(p, APPOConfig(learning_rate=1e-6)) for p in (model.plain, model.ours))
         rollout = model.ours.sample([model.query], copies=real.COUNT)
         yield from self._update(f"update {real.NAME}", plain, trained, rollout)

@@ -5,15 +5,16 @@ Published implementations work this way. `experiments.bench` compares our speed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from appo.functional import policy_loss, value_loss
 from appo.lm import linear
 from appo.lm.model import CausalLM
+from appo.lm.packed import common_prefix
 from appo.policy import Policy
 from appo.rollout import Batch, Query, Rollout
 from appo.trainer import APPOTrainer
@@ -45,6 +46,27 @@ def plain_scores(target: LocalTarget, prompts: Sequence[str], inputs: Sequence[s
             )
             logits.append(output.logits[:, -1, words].float().cpu())
     return torch.cat(logits).view(len(prompts), len(inputs), len(words))
+
+
+def bare_products(target: LocalTarget, prompts: Sequence[str], inputs: Sequence[str]) -> Callable[[], None]:
+    """Returns a lower bound for the time of scoring: only the layers' matrix products, for the tokens that must be run.
+
+    Its ratio to our time is the share of this machine's matrix-product rate that we reach.
+    """
+    tokens = 0
+    for prompt in prompts:
+        rows = target.lm.tokens([target.context(prompt, text) for text in inputs])
+        tokens += sum(map(len, rows)) - (len(rows) - 1) * common_prefix(rows)
+    layers = [layer for layer in target.lm.model.model.modules() if isinstance(layer, nn.Linear)]
+    like = {"dtype": target.lm.model.dtype, "device": target.lm.device}
+    states = {width: torch.randn(tokens, width, **like) for width in {layer.in_features for layer in layers}}
+
+    @torch.inference_mode()
+    def products() -> None:
+        for layer in layers:
+            layer(states[layer.in_features])
+
+    return products
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from appo.lm.model import CausalLM
 from appo.lm.packed import Output
 from appo.policy import Policy
 from appo.rollout import Query
-from experiments.bench.plain import as_plain, plain_sample, plain_scores
+from experiments.bench.plain import as_plain, bare_products, plain_sample, plain_scores
 from experiments.config.extras import installed
 from experiments.terminal.command import UsageError
 from rewards.local import LocalTarget
@@ -140,7 +140,7 @@ class Answers:
         return [answer.strip() for answer in answers]
 
 
-def scoring() -> dict[str, Callable[[], Tensor]]:
+def scoring() -> dict[str, Callable[[], Any]]:
     """Returns, by name, the ways to score some prompts with Gemma-3-270M on some inputs; class logits [K, B, C]."""
     plain, ours = (_target(dtype, ("negative", "positive")) for dtype in (torch.float32, torch.bfloat16))
     as_plain(plain.lm)
@@ -148,6 +148,7 @@ def scoring() -> dict[str, Callable[[], Tensor]]:
     prompts, inputs = ([" ".join(rng.choices(INPUTS, k=LENGTH)) for _ in range(n)] for n in (ASKED, EXAMPLES))
     return {
         "batches of 4 in float32": lambda: plain_scores(plain, prompts, inputs, 4),
+        "bare matrix products": bare_products(ours, prompts, inputs),
         "ours in bfloat16": lambda: ours.class_logits(grid(prompts, inputs)).view(ASKED, EXAMPLES, -1),
     }
 
