@@ -21,7 +21,8 @@ from experiments.page.heat_map import drawn
 from experiments.run.folder import read_jsonl
 
 DOCS = Path(__file__).parent
-PICTURES = {"grid": "test of target by agent"}  # file in docs/results, and name of the picture -> what it shows
+# File in docs/results, and name of the picture -> what it shows.
+PICTURES = dict.fromkeys(("grid", "grid-real"), "test of target by agent")
 PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
 BLOCK = re.compile(r"(<!-- results: ([\w-]+): (.+?) -->\n\n)(.*?)(\n?<!-- end of results -->)", re.DOTALL)
 
