@@ -75,7 +75,7 @@ class Updater:
     def __init__(self, policy: Policy, config: APPOConfig, generator: torch.Generator | None = None) -> None:
         self.policy, self.config, self.generator = policy, config, generator
         self.reference = Reference.of(config.reference, config.kl_in_loss)
-        rate = config.learning_rate or policy.lm.learning_rate
+        rate = config.learning_rate or policy.lm.default_learning_rate
         policy.ranks.begin(policy.model, policy.value_head)
         weights, head = [p for p in policy.model.parameters() if p.requires_grad], list(policy.value_head.parameters())
         if not weights:

@@ -158,7 +158,7 @@ MUTANTS = (
     Mutant("update: the entropy bonus does not grow", U, "config.entropy_coef / max(", "config.entropy_coef * max(", "test_trainer.py"),
     Mutant("update: one learning rate for weights of any size", LM, "RELATIVE_RATE * median(sizes)", "6e-5", "test_precision.py"),
     Mutant("update: a matrix is as large as its sum of squares", LM, " / m.numel() ** 0.5", "", "test_precision.py"),
-    Mutant("update: the given learning rate is ignored", U, "config.learning_rate or policy.lm.learning_rate", "policy.lm.learning_rate", "test_precision.py"),
+    Mutant("update: the given learning rate is ignored", U, "config.learning_rate or policy.lm.default_learning_rate", "policy.lm.default_learning_rate", "test_precision.py"),
     Mutant("fit: never reviews", TR, "number % self.anchor_config.period == 0", "False", "test_trainer.py"),
     Mutant("fit: reviews at once", TR, "number % self.anchor_config.period == 0", "number % self.anchor_config.period == 1", "test_trainer.py"),
     Mutant("checkpoints: no room for the one being written", "experiments/run/checkpoint.py", "KEPT + 1) - found", "KEPT) - found", "test_checkpoint.py"),

@@ -49,14 +49,14 @@ def test_the_default_learning_rate_is_a_share_of_the_size_of_the_weights() -> No
     model.lm_head.weight.detach().mul_(25)  # nor do a large matrix and a small one
     model.get_input_embeddings().weight.detach().mul_(0.01)
     policy = policy_of(model, tokenizer, plain_sampling(8))
-    assert policy.lm.learning_rate == 6.3e-5  # 3.15e-4 * 0.2
+    assert policy.lm.default_learning_rate == 6.3e-5  # 3.15e-4 * 0.2
     rates = [
         [group["lr"] for group in APPOTrainer(policy, APPOConfig(**given)).updater.optimizer.param_groups]  # type: ignore[arg-type]
         for given in ({}, {"value_learning_rate": 0.5}, {"learning_rate": 1e-3})
     ]
     assert rates == [[6.3e-5, 6.3e-5], [6.3e-5, 0.5], [1e-3, 1e-3]]
     model.bfloat16()  # a frozen base, whose adapter is trained
-    assert policy.lm.learning_rate == 6.3e-5
+    assert policy.lm.default_learning_rate == 6.3e-5
 
 
 def moved_by_an_update(share: float, learning_rate: float | None) -> float:

@@ -125,7 +125,7 @@ class CausalLM:
         return len(self.model.get_output_embeddings().weight)
 
     @property
-    def learning_rate(self) -> float:
+    def default_learning_rate(self) -> float:
         """A learning rate of AdamW for all weights, to two digits: `RELATIVE_RATE` times the size of the weights.
 
         AdamW moves each weight by about the learning rate, so what matters is its share of the weight. As in Adafactor

@@ -64,7 +64,7 @@ def loaded(run: Run) -> Iterator[str]:
         shared = "; agent and target share the rest" if environment.get("target_shared") else ""
         yield _line("", f"trains an adapter of {trained / 1e6:,.2f} M parameters{shared}")
     if run.config.arm in TRAINED and run.config.appo.learning_rate is None:
-        yield _line("", f"learning rate {run.policy.lm.learning_rate:g}, by the size of the agent's weights")
+        yield _line("", f"learning rate {run.policy.lm.default_learning_rate:g}, by the size of the agent's weights")
     if run.served:
         yield _line("", f"target {run.served.server.model!r} on {run.served.server.name}{_context(run.served)}")
     rows = f"{len(run.data.train)} train, {len(run.data.validation)} validation and {len(run.data.test)} test rows"
