@@ -82,8 +82,8 @@ class APPOConfig:
 
     def __post_init__(self) -> None:
         _require(self.clip_range > 0, "clip_range", self.clip_range, "above 0")
-        rates = ("learning_rate", "value_learning_rate")
-        for name in (*rates, "value_clip_range", "max_grad_norm", "target_kl", "kl_target"):
+        names = ("learning_rate", "value_learning_rate", "value_clip_range", "max_grad_norm", "target_kl", "kl_target")
+        for name in names:
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "above 0, or null")
         for name in ("value_coef", "entropy_coef", "cut_off_penalty", "minibatch_size", "micro_batch_size", "kl_coef"):
