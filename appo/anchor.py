@@ -38,15 +38,15 @@ class AnchorDecision(StrEnum):
 def decide(
     policy_score: float, anchor_score: float, promote_threshold: float, rollback_threshold: float
 ) -> AnchorDecision:
-    """The anchor rule of the paper; a lead or deficit exactly at a threshold changes nothing.
+    """The anchor rule of the paper; a lead or deficit at a threshold (up to 1e-9, for rounding) changes nothing.
 
     Args:
         policy_score, anchor_score: mean validation accuracy of prompts sampled from each, in [0, 1].
         promote_threshold, rollback_threshold: in the same unit, at least 0.
     """
-    if policy_score - anchor_score > promote_threshold:
+    if policy_score - anchor_score > promote_threshold + 1e-9:
         return AnchorDecision.PROMOTE
-    if anchor_score - policy_score > rollback_threshold:
+    if anchor_score - policy_score > rollback_threshold + 1e-9:
         return AnchorDecision.ROLLBACK
     return AnchorDecision.KEEP
 

@@ -34,7 +34,7 @@ class AnchorConfig:
     """When the anchor follows the agent, and when the agent goes back to the anchor."""
 
     period: int = 5  # epochs (in `fit`: iterations) between two reviews; [P]: u_t, in the published code's unit
-    prompts: int = 8  # sampled from each side at a review; ours; the published code's 2 are mostly noise
+    prompts: int = 8  # at least so many from each side at a review; ours; the published code's 2 are mostly noise
     promote_threshold: float = 0.05  # lead in mean validation accuracy, as a fraction, above which to promote [P]
     rollback_threshold: float = 0.1  # deficit above which to roll back [P]
     max_kl: float | None = 8.0  # nats of KL above which a review comes at once, any lead deciding; ours; null: off [P]
@@ -47,7 +47,8 @@ class AnchorConfig:
         for name, least in (("period", 1), ("prompts", 1), ("promote_threshold", 0), ("rollback_threshold", 0)):
             _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
         p, kl = self.significance, self.max_kl
-        _require(p is None or 0 < p < 1, "significance", p, "above 0 and below 1, or null")
+        lowest = 0.5**self.prompts  # the p of a review in which every prompt leads
+        _require(p is None or lowest < p < 1, "significance", p, f"above 0.5^prompts ({lowest:.2g}), below 1, or null")
         _require(kl is None or kl > 0, "max_kl", kl, "above 0, or null")
 
 

@@ -49,7 +49,8 @@ class Policy(nn.Module):
         ranks: the processes that share the work; default: this one alone.
 
     Raises:
-        ValueError: there is no end-of-sequence token, or a trainable parameter has less precision than float32.
+        ValueError: there is no end-of-sequence token, a trainable parameter is coarser than float32, or the frozen
+            ones beside it are coarser than what `lm` computes in.
     """
 
     def __init__(self, lm: CausalLM, sampling: SamplingConfig | None = None, ranks: Ranks | None = None) -> None:
@@ -62,6 +63,8 @@ class Policy(nn.Module):
                 f"the parameters to train are {low}, too coarse for small steps; load the model in float32 and let "
                 f"it compute in {low} (compute_dtype)"
             )
+        if not lm.frozen and lm.model.dtype.itemsize < lm.compute_dtype.itemsize:
+            raise ValueError(f"the model is in {lm.model.dtype}; pass compute_dtype={lm.model.dtype} to CausalLM")
         self.lm = lm
         self.model = lm.model
         self.sampling = sampling or SamplingConfig()

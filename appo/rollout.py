@@ -9,7 +9,7 @@ Responses are right-padded to a common T, and everything outside `mask` is zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -68,17 +68,6 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.owner)
 
-    @classmethod
-    def stack(cls, queries: Sequence[Query], owner: Sequence[int], responses: Sequence[Response]) -> Rollout:
-        """Right-pads ragged responses to the longest of them; ValueError if there are none, or not as many owners."""
-        if len(owner) != len(responses) or not responses:
-            raise ValueError(f"{len(owner)} owners and {len(responses)} responses; expected equal numbers, above 0")
-        width = max(len(response.tokens) for response in responses)
-        mask = [torch.ones_like(response.tokens, dtype=torch.bool) for response in responses]
-        columns = [[r.tokens for r in responses], mask, [r.logprobs for r in responses], [r.values for r in responses]]
-        padded = (torch.stack([F.pad(x, (0, width - len(x))) for x in column]) for column in columns)
-        return cls(tuple(queries), torch.tensor(owner, device=responses[0].tokens.device), *padded)
-
     def select(self, rows: Tensor) -> Self:
         """The given rows with the queries that they answer, cut to the longest response among them."""
         width = max(int(self.mask[rows].sum(1).max()), 1)
@@ -111,9 +100,8 @@ class Scored(Rollout):
         if scores.shape != (len(rollout),):
             raise ValueError(f"scores has shape {tuple(scores.shape)}; {len(rollout)} responses need [{len(rollout)}]")
         if ref_logprobs.shape != rollout.tokens.shape:
-            raise ValueError(
-                f"ref_logprobs has shape {tuple(ref_logprobs.shape)}; the rollout's is {tuple(rollout.tokens.shape)}"
-            )
+            found, wanted = tuple(ref_logprobs.shape), tuple(rollout.tokens.shape)
+            raise ValueError(f"ref_logprobs has shape {found}; the rollout's is {wanted}")
         if not scores.isfinite().all():
             bad = int((~scores.isfinite()).nonzero()[0])
             raise ValueError(f"the reward of response {bad} is {scores[bad].item()}; rewards must be finite")

@@ -22,9 +22,12 @@ class SelfCheckError(RuntimeError):
 def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
     """Checks a rollout that `policy` has just sampled, before any update.
 
-    1. Recomputed log-probabilities equal the sampled ones, so every ratio starts at 1.
-    2. The KL to the anchor is 0 up to rounding, since the anchor still equals the policy.
-    3. The row with the most padding has the same log-probabilities alone as in the batch.
+    1. The KL to the anchor is 0, since the anchor still equals the policy.
+    2. The row with the most padding has the same log-probabilities alone as in the batch.
+    3. Recomputed log-probabilities equal the sampled ones, so every ratio starts at 1.
+
+    Each up to rounding, in nats per token: 1e-4, for models that compute in bfloat16 0.1 in the root mean square; for
+    the KL, where both sides make the same pass, a tenth of that.
 
     Raises:
         SelfCheckError: one of them does not hold.

@@ -146,7 +146,7 @@ class APPOTrainer:
         copies: int = 8,
         score_fn: ScoreFn | None = None,
     ) -> Iterator[Iteration]:
-        """The whole algorithm: yields each iteration when it is done.
+        """The whole algorithm: yields each iteration when it is done. Raises DivergedError as `step` does.
 
         Args:
             queries: those of every iteration, or a function from the iteration's number (from 1) to its queries.
@@ -162,7 +162,7 @@ class APPOTrainer:
             iteration = self.step(asked, reward_fn, copies)
             due = self.far or number % self.anchor_config.period == 0
             if due and score_fn is not None and self.updater.reference.reviewed:
-                each = max(1, self.anchor_config.prompts // len(asked))
+                each = -(-self.anchor_config.prompts // len(asked))
                 iteration = replace(iteration, review=self.review_anchor(asked, score_fn, each))
             yield iteration
 
@@ -185,7 +185,8 @@ class APPOTrainer:
     def collect(self, queries: Sequence[Query], reward_fn: RewardFn, copies: int = 1) -> Collected:
         """Samples `copies` responses to each query, scores them, and adds them to the buffer; may be called repeatedly.
 
-        A rollout with a reward that is not finite is returned, but does not enter the buffer.
+        A rollout with a reward that is not finite is returned, but does not enter the buffer. A reward function that
+        does not give a number for each prompt raises TypeError or ValueError; for other errors see `Policy.sample`.
         """
         rollout = self.policy.sample(queries, self.generator, copies)
         if self.policy.lm.compute_dtype.itemsize < 4:
@@ -205,7 +206,7 @@ class APPOTrainer:
         return Collected(rollout, prompts, rewarded, cut_off.mean().item(), kl)
 
     def update(self) -> dict[str, float]:
-        """Runs PPO epochs on everything collected and empties the buffer; see `Updater.update`."""
+        """PPO epochs on everything collected (ValueError if nothing is); empties the buffer. See `Updater.update`."""
         scored = self.buffer.stacked()
         self.buffer.clear()
         return self.updater.update(scored, self.kl_controller.coef)
@@ -231,7 +232,7 @@ class APPOTrainer:
 
         Args:
             queries: built from training examples, like any query.
-            score_fn: maps prompts to accuracies in [0, 1] on the *validation* split.
+            score_fn: maps prompts to accuracies in [0, 1] on the *validation* split (else TypeError or ValueError).
             copies: prompts to sample for each query, from each side.
         """
         config = self.anchor_config
@@ -244,10 +245,11 @@ class APPOTrainer:
         policy_mean, anchor_mean = (sum(scores) / len(scores) for scores in (policy_scores, anchor_scores))
         decision = decide(policy_mean, anchor_mean, *thresholds)
         reason = f"mean score {policy_mean:.3f} against the anchor's {anchor_mean:.3f}"
-        p = luck([one - other for one, other in zip(policy_scores, anchor_scores, strict=True)])
-        if decision is not AnchorDecision.KEEP and not self.far and p > (config.significance or 1):
-            decision, reason = AnchorDecision.KEEP, f"{reason}; that may be luck (p = {p:.2f})"
-        wins = decision is AnchorDecision.PROMOTE and policy_mean > max(anchor_scores)
+        if decision is not AnchorDecision.KEEP and not self.far and config.significance is not None:
+            p = luck([one - other for one, other in zip(policy_scores, anchor_scores, strict=True)])
+            if p > config.significance:
+                decision, reason = AnchorDecision.KEEP, f"{reason}; that may be luck (p = {p:.2f})"
+        wins = policy_mean > max(anchor_scores)
         if config.collapse and not wins and (sign := collapse(policy_health, anchor_health)):
             decision, reason = AnchorDecision.ROLLBACK, f"the agent has collapsed: {sign}"
         if decision is AnchorDecision.PROMOTE and config.promote and self.updater.reference.moves:
@@ -266,7 +268,7 @@ class APPOTrainer:
         return prompts, _health(rollout, prompts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on, random states included, as tensors and plain values."""
+        """Everything the next step depends on, random states included. The tensors are live: save them before it."""
         state = {
             "policy": {name: weight.detach() for name, weight in self.policy.trained().items()},
             "optimizer": self.updater.optimizer.state_dict(),
@@ -286,7 +288,7 @@ class APPOTrainer:
         self.anchor.load_state_dict(state["anchor"])
         self.kl_controller.coef = state["kl_coef"]
         for stream, saved in zip(self._streams(), state["generators"], strict=True):
-            if stream is not None and saved.shape == stream.get_state().shape:  # not that of another kind of device
+            if stream and saved is not None and saved.shape == stream.get_state().shape:  # else of another device
                 stream.set_state(saved)
         self.updater.mean_score = state["mean_score"]
         self.bad_steps = state["bad_steps"]

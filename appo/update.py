@@ -39,6 +39,7 @@ def advantages(scored: Scored, config: APPOConfig, kl_coef: float, mean_score: f
     head is still 0, GAE with lam < 1 gives token t of T the advantage lam^(T - 1 - t) * score, and whitening turns that
     into a push on every end-of-sequence token. On real language models this shrinks all prompts to nothing in ten
     iterations. So scores are centred first (`config.leave_one_out`). The paper is silent; its code does not centre.
+    Equal scores, centred, are not whitened: that would blow up the critic's small errors to full steps.
 
     Args:
         scored: a scored rollout.
@@ -55,7 +56,8 @@ def advantages(scored: Scored, config: APPOConfig, kl_coef: float, mean_score: f
     kl = kl.masked_fill(kl.abs() < ROUNDING, 0.0)  # if scores are equal, whitening would turn rounding into full steps
     rewards = token_rewards(scores, kl, scored.mask, kl_coef)
     estimated, returns = gae(rewards, scored.values, scored.mask, config.gamma, config.lam)
-    if config.whiten_advantages and len(scored) > 1:  # a lone response would lose its score with the mean
+    alike = len(scored) == 1 or (config.leave_one_out and not scores.any())  # a lone one would lose its score
+    if config.whiten_advantages and not alike:
         estimated = masked_whiten(estimated, scored.mask)
     return estimated, returns
 
@@ -100,7 +102,8 @@ class Updater:
             parts = minibatches(batch, config.minibatch_size, self.generator)
             epoch = [self.optimizer_step(part, kl_coef, entropy_coef) for part in parts]
             steps += epoch
-            if config.target_kl is not None and fmean([s.get("approx_kl", 0.0) for s in epoch]) > config.target_kl:
+            moved = [step["approx_kl"] for step in epoch if "approx_kl" in step]  # of the sound steps
+            if config.target_kl is not None and moved and fmean(moved) > config.target_kl:
                 break
         names = dict.fromkeys(name for step in steps for name in step if name not in FAULTS)
         faults = {name: sum(step.get(name, 0.0) for step in steps) for name in FAULTS}
@@ -130,10 +133,8 @@ class Updater:
             for name, value in stats.items():
                 totals[name] += (share * value).item()
         totals = self.policy.ranks.sum_gradients(self.trained, totals)
-        limit = float("inf") if self.config.max_grad_norm is None else self.config.max_grad_norm
-        norm = self.policy.ranks.clip_gradients(self.trained, limit)
-        fault = self._fault(totals, norm)
-        if fault:
+        norm = self.policy.ranks.clip_gradients(self.trained, self.config.max_grad_norm or math.inf)
+        if fault := self._fault(totals, norm):
             self.optimizer.zero_grad()
             return {"skipped_steps": 1.0, fault: 1.0}
         self.optimizer.step()
@@ -152,9 +153,11 @@ class Updater:
     def loss(self, batch: Batch, kl_coef: float = 0.0, entropy_coef: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
         """L = policy loss + value_coef * value loss (StablePrompt, Eq. 12) on a batch, and its statistics.
 
-        With the KL in the loss (`kl_in_loss`, and always for reference "previous"), kl_coef * k3 is added. The entropy
-        bonus is ours: once all prompts are the same, rewards no longer move the policy, but the bonus does. Its weight
-        from `update` is a share of 1 / entropy: the gradient of log entropy does not vanish where entropy does.
+        With the KL in the loss (`kl_in_loss`, and always for reference "previous"), kl_coef * k3 is added, a mean over
+        tokens. As in GRPO, its gradient is that of KL(reference || policy); for "previous", up to second order.
+
+        The entropy bonus is ours: once all prompts are the same, rewards no longer move the policy, but the bonus does.
+        Its weight from `update` is a share of 1 / entropy: log entropy's gradient does not vanish where entropy does.
         """
         config = self.config
         now = self.policy.evaluate(batch)
@@ -170,7 +173,7 @@ class Updater:
             "policy_loss": policy.loss,
             "value_loss": value.loss,
             "entropy": entropy,
-            "ratio": masked_mean((now.logprobs - batch.logprobs).exp(), batch.mask),
+            "ratio": policy.ratio,
             "clip_fraction": policy.clip_fraction,
             "approx_kl": policy.approx_kl,
         }

@@ -9,6 +9,7 @@ import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -22,6 +23,7 @@ from transformers import (
 from appo.config import SamplingConfig
 from appo.lm.model import CausalLM
 from appo.policy import Policy
+from appo.rollout import Query, Response, Rollout
 from rewards.local import LocalTarget
 from rewards.target import Target, grid
 
@@ -105,6 +107,14 @@ def target_of(
     """Makes a target of a model, and freezes the model's weights."""
     lm = CausalLM(model.requires_grad_(False), tokenizer, chat)
     return LocalTarget(lm, template, words, inputs, max_batch_tokens)
+
+
+def stack(queries: Sequence[Query], owner: Sequence[int], responses: Sequence[Response]) -> Rollout:
+    """A rollout of ragged responses, right-padded to the longest of them."""
+    mask = [torch.ones_like(response.tokens, dtype=torch.bool) for response in responses]
+    columns = [[r.tokens for r in responses], mask, [r.logprobs for r in responses], [r.values for r in responses]]
+    padded = (pad_sequence(column, batch_first=True) for column in columns)
+    return Rollout(tuple(queries), torch.tensor(owner), *padded)
 
 
 def logits_of(target: Target, prompts: Sequence[str], inputs: Sequence[str]) -> Tensor:

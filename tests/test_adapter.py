@@ -165,6 +165,15 @@ def test_a_checkpoint_of_an_adapter_restores_it(
     assert trainer.step([query], lengths, 8).collected.prompts == expected
 
 
+def test_an_adapter_on_a_model_coarser_than_it_is_said_to_compute_in_is_refused(
+    tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = tiny_llama.to(torch.bfloat16)
+    adapter.add(model, rank=4)
+    with pytest.raises(ValueError, match=r"the model is in torch\.bfloat16; pass compute_dtype=torch\.bfloat16"):
+        trainer_of(CausalLM(model, tokenizer))
+
+
 def test_a_base_in_bfloat16_carries_an_adapter_and_a_head_in_float32(
     tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:

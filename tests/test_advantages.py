@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from appo.config import APPOConfig
-from appo.rollout import Query, Response, Rollout, Scored
+from appo.rollout import Query, Response, Scored
 from appo.trainer import APPOTrainer
 from appo.update import advantages
-from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of, sharpen
+from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of, sharpen, stack
 
 OLD_WAY = {"leave_one_out": False, "lam": 0.95, "value_coef": 0.1, "ppo_epochs": 4}  # as published code has it
 REWARD_ALONE = {"kl_coef": 0.0, "entropy_coef": 0.0, "cut_off_penalty": 0.0}  # nothing else moves the policy
@@ -34,7 +34,7 @@ def scored(
         )
         for n in lengths
     ]
-    rollout = Rollout.stack([Query((1, number)) for number in range(max(queries) + 1)], queries, responses)
+    rollout = stack([Query((1, number)) for number in range(max(queries) + 1)], queries, responses)
     return Scored.of(rollout, torch.tensor(scores), rollout.logprobs)
 
 
@@ -78,6 +78,12 @@ def test_equal_scores_give_no_advantage_to_any_token(
     found, returns = advantages(given, config, kl_coef=0.1, mean_score=float(torch.tensor(score)))
     assert_close(found, torch.zeros_like(found), rtol=0, atol=1e-6)
     assert_close(returns, torch.zeros_like(returns), rtol=0, atol=1e-6)
+
+
+def test_equal_scores_do_not_blow_up_the_errors_of_the_critic() -> None:
+    given = scored([3, 5, 2], [7.0] * 3, [0] * 3, zero_critic=False)
+    found, _ = advantages(replace(given, values=1e-4 * given.values), APPOConfig(), kl_coef=0.1)
+    assert_close(found, -1e-4 * given.values, rtol=1e-4, atol=0)
 
 
 def test_a_lone_response_keeps_its_score() -> None:

@@ -67,6 +67,11 @@ def test_decide(policy_score: float, anchor_score: float, expected: AnchorDecisi
     assert decide(policy_score, anchor_score, 0.25, 0.5) is expected
 
 
+def test_rounding_does_not_carry_a_lead_over_the_threshold() -> None:
+    assert 0.55 - 0.5 > 0.05 and 0.4 - 0.3 > 0.1
+    assert decide(0.55, 0.5, 0.05, 0.1) is decide(0.3, 0.4, 0.05, 0.1) is AnchorDecision.KEEP
+
+
 def test_anchor_shares_no_storage_with_the_policy(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     anchor = Anchor(policy, optimizer)
     live = {p.data_ptr() for p in policy.parameters()}

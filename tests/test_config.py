@@ -449,7 +449,7 @@ BOUNDS = [
     ("anchor.max_kl", 0.0, 1e-9),
     ("anchor.promote_threshold", -1e-9, 0.0),
     ("anchor.rollback_threshold", -1e-9, 0.0),
-    ("anchor.significance", 0, 1e-9),
+    ("anchor.significance", 0.0039, 0.004),  # eight prompts: 1 / 256
     ("anchor.significance", 1, 0.999),
 ]
 

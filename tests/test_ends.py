@@ -13,7 +13,7 @@ from appo.config import SamplingConfig
 from appo.lm.ends import clean, whole_sentences
 from appo.policy import Policy
 from appo.rollout import Query, Response, Rollout
-from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of
+from tests.conftest import byte_tokenizer, llama, plain_sampling, policy_of, stack
 
 END, NEWLINE, SPACE, A = (byte_tokenizer().convert_tokens_to_ids(token) for token in ("</s>", "Ċ", "Ġ", "a"))
 QUERY = Query((5, 6, 7))
@@ -47,7 +47,7 @@ def rollout(*texts: str) -> Rollout:
     for text in texts:
         ids = torch.tensor(tokenizer(text)["input_ids"])
         responses.append(Response(ids, torch.zeros(len(ids)), torch.zeros(len(ids))))
-    return Rollout.stack([QUERY], [0] * len(texts), responses)
+    return stack([QUERY], [0] * len(texts), responses)
 
 
 def test_no_prompt_is_empty_even_if_the_end_token_is_most_likely() -> None:

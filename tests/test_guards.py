@@ -106,6 +106,14 @@ def test_no_further_epoch_once_the_policy_has_moved_far() -> None:
     assert counts[0] == 5 and counts[1] < 5
 
 
+def test_a_skipped_step_does_not_count_as_one_that_has_not_moved() -> None:
+    appo, steps = trainer(target_kl=0.4, ppo_epochs=2, minibatch_size=1), []
+    found = iter([{"approx_kl": 0.5}, *[{"skipped_steps": 1.0}] * 3])  # mean over the sound steps 0.5, over all 0.125
+    appo.updater.optimizer_step = lambda *given: steps.append(1) or {"skipped_steps": 0.0, **next(found)}  # type: ignore
+    step(appo, rewards(1.0, 5.0, 0.0, 2.0))
+    assert len(steps) == 4
+
+
 def test_bad_iterations_in_a_row_lead_back_to_the_anchor_and_then_to_the_end() -> None:
     appo = trainer(max_bad_steps=2)
     anchor = parameters(appo)

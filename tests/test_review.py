@@ -76,7 +76,7 @@ def collapsed() -> tuple[APPOTrainer, torch.Tensor]:
     return trainer, before
 
 
-@pytest.mark.parametrize("lead", [0.0, 0.05, -0.05])
+@pytest.mark.parametrize("lead", [0.0, -0.05])
 def test_a_collapsed_agent_is_rolled_back_despite_an_equal_score(
     collapsed: tuple[APPOTrainer, torch.Tensor], lead: float
 ) -> None:
@@ -93,6 +93,24 @@ def test_short_prompts_that_win_are_no_collapse(collapsed: tuple[APPOTrainer, to
     trainer, _ = collapsed
     scores = iter([[0.9] * 8, [0.5] * 8])
     assert trainer.review_anchor(QUERIES, lambda prompts: next(scores), COPIES).decision is AnchorDecision.PROMOTE
+
+
+@pytest.mark.parametrize(
+    ("significance", "agent", "anchor"),
+    [
+        (None, [0.93] * 8, 0.9),  # a lead below the threshold
+        (0.04, [1.0] * 4 + [0.4] * 4, 0.6),  # a lead that may be luck
+    ],
+)
+def test_an_agent_ahead_of_the_anchors_best_prompt_has_not_collapsed(
+    collapsed: tuple[APPOTrainer, torch.Tensor], significance: float | None, agent: list[float], anchor: float
+) -> None:
+    trainer, before = collapsed
+    trainer.anchor_config = replace(trainer.anchor_config, significance=significance)
+    scores = iter([agent, [anchor] * 8])
+    review = trainer.review_anchor(QUERIES, lambda prompts: next(scores), COPIES)
+    assert review.decision is AnchorDecision.KEEP
+    assert not torch.equal(weights(trainer), before)
 
 
 def test_one_prompt_that_leads_the_mean_but_not_the_best_is_a_collapse(

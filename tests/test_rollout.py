@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from appo.rollout import Batch, Query, Response, Rollout, RolloutBuffer, minibatches
+from tests.conftest import stack
 
 QUERY = Query((1, 2))
 
@@ -26,7 +27,7 @@ def responses(*lengths: int, seed: int = 0) -> list[Response]:
 
 
 def rollout(*lengths: int, seed: int = 0) -> Rollout:
-    return Rollout.stack([QUERY], [0] * len(lengths), responses(*lengths, seed=seed))
+    return stack([QUERY], [0] * len(lengths), responses(*lengths, seed=seed))
 
 
 def finished(*lengths: int) -> Batch:
@@ -47,14 +48,9 @@ def test_wrong_shape_is_refused_by_name() -> None:
         Rollout(good.queries, good.owner, good.tokens, good.mask, good.logprobs[:, :2], good.values)
 
 
-def test_unequal_numbers_of_owners_and_responses_are_refused() -> None:
-    with pytest.raises(ValueError, match="1 owners and 2 responses"):
-        Rollout.stack([QUERY], [0], responses(1, 2))
-
-
-def test_stacking_pads_on_the_right_and_comes_apart_again() -> None:
+def test_padded_responses_come_apart_again() -> None:
     ragged = responses(3, 1, 2)
-    stacked = Rollout.stack([QUERY], [0, 0, 0], ragged)
+    stacked = stack([QUERY], [0, 0, 0], ragged)
     assert stacked.mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
     assert [r.tokens.tolist() for r in stacked.responses()] == [r.tokens.tolist() for r in ragged]
 
@@ -86,10 +82,10 @@ def test_several_collects_are_as_one() -> None:
     whole, parts = RolloutBuffer(), RolloutBuffer()
     first, second = responses(3, 1), responses(6, seed=1)
     scores = torch.tensor([1.0, 2.0, 3.0])
-    everything = Rollout.stack([QUERY], [0, 0, 0], [*first, *second])
+    everything = stack([QUERY], [0, 0, 0], [*first, *second])
     whole.add(everything, scores, torch.zeros_like(everything.logprobs))
     for ragged, part in ((first, scores[:2]), (second, scores[2:])):
-        piece = Rollout.stack([QUERY], [0] * len(ragged), ragged)
+        piece = stack([QUERY], [0] * len(ragged), ragged)
         parts.add(piece, part, torch.zeros_like(piece.logprobs))
     for name in ("tokens", "mask", "logprobs", "values", "ref_logprobs", "scores"):
         assert_close(getattr(parts.stacked(), name), getattr(whole.stacked(), name), rtol=0, atol=0)
@@ -101,8 +97,8 @@ def asked(rollout: Rollout) -> list[Query]:
 
 
 def test_responses_to_the_same_query_of_a_collect_are_a_group() -> None:
-    first = Rollout.stack([QUERY, Query((3,))], [0, 1, 0], responses(1, 1, 1))
-    second = Rollout.stack([Query((4,)), QUERY], [0, 1], responses(2, 2))
+    first = stack([QUERY, Query((3,))], [0, 1, 0], responses(1, 1, 1))
+    second = stack([Query((4,)), QUERY], [0, 1], responses(2, 2))
     buffer = RolloutBuffer()
     for given in (first, second):
         buffer.add(given, torch.zeros(len(given)), given.logprobs)
@@ -112,7 +108,7 @@ def test_responses_to_the_same_query_of_a_collect_are_a_group() -> None:
 
 
 def test_a_selection_holds_the_queries_of_its_rows_and_no_others() -> None:
-    given = Rollout.stack([Query((n,)) for n in range(4)], [0, 3, 1, 3], responses(1, 2, 3, 4))
+    given = stack([Query((n,)) for n in range(4)], [0, 3, 1, 3], responses(1, 2, 3, 4))
     picked = given.select(torch.tensor([3, 0, 1]))
     assert picked.queries == (Query((0,)), Query((3,)))
     assert asked(picked) == [Query((3,)), Query((0,)), Query((3,))]

@@ -400,7 +400,7 @@ def test_another_number_of_scores_than_prompts_is_refused(given: Any, error: typ
 def test_far_from_the_anchor_a_review_must_decide(lead: float, max_kl: float | None, decision: AnchorDecision) -> None:
     trainer = make(anchor=AnchorConfig(max_kl=max_kl, significance=0.04))
     for _ in range(3):  # the first rollout is the anchor's own: its KL is 0
-        last = step(trainer)
+        last = step(trainer, count=64)
     assert last["kl"] > 1e-9
     given = iter([[0.5 + lead] * 8, [0.5] * 8])
     assert trainer.review_anchor(queries(trainer), lambda prompts: next(given), 4).decision is decision

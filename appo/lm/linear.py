@@ -6,7 +6,7 @@
   of others. oneDNN uses it on all CPUs.
 - Few rows, as in decoding: oneDNN and MKL first put the weights in another order. Within `laid_out` that is done once.
 
-Results equal those of `nn.Linear` up to rounding. Nothing outside of `CausalLM(onednn=...)` knows of it.
+Results equal those of `nn.Linear` up to rounding. `CausalLM(onednn=...)` installs it.
 """
 
 from __future__ import annotations
