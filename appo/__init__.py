@@ -32,7 +32,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    modules = (
-        import_module(f"appo.{part}") for part in ("config", "lm.model", "rollout", "policy", "anchor", "trainer")
-    )
+    parts = ("config", "lm.model", "rollout", "policy", "anchor", "trainer")
+    modules = (import_module(f"appo.{part}") for part in parts)
     return next(getattr(module, name) for module in modules if hasattr(module, name))

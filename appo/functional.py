@@ -157,7 +157,6 @@ class PolicyLoss(NamedTuple):
     """Result of `policy_loss`: scalars; only `loss` carries a gradient."""
 
     loss: Tensor
-    ratio: Tensor
     clip_fraction: Tensor
     approx_kl: Tensor
 
@@ -175,8 +174,8 @@ def policy_loss(
         logprobs, old_logprobs, advantages, mask: [B, T]. Only `logprobs` is differentiated.
 
     Returns:
-        loss; ratio, the mean of r; clip_fraction, the share of tokens whose clipped term is the one used; approx_kl,
-        the k3 estimate of KL(old || new).
+        loss; clip_fraction, the share of tokens whose clipped term is the one used; approx_kl, the k3 estimate
+        of KL(old || new).
     """
     mask = mask.bool()
     old_logprobs, advantages = old_logprobs.detach(), advantages.detach()
@@ -187,8 +186,7 @@ def policy_loss(
     with torch.no_grad():
         clip_fraction = masked_mean((clipped > unclipped).to(ratio.dtype), mask)
         approx_kl = masked_mean(torch.expm1(log_ratio) - log_ratio, mask)
-        mean_ratio = masked_mean(ratio, mask)
-    return PolicyLoss(masked_mean(torch.maximum(unclipped, clipped), mask), mean_ratio, clip_fraction, approx_kl)
+    return PolicyLoss(masked_mean(torch.maximum(unclipped, clipped), mask), clip_fraction, approx_kl)
 
 
 class ValueLoss(NamedTuple):

@@ -185,8 +185,8 @@ class APPOTrainer:
     def collect(self, queries: Sequence[Query], reward_fn: RewardFn, copies: int = 1) -> Collected:
         """Samples `copies` responses to each query, scores them, and adds them to the buffer; may be called repeatedly.
 
-        A rollout with a reward that is not finite is returned, but does not enter the buffer. A reward function that
-        does not give a number for each prompt raises TypeError or ValueError; for other errors see `Policy.sample`.
+        A rollout with a reward that is not finite is returned, but does not enter the buffer. Without a number
+        for each prompt: TypeError or ValueError; for other errors see `Policy.sample`.
         """
         rollout = self.policy.sample(queries, self.generator, copies)
         if self.policy.lm.compute_dtype.itemsize < 4:

@@ -173,7 +173,7 @@ class Updater:
             "policy_loss": policy.loss,
             "value_loss": value.loss,
             "entropy": entropy,
-            "ratio": policy.ratio,
+            "ratio": masked_mean((now.logprobs - batch.logprobs).exp(), batch.mask),
             "clip_fraction": policy.clip_fraction,
             "approx_kl": policy.approx_kl,
         }

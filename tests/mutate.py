@@ -62,7 +62,7 @@ MUTANTS = (
     Mutant("gae: mask dropped", F, "values.masked_fill(~mask, 0.0)\n    next", "values\n    next", GAE),
     Mutant("gae: returns without values", F, "advantages, advantages + values", "advantages, advantages", GAE),
     Mutant("policy loss: sign", F, "unclipped = -advantages * ratio", "unclipped = advantages * ratio", LOSS),
-    Mutant("policy loss: min for max", F, "torch.maximum(unclipped, clipped), mask), mean_ratio", "torch.minimum(unclipped, clipped), mask), mean_ratio", LOSS),
+    Mutant("policy loss: min for max", F, "torch.maximum(unclipped, clipped), mask), clip_fraction, a", "torch.minimum(unclipped, clipped), mask), clip_fraction, a", LOSS),
     Mutant("policy loss: no clipping", F, "ratio.clamp(1.0 - clip_range, 1.0 + clip_range)", "ratio", LOSS),
     Mutant("policy loss: ratio inverted", F, "(logprobs - old_logprobs).masked_fill", "(old_logprobs - logprobs).masked_fill", LOSS),
     Mutant("policy loss: mask dropped", F, "(logprobs - old_logprobs).masked_fill(~mask, 0.0)", "(logprobs - old_logprobs)", LOSS),
