@@ -57,6 +57,7 @@ class APPOConfig:
     """PPO, and the reference of its KL penalty."""
 
     learning_rate: float | None = None  # of AdamW; null: by the size of the agent's weights; [P]: 1e-5, for adapters
+    warm_up: bool = True  # learning rates times 1 - 0.9^t at the optimizer's step t; ours, see docs; false: [P]
     value_learning_rate: float | None = None  # of the value head alone; null: learning_rate [P]
     clip_range: float = 0.2  # of the probability ratio [P]
     value_clip_range: float | None = 0.2  # of the value head around its old values; null: off [TRL]
@@ -66,9 +67,9 @@ class APPOConfig:
     gamma: float = 1.0  # discount [P]
     lam: float = 1.0  # lambda of generalised advantage estimation; [P]: 0.95, which needs an accurate critic
     ppo_epochs: int = 2  # passes over each rollout; [TRL]: 4
-    minibatch_size: int = 0  # responses per optimizer step; 0: the whole rollout, ours: K = 8 is small enough
+    minibatch_size: int = 0  # responses per optimizer step; 0: the whole rollout, ours: K = 16 is small enough
     micro_batch_size: int = 0  # responses per backward pass (gradient accumulation); 0: the whole minibatch
-    max_grad_norm: float | None = 1.0  # gradient clipping, null: off; ours, usual for language models
+    max_grad_norm: float | None = 10.0  # gradient clipping, null: off; ours: only outliers, usual norms are 3 to 8
     max_ratio: float | None = 10.0  # mean probability ratio above which a step is skipped; null: off [TRL]
     target_kl: float | None = None  # stop after an epoch whose mean approx_kl (nats per token) exceeds this; ours
     max_bad_steps: int = 3  # iterations in a row without a sound step: roll back; twice as many: end training; ours

@@ -59,10 +59,7 @@ class Policy(nn.Module):
             raise ValueError(f"the tokenizer of {lm.model.name_or_path!r} has no end-of-sequence token")
         low = next((p.dtype for p in lm.model.parameters() if p.requires_grad and p.dtype.itemsize < 4), None)
         if low is not None:
-            raise ValueError(
-                f"the parameters to train are {low}, too coarse for small steps; load the model in float32 and let "
-                f"it compute in {low} (compute_dtype)"
-            )
+            raise ValueError(f"the parameters to train are {low}; load the model in float32, with compute_dtype={low}")
         if not lm.frozen and lm.model.dtype.itemsize < lm.compute_dtype.itemsize:
             raise ValueError(f"the model is in {lm.model.dtype}; pass compute_dtype={lm.model.dtype} to CausalLM")
         self.lm = lm

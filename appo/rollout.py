@@ -78,9 +78,8 @@ class Rollout:
 
     def responses(self) -> list[Response]:
         """The responses without padding."""
-        return [
-            Response(self.tokens[i, row], self.logprobs[i, row], self.values[i, row]) for i, row in enumerate(self.mask)
-        ]
+        rows = zip(self.tokens, self.logprobs, self.values, self.mask, strict=True)
+        return [Response(tokens[m], logprobs[m], values[m]) for tokens, logprobs, values, m in rows]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from appo.policy import Policy
 from appo.rollout import Batch, Scored, minibatches
 
 MEAN_RATE = 0.1  # of the running mean of scores, per iteration
-MIN_ENTROPY = 0.05  # nats per token; below it the entropy bonus stops growing
+MIN_ENTROPY = 1.0  # nats per token; below it the weight of the entropy bonus stops growing
 STATS = ("policy_loss", "value_loss", "entropy", "ratio", "clip_fraction", "approx_kl")  # of the losses
 ROUNDING = 1e-4  # nats per token: differences up to this between two passes of the same weights count as rounding
 FAULTS = ("nonfinite_reward", "nonfinite_loss", "nonfinite_gradient", "exploded_ratio")  # counted in the statistics
@@ -137,6 +137,10 @@ class Updater:
         if fault := self._fault(totals, norm):
             self.optimizer.zero_grad()
             return {"skipped_steps": 1.0, fault: 1.0}
+        if self.config.warm_up:  # else Adam's first moment, corrected for its bias, makes the first steps the largest
+            done = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - group["betas"][0] ** (done + 1))
         self.optimizer.step()
         return {**totals, "grad_norm": norm, "skipped_steps": 0.0}
 

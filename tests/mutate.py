@@ -154,6 +154,8 @@ MUTANTS = (
     Mutant("collect: the anchor is taken for the policy", TR, "if self.anchor.is_policy() else", "if True else", "test_trainer.py"),
     Mutant("collect: the anchor always makes a pass", TR, "if self.anchor.is_policy() else", "if False else", "test_trainer.py"),
     Mutant("reference: plain PPO against the anchor", TR, "anchor_logprobs if self.updater.reference.fixed else rollout.logprobs", "anchor_logprobs", "test_trainer.py"),
+    Mutant("update: no warm-up", U, "if self.config.warm_up:", "if False:", "test_trainer.py"),
+    Mutant("update: the warm-up lags a step", U, "(done + 1))", "done)", "test_trainer.py"),
     Mutant("update: the penalty counts twice", U, "0.0 if self.reference.in_loss else kl_coef", "kl_coef", "test_trainer.py"),
     Mutant("update: the coefficient is not passed on", U, "self.optimizer_step(part, kl_coef, entropy_coef)", "self.optimizer_step(part)", "test_trainer.py"),
     Mutant("collect: cut-off responses are rewarded", TR, "- self.config.cut_off_penalty", "+ self.config.cut_off_penalty", "test_trainer.py"),

@@ -30,6 +30,7 @@ def ours() -> Updater:
     policy = policy_of(llama(len(byte_tokenizer())), byte_tokenizer(), plain_sampling(8))
     config = APPOConfig(
         learning_rate=CONFIG.learning_rate,
+        warm_up=False,
         value_learning_rate=CONFIG.value_learning_rate,
         value_coef=CONFIG.value_coef,
         entropy_coef=0.0,

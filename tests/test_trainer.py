@@ -331,9 +331,32 @@ def test_a_state_saved_on_another_kind_of_device_keeps_the_new_streams() -> None
 
 
 def test_value_head_may_have_a_learning_rate_of_its_own() -> None:
-    trainer = make(value_learning_rate=0.5, ppo_epochs=1)
+    trainer = make(value_learning_rate=0.5, ppo_epochs=1, warm_up=False)
     step(trainer)
     assert [group["lr"] for group in trainer.updater.optimizer.param_groups] == [3e-3, 0.5]
+
+
+def test_learning_rates_warm_up_with_the_optimizers_steps_and_again_after_a_rollback_to_the_initial_agent() -> None:
+    trainer = make(value_learning_rate=0.5, ppo_epochs=2)
+
+    def rates() -> list[float]:
+        step(trainer)
+        return [group["lr"] for group in trainer.updater.optimizer.param_groups]
+
+    shares = [1 - 0.9**2, 1 - 0.9**4, 1 - 0.9**6]
+    for share in shares:
+        assert rates() == pytest.approx([3e-3 * share, 0.5 * share], rel=1e-12)
+    trainer.anchor.rollback()
+    assert rates() == pytest.approx([3e-3 * shares[0], 0.5 * shares[0]], rel=1e-12)
+
+
+def test_a_warm_up_is_adam_without_the_correction_of_its_first_moment() -> None:
+    plain, warm = make(ppo_epochs=1, warm_up=False), make(ppo_epochs=1, warm_up=True)
+    begun = flat(plain)
+    assert torch.equal(flat(warm), begun)
+    for trainer in (plain, warm):
+        step(trainer)
+    assert_close(flat(warm) - begun, 0.1 * (flat(plain) - begun), rtol=0, atol=1e-7)  # 1 - beta of the first moment
 
 
 def test_an_update_takes_in_all_collects_and_empties_the_buffer() -> None:
@@ -398,7 +421,7 @@ def test_another_number_of_scores_than_prompts_is_refused(given: Any, error: typ
     ],
 )
 def test_far_from_the_anchor_a_review_must_decide(lead: float, max_kl: float | None, decision: AnchorDecision) -> None:
-    trainer = make(anchor=AnchorConfig(max_kl=max_kl, significance=0.04))
+    trainer = make(anchor=AnchorConfig(max_kl=max_kl, significance=0.04), warm_up=False)
     for _ in range(3):  # the first rollout is the anchor's own: its KL is 0
         last = step(trainer, count=64)
     assert last["kl"] > 1e-9

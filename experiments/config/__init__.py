@@ -53,7 +53,7 @@ class ExamplesConfig:
 
     shots: int = 16  # training examples per label, and as many validation examples [P, Table 7]
     pairs: int = 5  # input-output pairs in the meta-prompt [P, Figure 6]
-    batch_size: int = 32  # training examples on which an iteration's prompts are scored; published code: 16
+    batch_size: int = 16  # training examples on which an iteration's prompts are scored; as in the published code
     review_rows: int | None = None  # validation rows per prompt in a review, different for each prompt; null: all; ours
     test_limit: int | None = None  # most test examples; null: all
 
@@ -112,9 +112,9 @@ class RunConfig:
     edit_manual: bool = False  # in mode tte: the agent edits the manual prompt, which its meta-prompt shows
     run: str | None = None  # the run's folder; null: runs/TASK-DATE-TIME
     seed: int = 0  # seed of splits, batches, sampling and minibatch order
-    epochs: int = 100  # passes over the training examples [P, A.5]
+    epochs: int = 50  # passes over the training examples; [P, A.5]: 100
     steps: int | None = None  # iterations; null: as many as the epochs take
-    prompts: int = 8  # K, prompts sampled in an iteration (in mode tte for each input of it); [P, Table 6]: 4
+    prompts: int = 16  # K, prompts sampled in an iteration (in mode tte for each input of it); [P, Table 6]: 4
     pool: int = 16  # how many prompts, best by training reward, are scored on validation at the end; [P, 4.1]: 5
     few_shot: int = 0  # further candidates at the end: the manual prompt followed by training pairs, drawn for each
     race: bool = False  # at the end, drop candidates that fall behind on the first validation rows; ours
