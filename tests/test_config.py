@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from experiments.config import CONFIG_DIR, ConfigError, RunConfig, build_config, idle_keys, to_dict
+from experiments.config import CONFIG_DIR, ConfigError, RunConfig, build_config, idle_keys, read_config, to_dict
 from experiments.config.explained import explained, meanings
 
 ROOT = Path(__file__).parents[1]
@@ -571,3 +571,13 @@ def test_values_are_shown_as_the_command_line_takes_them() -> None:
 )
 def test_keys_that_do_nothing_are_warned_of(words: list[str], told: str | None) -> None:
     assert idle_keys(build_config(assignments=words)) == told
+
+
+@pytest.mark.parametrize("said", [None, True])
+def test_a_run_that_began_before_there_was_a_warm_up_goes_on_without_it(tmp_path: Path, said: bool | None) -> None:
+    tree = to_dict(build_config(OTHER))
+    if said is None:
+        del tree["appo"]["warm_up"]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert read_config(path).appo.warm_up == bool(said)

@@ -112,7 +112,7 @@ class RunConfig:
     edit_manual: bool = False  # in mode tte: the agent edits the manual prompt, which its meta-prompt shows
     run: str | None = None  # the run's folder; null: runs/TASK-DATE-TIME
     seed: int = 0  # seed of splits, batches, sampling and minibatch order
-    epochs: int = 50  # passes over the training examples; [P, A.5]: 100
+    epochs: int = 100  # passes over the training examples [P, A.5]
     steps: int | None = None  # iterations; null: as many as the epochs take
     prompts: int = 16  # K, prompts sampled in an iteration (in mode tte for each input of it); [P, Table 6]: 4
     pool: int = 16  # how many prompts, best by training reward, are scored on validation at the end; [P, 4.1]: 5
@@ -274,7 +274,7 @@ def read_config(path: Path) -> RunConfig:
         ConfigError: the file cannot be read, or no run has written it.
     """
     tree = {key: value for key, value in read_yaml(path).items() if key not in ("environment", "trust_remote_code")}
-    merged: Tree = {}
+    merged: Tree = {"appo": {"warm_up": False}}  # what runs did that began before there was this key
     merge(merged, tree, RunConfig, str(path))
     return construct(RunConfig, merged, f"{path}: ")
 
