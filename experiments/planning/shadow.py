@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,8 @@ class Shadow:
             value_head = self.width + 1
             self.trained = (sum(p.numel() for p in self._extra) if rank else self.parameters) + value_head
         if checkpointing:
-            getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)()
+            enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False, "context_fn": self._around_a_layer})
         if trained and rank is None and self.tied:
             # The embedding's gradient is sparse and is added to the head's (see CausalLM); meta tensors have no sparse
             # gradients.
@@ -216,6 +217,15 @@ class Shadow:
                     handle.remove()
                     head.weight = whole
         return count.peak
+
+    def _around_a_layer(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """Returns what encloses a checkpointed layer: in the forward pass, and when it runs again.
+
+        The second run is a pass of its own for autocast, which forgets its casts at the end.
+        """
+        again = ExitStack()
+        again.callback(self._casts.clear)
+        return nullcontext(), again
 
     @contextmanager
     def _passes(self) -> Iterator[LiveBytes]:
