@@ -70,8 +70,9 @@ def main(argv: Sequence[str]) -> int:
     show(study, finished, folder, options.record)
     if failed := [name for name, code in codes.items() if code]:
         print(f"failed, and in no table: {'; '.join(failed)}")
-    elif options.record and not finished:
-        raise UsageError(f"no run in {str(folder)!r} is finished; {str(options.record)!r} is not written")
+    elif not finished and (options.show or options.record):
+        unwritten = f"; {str(options.record)!r} is not written" if options.record else ""
+        raise UsageError(f"no run in {str(folder)!r} is finished{unwritten}")
     return max(codes.values(), default=0)
 
 

@@ -3,6 +3,7 @@
     appo tasks                              list the tasks
     appo tasks --all                        the same, with the subjects of mmlu/ one by one
     appo tasks --show mnli                  show one task: its fields, template, prompts, and an example
+    appo tasks --show mnli --shots 8        the same, with 8 rows for each label instead of 16
     appo tasks --check --data DIR           load every task whose files are in DIR, and print sizes
 
 Data come from the lab unless --data names another source.
@@ -14,10 +15,10 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from experiments.config import LAB_DIR, data_source
-from experiments.terminal.command import Parser, in_order
+from experiments.terminal.command import Parser, UsageError, in_order
 from experiments.terminal.console import clip
 from tasks.catalogue import family_of, load_spec, task_names
-from tasks.errors import MissingFilesError, TaskError, printable
+from tasks.errors import MissingFilesError, TaskError, TooFewRowsError, printable
 from tasks.meta_prompt import meta_prompt
 from tasks.sources import load_task
 from tasks.spec import TaskSpec, fill
@@ -57,20 +58,28 @@ def _table(title: str, names: Sequence[str], about: bool = False) -> Iterator[st
         yield clip(f"  {name:<{wide}}{spec.kind:<9}{spec.metric:<14}{data:<9}{asked}".rstrip(), WIDTH)
 
 
-def show(name: str, source: str) -> Iterator[str]:
+def _loaded(name: str, source: str, shots: int) -> TaskData:
+    """Loads a task; an error about too few rows names the option that asks for fewer."""
+    try:
+        return load_task(name, data_source(name, source), shots)
+    except TooFewRowsError as error:
+        raise TooFewRowsError(f"{error}; ask for fewer with --shots") from error
+
+
+def show(name: str, source: str, shots: int = 16) -> Iterator[str]:
     """Yields the lines about one task: what its spec says and, if its data are there, sizes and a filled example.
 
     Control characters in the data are escaped, so that they do not control the terminal.
     """
-    for part in _described(name, source):
+    for part in _described(name, source, shots):
         yield "\n".join(map(printable, part.split("\n")))
 
 
-def _described(name: str, source: str) -> Iterator[str]:
+def _described(name: str, source: str, shots: int) -> Iterator[str]:
     spec = load_spec(name)
     data: TaskData | str
     try:
-        data = load_task(name, data_source(name, source))
+        data = _loaded(name, source, shots)
     except MissingFilesError as error:
         data = str(error)
     else:
@@ -99,7 +108,7 @@ def _answers(spec: TaskSpec) -> str:
     return "the letter of a choice" if spec.kind == "choices" else f"text (columns {', '.join(spec.answers)})"
 
 
-def check(source: str) -> Iterator[str]:
+def check(source: str, shots: int) -> Iterator[str]:
     """Loads every task whose files are there; yields a line per task with the sizes of its splits.
 
     Raises:
@@ -109,7 +118,7 @@ def check(source: str) -> Iterator[str]:
     absent = []
     for name in task_names():
         try:
-            data = load_task(name, data_source(name, source))
+            data = _loaded(name, source, shots)
         except MissingFilesError:
             absent.append(name)
             continue
@@ -130,11 +139,14 @@ def main(argv: Sequence[str]) -> int:
     group.add_argument("--show", metavar="TASK", help="show a task, by its name or the path of its spec")
     group.add_argument("--check", action="store_true", help="load every task whose files are there")
     parser.add_argument("--data", default="lab", help="lab, hub, or a folder of files (default: lab)")
+    parser.add_argument("--shots", type=int, default=16, metavar="N", help="rows drawn for each label (default: 16)")
     options = parser.parse_args(argv)
+    if options.shots < 1:
+        raise UsageError(f"--shots is {options.shots}; expected at least 1")
     if options.show:
-        print(*show(options.show, options.data), sep="\n")
+        print(*show(options.show, options.data, options.shots), sep="\n")
         return 0
-    for line in check(options.data) if options.check else overview(options.all):
+    for line in check(options.data, options.shots) if options.check else overview(options.all):
         print(line, flush=True)
     return 0
 

@@ -86,7 +86,11 @@ def read_args(argv: Sequence[str] | None = None) -> Asked:
         UsageError, ConfigError: it cannot be read, or asks for what cannot be.
     """
     options = vars(_parser().parse_intermixed_args(argv))  # key=value anywhere among the options
-    assignments, file, resume, only = (options.pop(name) for name in ("assignments", "config", "resume", "only"))
+    assignments, resume, only = (options.pop(name) for name in ("assignments", "resume", "only"))
+    for name, value in options.items():
+        if value == "":
+            raise UsageError(f"--{name} is empty; give it a value, or leave it out")
+    file = options.pop("config")
     if not resume:
         found = sources(options, file, assignments)
         presets = [name.removeprefix("preset ") for name, *_ in reversed(found) if name.startswith("preset ")]

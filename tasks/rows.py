@@ -135,15 +135,16 @@ def _object(row: Any, path: Path, number: int) -> Row:
 
 def _read_tsv(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Row]]:
     # GLUE's files hold stray quotes, so quotes mean nothing here. SNLI's rows may hold more annotators' labels than the
-    # header has columns for, all before the gold label, so the last field always belongs to the last column.
+    # header has columns for (label1, ...), all before the gold label; the last field belongs to the last column.
     with path.open(encoding="utf-8-sig") as lines:
         table = (
             (number, line.rstrip("\n").split("\t") if line != "\n" else []) for number, line in enumerate(lines, 1)
         )
         header = _header(path, table, columns, "tabs", ",;")
+        longer = header[-1:] == ["gold_label"] and "label1" in header
         for number, row in table:
             if row:
-                _check_width(path, number, len(row), len(header), longer=True)
+                _check_width(path, number, len(row), len(header), longer)
                 yield number, {**dict(zip(header[:-1], row, strict=False)), header[-1]: row[-1]}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import configparser
 import os
 import re
@@ -20,11 +21,11 @@ import appo as library
 from appo.lm.model import ContextTooLongError
 from appo.selfcheck import SelfCheckError
 from appo.trainer import DivergedError, Iteration
-from experiments import cli
+from experiments import cli, train
 from experiments.cli import COMMANDS
 from experiments.config.strict import ConfigError
 from experiments.terminal import command
-from experiments.terminal.command import FAULT, UsageError, in_order
+from experiments.terminal.command import FAULT, UsageError, in_order, new_file
 from experiments.terminal.signals import StoppedError
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +87,26 @@ def test_arguments_that_are_no_text_are_refused(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == "error: the argument '\\x00' holds a null character\n"
 
 
+def test_a_file_to_write_is_a_file_or_can_become_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    links = {"file": "real", "void": "no/file", "folder": ".", "tube": "pipe", "loop": "loop"}
+    for name, place in links.items():
+        (tmp_path / name).symlink_to(place)
+    assert new_file(str(tmp_path / "file")) == tmp_path / "file"
+    refused = {"void": "no folder", "folder": "is a folder", "tube": "a pipe", "pipe": "a pipe", "loop": "the like"}
+    for name, why in refused.items():
+        with pytest.raises(argparse.ArgumentTypeError, match=why):
+            new_file(str(tmp_path / name))
+    with pytest.raises(argparse.ArgumentTypeError, match="is a device"):
+        new_file(os.devnull)
+
+
+@pytest.mark.parametrize("name", ["task", "agent", "target", "data", "run", "config"])
+def test_an_option_that_is_empty_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([f"--{name}", "", "--show-config"]) == 2
+    assert capsys.readouterr().err == f"error: --{name} is empty; give it a value, or leave it out\n"
+
+
 # -- processes ---------------------------------------------------------------------------------------------------
 
 
@@ -104,6 +125,17 @@ def test_a_signal_while_torch_is_being_loaded_ends_without_a_traceback(number: i
     shown, said = process.communicate()
     assert (process.returncode, said) == (code, "stopped\n")
     assert shown.startswith("task       mnli")  # the header comes before anything that takes long
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_after_the_command_has_returned_ends_without_a_traceback(number: int, code: int) -> None:
+    program = (
+        "import atexit, os, sys; from experiments.terminal import command, signals; signals.end_at_once();"
+        f"atexit.register(os.kill, os.getpid(), {number}); sys.exit(command.in_order(lambda argv: 0)([]))"
+    )
+    process = started(["-c", program])
+    _, said = process.communicate()
+    assert (process.returncode, said) == (code, "stopped\n")
 
 
 def test_a_closed_pipe_ends_a_command_silently() -> None:

@@ -270,6 +270,14 @@ def test_an_unknown_key_in_a_preset_names_its_file(tmp_path: Path, monkeypatch: 
     assert refusal("preset=mine").startswith(f"{path}: unknown key 'sead'")
 
 
+def test_a_key_in_a_file_may_be_dotted_and_the_later_form_counts(tmp_path: Path) -> None:
+    file = write(tmp_path, "appo.lam: 0.5\nappo: {lam: 0.75, gamma: 0.5}\nappo.gamma: 0.25\n")
+    appo = build_config(OTHER, file, ["appo.kl_coef=0"]).appo
+    assert (appo.lam, appo.gamma, appo.kl_coef) == (0.75, 0.25, 0.0)
+    path = write(tmp_path, "appo.gama: 1\n")
+    assert refusal(file=path) == f"{path}: unknown key 'appo.gama'; did you mean 'appo.gamma'?"
+
+
 @pytest.mark.parametrize("key", [1, True, None, 0.5])
 def test_a_key_that_is_no_text_is_refused(key: Any, tmp_path: Path) -> None:
     assert f"unknown key '{key}'" in refusal(file=write(tmp_path, yaml.safe_dump({key: 1})))
@@ -473,6 +481,16 @@ def numeric_fields(section: type, prefix: str = "") -> set[str]:
         elif {int, float} & {kind, *typing.get_args(kind)}:
             found.add(prefix + name)
     return found
+
+
+@pytest.mark.parametrize("text", ["prompts: 0", "appo: {gamma: 2}", "appo.gamma: 2", "preset: nix"])
+def test_a_wrong_value_names_the_file_that_it_came_from(text: str, tmp_path: Path) -> None:
+    path = write(tmp_path, text)
+    assert refusal(file=path).startswith(f"{path}: ")
+
+
+def test_a_wrong_value_that_wins_over_a_file_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    assert refusal("prompts=-1", file=write(tmp_path, "prompts: 0")) == "prompts is -1; expected at least 1"
 
 
 def test_every_numeric_field_has_a_bound_in_the_table() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from experiments.arms.choice.pool import PoolEntry, PromptPool
 from experiments.config import RunConfig
+from experiments.run.files import write_whole
 from experiments.run.folder import RunExistsError, RunFolder, RunFolderError, new_folder, read_jsonl
 from experiments.train import main as train
 
@@ -256,6 +257,15 @@ def test_a_file_that_is_written_again_is_replaced(tmp_path: Path) -> None:
     folder.write_text("report.html", "a longer old text")
     folder.write_text("report.html", "new é")
     assert contents(tmp_path) == {"report.html": "new é".encode()}
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "report.html").symlink_to(Path("there", "real.html"))
+    for text in ("old", "new"):  # the file is made, then replaced
+        write_whole(tmp_path / "report.html", text)
+        assert (tmp_path / "there" / "real.html").read_text(encoding="utf-8") == text
+    assert (tmp_path / "report.html").is_symlink()
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

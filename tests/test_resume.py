@@ -23,6 +23,7 @@ import torch
 
 from appo.trainer import APPOTrainer
 from experiments import evaluate
+from experiments.arms.fixed import FixedPrompt
 from experiments.config import build_config
 from experiments.diagnostics.results import UNFINISHED, read_row
 from experiments.report import main as report
@@ -113,6 +114,21 @@ def test_a_stopped_run_leaves_its_best_prompt_and_the_command_that_goes_on(
     assert program[-1].rpartition("/")[2] in ("appo", "experiments.cli")
     assert main(asked) == 0
     assert rows(folder) == rows(undisturbed)
+
+
+def test_a_signal_during_the_final_choice_leaves_the_best_prompt_too(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(FixedPrompt, "candidates", lambda arm: signal.raise_signal(signal.SIGINT))
+        assert main(arguments(folder, f"steps={STEPS}")) == 130
+    found = json.loads((folder / "best_so_far.json").read_text(encoding="utf-8"))
+    assert found["iteration"] == STEPS and (folder / "report.html").is_file()
+    assert f"best prompt so far: {found['prompt']}" in capsys.readouterr().err
+    assert main(["--run", str(folder), "--resume"]) == 0
+    assert rows(folder) == rows(undisturbed) and weights(folder) == weights(undisturbed)
+    assert not (folder / "best_so_far.json").exists()
 
 
 def test_a_stopped_run_with_a_prompt_for_each_input_has_no_single_best(

@@ -125,6 +125,12 @@ def test_a_tsv_row_with_too_few_fields_is_named(tmp_path: Path) -> None:
     assert message == "a.tsv:3: 2 fields; the header has 3 columns"
 
 
+@pytest.mark.parametrize("header", ["s\tn", "s\tgold_label", "label1\tn"])
+def test_only_rows_with_further_labels_may_have_more_fields_than_columns(header: str, tmp_path: Path) -> None:
+    message = refusal(write(tmp_path / "a.tsv", f"{header}\na\t1\ntext\tand this\tgood\n"))
+    assert message == "a.tsv:3: 3 fields; the header has 2 columns"
+
+
 @pytest.mark.parametrize("suffix", ["tsv", "csv"])
 def test_a_long_cell_is_read_whole(suffix: str, tmp_path: Path) -> None:
     # By default Python's csv module refuses cells of more than 131072 characters.

@@ -102,7 +102,14 @@ def test_mistakes_are_one_line(words: list[str], told: str, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("tables:", "pictures:", "expected question, seeds, keys, axes, tables"),
+        (
+            "tables:",
+            "pictures:",
+            "unknown key 'pictures'; no key 'tables'; expected question, seeds, keys, axes, tables",
+        ),
+        ("seeds: 0 2-3", "", "no key 'seeds'; expected question, "),
+        ("arm=none", "task=snil", "small, none, seed 0: unknown task 'snil'; did you mean 'snli'?"),
+        ("arm=none", "task=no.yaml", "small, none, seed 0: no spec file"),
         ("    small: appo.learning_rate=1e-5\n    large: appo.learning_rate=1e-3", "    3", "axes.lr: expected names"),
         ("summary of", "sum of", "tables: 'sum of reference' is no table"),
         (
@@ -198,6 +205,13 @@ def test_a_record_is_not_overwritten_with_no_runs(
     record.write_text("kept")
     assert main([str(file), "--show", "--folder", str(tmp_path / "wrong"), "--record", str(record)]) == 2
     assert "no run in" in capsys.readouterr().err and record.read_text() == "kept"
+
+
+def test_a_folder_without_a_finished_run_is_named(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(file), "--show", "--folder", str(tmp_path / "typo")]) == 2
+    assert capsys.readouterr().err == f"error: no run in '{tmp_path / 'typo'}' is finished\n"
 
 
 def test_edits_which_have_no_kl_are_recorded_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from experiments.tasks import main
 from tasks.catalogue import task_names
 from tests.test_formats import bigbench
-from tests.test_sources import REAL
+from tests.test_sources import REAL, sst2_folder
 
 
 def named(page: str) -> list[str]:
@@ -46,6 +46,17 @@ def test_show_of_a_task_without_data_says_what_is_missing(capsys: pytest.Capture
 def test_show_of_an_unknown_task_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--show", "mnIi"]) == 2
     assert "did you mean 'mnli'?" in capsys.readouterr().err
+
+
+def test_few_rows_are_shown_if_fewer_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--show", "sst2", "--data", str(sst2_folder(tmp_path / "sst2", train=8))]
+    assert main(words) == 2
+    assert capsys.readouterr().err.endswith("16 shots need 16; ask for fewer with --shots\n")
+    assert main([*words, "--shots", "4"]) == 0
+    assert "sizes     8 train, 8 validation, 4 test" in capsys.readouterr().out
+    assert main(["--check", "--data", str(tmp_path), "--shots", "4"]) == 0
+    assert main([*words, "--shots", "0"]) == 2
+    assert capsys.readouterr().err == "error: --shots is 0; expected at least 1\n"
 
 
 def test_check_stops_at_a_file_that_is_not_as_it_should_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -176,7 +176,7 @@ class Source(NamedTuple):
     Attributes:
         name: "preset NAME", "config file PATH", "command line" or, on a resume, "the run's config.yaml".
         file: the file that holds the keys, for errors; "" for the command line.
-        keys: the keys and their values, nested.
+        keys: the keys and their values, nested; a file may hold dotted keys too.
     """
 
     name: str
@@ -226,16 +226,18 @@ def sources(
     found = [Source(f"config file {file}", file, tree)] if file else []
     found += [Source(COMMAND_LINE, "", _given(options)), Source(COMMAND_LINE, "", assigned(assignments))]
     preset: object = None
+    named = ""  # the file that names the preset, if one does
     agent, mode = LAB, "fixed"
     for source in found:
-        preset = source.keys.pop("preset", preset)
+        if "preset" in source.keys:
+            preset, named = source.keys.pop("preset"), source.file
         agent, mode = source.keys.get("agent", agent), source.keys.get("mode", mode)
     if preset is None:
         preset = DEFAULT_PRESETS[agent in LABS, mode == "tte"]
     while preset is not None:  # a preset may build on another
-        path = _preset(preset)
-        tree = read_yaml(path)
-        found.insert(0, Source(f"preset {preset}", str(path), tree))
+        path = _preset(preset, named)
+        tree, named = read_yaml(path), str(path)
+        found.insert(0, Source(f"preset {preset}", named, tree))
         preset = tree.pop("preset", None)
     return _with_arm(found)
 
@@ -259,7 +261,12 @@ def merged_config(found: Sequence[Source]) -> RunConfig:
     merged: Tree = {}
     for source in found:
         merge(merged, source.keys, RunConfig, source.file)
-    return construct(RunConfig, merged)
+    try:
+        return construct(RunConfig, merged)
+    except ConfigError as error:
+        key = str(error).split()[0]
+        file = next((source.file for source in reversed(found) if key in flat(source.keys)), "")
+        raise ConfigError(f"{file}: {error}" if file else str(error)) from error
 
 
 def origins(found: Sequence[Source]) -> dict[str, str]:
@@ -348,12 +355,13 @@ def _given(options: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in (options or {}).items() if value is not None}
 
 
-def _preset(name: object) -> Path:
+def _preset(name: object, named: str) -> Path:
     presets = {path.stem: path for path in sorted(CONFIG_DIR.glob("*.yaml"))}
     if not isinstance(name, str) or name not in presets:
         near = get_close_matches(str(name), presets, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"unknown preset {shown(name)}; {hint}presets are {', '.join(presets)}")
+        origin = f"{named}: " if named else ""
+        raise ConfigError(f"{origin}unknown preset {shown(name)}; {hint}presets are {', '.join(presets)}")
     return presets[name]
 
 

@@ -74,7 +74,7 @@ def merge(into: Tree, source: Mapping[str, Any], cls: type, origin: str = "") ->
 
     Args:
         into: the tree that is changed.
-        source: the tree that is added; its values win.
+        source: the tree that is added; its values win. A key may be dotted, as on the command line.
         cls: the dataclass whose keys and types the tree must have.
         origin: the file of the source, for errors.
 
@@ -130,6 +130,10 @@ def _put(tree: Tree, keys: list[str], value: Any) -> None:
 def _merge(into: Tree, source: Mapping[str, Any], cls: type, origin: str, prefix: str, known: Sequence[str]) -> None:
     kinds = typing.get_type_hints(cls)
     for key, value in source.items():
+        section, _, rest = key.partition(".") if isinstance(key, str) else (key, "", "")
+        if rest:  # a dotted key
+            _merge(into, {section: {rest: value}}, cls, origin, prefix, known)
+            continue
         name = f"{prefix}{key}" if isinstance(key, str) else shown(key)
         if key not in kinds:
             near = [k for k in known if k.split(".")[-1] == key] or get_close_matches(name, known, n=1, cutoff=0.5)

@@ -32,14 +32,17 @@ def writing(path: Path) -> Iterator[None]:
 def write_whole(path: Path, text: str) -> None:
     """Writes a file of text beside its place and moves it there, so that no reader sees half of it.
 
+    A link stays a link: the file that it leads to is replaced.
+
     Raises:
         OSError: the file, which it names, cannot be written; its earlier content is unchanged.
     """
-    part = path.with_name(f"{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(os.path.realpath(path))
+    part = place.with_name(f"{place.name}.part")
+    place.parent.mkdir(parents=True, exist_ok=True)
     try:
         part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        part.replace(place)
     except OSError as error:
         with suppress(OSError):
             part.unlink()

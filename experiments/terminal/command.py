@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol, TextIO
 
 from experiments.terminal.job import is_spokesman
-from experiments.terminal.signals import StoppedError, raise_instead
+from experiments.terminal.signals import StoppedError, raising
 from tasks.errors import printable
 
 PACKAGES = ("appo", "rewards", "tasks", "experiments", "__main__")  # the last: a command run by `python -m`
@@ -92,12 +92,15 @@ def new_file(text: str) -> Path:
         argparse.ArgumentTypeError: the file cannot be written.
     """
     path = Path(text)
-    if path.is_dir():
+    place = Path(os.path.realpath(path)) if path.is_symlink() else path  # a link is written through
+    if place.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder; expected a file")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: there is no folder {str(path.parent)!r}")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: no permission in {str(path.parent)!r}")
+    if os.path.lexists(place) and not place.is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is a device, a pipe or the like; expected a file")
+    if not place.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: there is no folder {str(place.parent)!r}")
+    if not os.access(place.parent, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: no permission in {str(place.parent)!r}")
     return path
 
 
@@ -106,11 +109,11 @@ def in_order(main: Main) -> Program:
 
     @wraps(main)
     def ending_in_order(argv: Sequence[str] | None = None) -> int:
-        raise_instead()
         _make_writable()
         try:
-            code = main(_text(sys.argv[1:] if argv is None else argv))
-            sys.stdout.flush()  # here, where a failure is still reported
+            with raising():
+                code = main(_text(sys.argv[1:] if argv is None else argv))
+                sys.stdout.flush()  # here, where a failure is still reported
         except (Exception, KeyboardInterrupt) as error:  # SystemExit, from --help, passes
             return _told(error)
         return code

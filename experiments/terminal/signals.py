@@ -25,16 +25,22 @@ class StoppedError(KeyboardInterrupt):
 
 
 def end_at_once() -> None:
-    """Lets SIGINT and SIGTERM end the process without a traceback, while a command is still being loaded."""
+    """Lets SIGINT and SIGTERM end the process without a traceback, while a command is being loaded or has returned."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
 
 
-def raise_instead() -> None:
-    """Undoes `end_at_once`, if it was called: from now on SIGINT and SIGTERM raise StoppedError."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is _end:
-            signal.signal(number, _raise)
+@contextmanager
+def raising() -> Iterator[None]:
+    """Undoes `end_at_once`, if it was called, while a block runs: SIGINT and SIGTERM raise StoppedError."""
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is _end]
+    for number in numbers:
+        signal.signal(number, _raise)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, _end)
 
 
 def _raise(number: int, frame: object) -> None:

@@ -45,6 +45,7 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
     Raises:
         StoppedError: a signal came; the iteration was finished, and a checkpoint, a report and the best prompt so far
             were written.
+        KeyboardInterrupt: a signal came after the last iteration; the same has been written.
     """
     config = run.config
     arm = arm_of(run)
@@ -68,9 +69,7 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
                     save(run, arm, number)
                 if stopped:
                     progress.close()
-                    _report(run)
-                    if found := arm.best_so_far():
-                        run.folder.write_json(SO_FAR, {"iteration": number, **found})
+                    _leave(run, arm, number)
                     run.policy.ranks.check_same("the iterations that are done", number)  # all has been written
                     raise StoppedError(stopped)
         progress.close()
@@ -79,8 +78,14 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
 
 def _finish(run: Run, arm: Arm, log: Log) -> dict[str, Any]:
     """Saves the agent, chooses the result and writes everything about it."""
-    save_agent(run.policy, run.folder.path / "agent")
-    result, candidates, predictions = arm.result()
+    try:
+        save_agent(run.policy, run.folder.path / "agent")
+        result, candidates, predictions = arm.result()
+    except KeyboardInterrupt:
+        if run.steps and run.policy.ranks.size == 1:  # several processes are stopped apart, and cannot score together
+            print("keeping the best prompt so far; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
+            _leave(run, arm, run.steps)
+        raise
     run.folder.write_rows(CANDIDATES, candidates)
     run.folder.write_rows(PREDICTIONS, predictions)
     run.folder.write_json(RESULT, result)
@@ -89,6 +94,13 @@ def _finish(run: Run, arm: Arm, log: Log) -> dict[str, Any]:
     log(run.steps, final_scores(result))
     _report(run)
     return result
+
+
+def _leave(run: Run, arm: Arm, number: int) -> None:
+    """Writes the report and the best prompt of a run that is stopped after iteration `number`."""
+    _report(run)
+    if found := arm.best_so_far():
+        run.folder.write_json(SO_FAR, {"iteration": number, **found})
 
 
 def _report(run: Run) -> None:

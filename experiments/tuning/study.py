@@ -32,7 +32,8 @@ from experiments.config import build_config, check_keys
 from experiments.config.strict import ConfigError, read_yaml
 from experiments.diagnostics.tables import asked
 from experiments.tuning.cells import Cell, check_assignments, seeds_of
-from tasks.errors import shown
+from tasks.catalogue import load_spec
+from tasks.errors import TaskError, shown
 
 STUDIES = Path(__file__).parents[1] / "studies"
 FIELDS = ("question", "seeds", "keys", "axes", "tables")
@@ -78,9 +79,12 @@ class Study:
     @classmethod
     def _of(cls, path: Path, found: Mapping[str, Any]) -> Study:
         """Builds a study from the keys and values of a file; a ValueError names the key that is wrong."""
+        wrong = [f"unknown key {shown(key)}" for key in found if key not in FIELDS]
+        wrong += [f"no key {key!r}" for key in FIELDS if key not in found]
         axes, tables, seeds = (found.get(key) for key in ("axes", "tables", "seeds"))
-        if set(found) != set(FIELDS) or not isinstance(axes, dict) or not isinstance(tables, list):
-            raise ValueError(f"expected {', '.join(FIELDS)}; axes map names to settings, tables are a list")
+        if wrong or not isinstance(axes, dict) or not isinstance(tables, list):
+            told = "".join(f"{problem}; " for problem in wrong)
+            raise ValueError(f"{told}expected {', '.join(FIELDS)}; axes map names to settings, tables are a list")
         for axis, settings in axes.items():
             if not isinstance(settings, dict) or not settings:
                 raise ValueError(f"axes.{axis}: expected names of settings, each with its key=value")
@@ -139,8 +143,9 @@ class Study:
             more: key=value words that win over the study's own.
 
         Raises:
-            ConfigError: the configuration of a run is wrong.
+            ConfigError: the configuration of a run is wrong, or its task is unknown.
         """
+        tasks = set[str]()  # known ones; a spec takes a while to read
         for seed, labels in product(seeds, self.combinations()):
             set_by_axes = [word for axis, label in labels.items() for word in self.axes[axis][label]]
             assignments = [*self.keys, *set_by_axes, *more]
@@ -148,7 +153,10 @@ class Study:
             run = str(folder / f"{file_name(_name(labels))}-{seed}")
             try:
                 config = build_config({"seed": seed, "run": run}, assignments=assignments)
-            except ConfigError as error:
+                if config.task not in tasks:
+                    load_spec(config.task)
+                    tasks.add(config.task)
+            except (ConfigError, TaskError) as error:
                 raise ConfigError(f"{self.file}: {name}: {error}") from error
             yield labels, Cell(name, config, ["--seed", str(seed), "--run", run, *assignments])
 
