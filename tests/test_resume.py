@@ -119,9 +119,12 @@ def test_a_stopped_run_leaves_its_best_prompt_and_the_command_that_goes_on(
 def test_a_signal_during_the_final_choice_leaves_the_best_prompt_too(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def interrupt(arm: FixedPrompt) -> None:
+        raise KeyboardInterrupt
+
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(FixedPrompt, "candidates", lambda arm: signal.raise_signal(signal.SIGINT))
+        patch.setattr(FixedPrompt, "candidates", interrupt)
         assert main(arguments(folder, f"steps={STEPS}")) == 130
     found = json.loads((folder / "best_so_far.json").read_text(encoding="utf-8"))
     assert found["iteration"] == STEPS and (folder / "report.html").is_file()
