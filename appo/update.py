@@ -138,7 +138,7 @@ class Updater:
             self.optimizer.zero_grad()
             return {"skipped_steps": 1.0, fault: 1.0}
         if self.config.warm_up:  # else Adam's first moment, corrected for its bias, makes the first steps the largest
-            done = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
+            done = int(self.optimizer.state.get(self.trained[-1], {}).get("step", 0))
             for group in self.optimizer.param_groups:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - group["betas"][0] ** (done + 1))
         self.optimizer.step()
