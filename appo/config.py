@@ -34,7 +34,7 @@ class AnchorConfig:
     """When the anchor follows the agent, and when the agent goes back to the anchor."""
 
     period: int = 5  # epochs (in `fit`: iterations) between two reviews; [P]: u_t, in the published code's unit
-    prompts: int = 8  # at least so many from each side at a review; ours; the published code's 2 are mostly noise
+    prompts: int = 32  # at least so many from each side at a review; ours; the published code's 2 are mostly noise
     promote_threshold: float = 0.05  # lead in mean validation accuracy, as a fraction, above which to promote [P]
     rollback_threshold: float = 0.1  # deficit above which to roll back [P]
     max_kl: float | None = 8.0  # nats of KL above which a review comes at once, any lead deciding; ours; null: off [P]

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from appo.anchor import AnchorDecision, decide, luck
+from appo.config import AnchorConfig
+from experiments.config import ExamplesConfig
 
 REVIEWS, PROMPTS, ROWS = 1000, 8, 48
 MANY, EACH = 96, 4  # prompts, on rows of their own: as many answers as PROMPTS x ROWS
@@ -59,11 +61,13 @@ def test_an_agent_that_is_its_anchor_is_promoted_falsely(rows: int, expected: fl
     assert max(found["paired"]) <= 0.05
 
 
-def decisions(lead: float, prompts: int, each: int | None) -> Counter[AnchorDecision]:
+def decisions(
+    lead: float, prompts: int, each: int | None, rows: int = ROWS, thresholds: tuple[float, float] = THRESHOLDS
+) -> Counter[AnchorDecision]:
     """Returns how often the paper's rule makes each decision."""
     rng = np.random.default_rng(0)
-    means = (review(rng, ROWS, lead, prompts, each).mean(1) for _ in range(REVIEWS))
-    return Counter(decide(agent, anchor, *THRESHOLDS) for agent, anchor in means)
+    means = (review(rng, rows, lead, prompts, each).mean(1) for _ in range(REVIEWS))
+    return Counter(decide(agent, anchor, *thresholds) for agent, anchor in means)
 
 
 def test_many_prompts_on_few_rows_are_less_luck_and_more_power_for_as_many_answers() -> None:
@@ -72,6 +76,18 @@ def test_many_prompts_on_few_rows_are_less_luck_and_more_power_for_as_many_answe
     assert equal[AnchorDecision.PROMOTE] <= 0.05 * REVIEWS and equal[AnchorDecision.ROLLBACK] <= 0.01 * REVIEWS
     few, many = (decisions(0.1, *shape)[AnchorDecision.PROMOTE] / REVIEWS for shape in ((PROMPTS, None), (MANY, EACH)))
     assert few == pytest.approx(0.82, abs=0.03) and many == pytest.approx(0.95, abs=0.02)  # as docs/arms.md states
+
+
+def test_the_default_review_makes_fewer_mistakes_than_few_prompts_on_all_rows() -> None:
+    """On the 32 validation rows of a task with two labels; docs/arms.md states these rates."""
+    default, few = (AnchorConfig().prompts, ExamplesConfig().review_rows), (PROMPTS, None)
+    assert default[0] * (default[1] or 0) == PROMPTS * 32
+    mistakes = [(0.0, THRESHOLDS, "promote", 0.19, 0.10), (0.0, THRESHOLDS, "rollback", 0.04, 0.01)]
+    mistakes += [(0.05, (0.0, 0.0), "rollback", 0.17, 0.12), (0.1, (0.0, 0.0), "rollback", 0.04, 0.01)]  # above max_kl
+    for lead, thresholds, decision, before, now in mistakes:
+        for shape, rate in ((few, before), (default, now)):
+            found = decisions(lead, *shape, 32, thresholds)[AnchorDecision(decision)] / REVIEWS
+            assert found == pytest.approx(rate, abs=0.02), (lead, thresholds, decision, shape)
 
 
 def test_an_agent_that_is_far_better_is_still_promoted() -> None:
