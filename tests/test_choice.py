@@ -107,6 +107,34 @@ def test_candidates_and_predictions_add_up_to_the_scores(run: Run, better: str) 
             )
 
 
+@pytest.mark.parametrize(("keys", "again"), [({}, True), ({"shortlist": 0}, False), ({"shortlist": 1}, True)])
+def test_the_best_by_single_batches_are_scored_again_on_all_training_rows(
+    run: Run, better: str, keys: dict[str, int], again: bool
+) -> None:
+    """Luck has put the best of four prompts last; `shortlist` is at least `pool`, so with 1 the last two stay out."""
+    config = replace(run.config, **{"pool": 2, "shortlist": 64, **keys})
+    arm = FixedPrompt(replace(run, config=config))
+    luck = {JUNK[0]: 9.0, JUNK[1]: 8.0, "Guess.": 7.0, better: 6.0}
+    arm.pool.add(list(luck), list(luck.values()))
+    _, *tuned = arm.candidates()
+    assert len(tuned) == 2
+    if not again:
+        assert [(c.prompt, c.reward) for c in tuned] == [(prompt, luck[prompt]) for prompt in JUNK]
+        return
+    eligible = list(luck) if config.shortlist == 64 else JUNK
+    rewards = dict(zip(eligible, run.reward(eligible, run.data.train).scores.tolist(), strict=True))
+    assert [c.prompt for c in tuned] == sorted(eligible, key=lambda prompt: -rewards[prompt])[:2]
+    assert [c.reward for c in tuned] == pytest.approx([rewards[c.prompt] for c in tuned])
+    assert (tuned[0].prompt == better) == (config.shortlist == 64)
+
+
+def test_rewards_on_batches_of_all_training_rows_stand(run: Run, better: str) -> None:
+    examples = replace(run.config.examples, batch_size=len(run.data.train))
+    arm = FixedPrompt(replace(run, config=replace(run.config, pool=1, shortlist=64, examples=examples)))
+    arm.pool.add([JUNK[0], better], [9.0, 8.0])
+    assert [(c.prompt, c.reward) for c in arm.candidates()[1:]] == [(JUNK[0], 9.0)]
+
+
 def test_the_winner_is_expected_to_score_lower_on_new_rows(run: Run, better: str) -> None:
     clear, luck = finish(run, *JUNK, better), finish(run, *JUNK)
     assert clear["expected_on_new_rows"] == pytest.approx(clear["validation_score"], abs=0.02)  # it wins on any rows

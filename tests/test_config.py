@@ -54,6 +54,7 @@ def write(folder: Path, text: str) -> str:
 PAPER = {
     "prompts": 4,  # K
     "pool": 5,
+    "shortlist": 0,
     "epochs": 100,
     "steps": None,
     "examples.shots": 16,
@@ -300,6 +301,12 @@ def test_a_value_in_place_of_a_section_names_one_of_its_keys() -> None:
     assert refusal("appo=3") == "appo is 3; expected keys such as appo.learning_rate"
 
 
+@pytest.mark.parametrize("words", [["appo.lam=0.25", "appo={gamma: 0.5}"], ["appo={gamma: 0.5}", "appo.lam=0.25"]])
+def test_a_section_and_a_key_of_it_add_up_in_any_order(words: list[str]) -> None:
+    config = build_config(OTHER, None, words)
+    assert (config.appo.lam, config.appo.gamma) == (0.25, 0.5)
+
+
 def test_a_section_may_be_assigned_as_a_whole() -> None:
     appo = build_config(OTHER, None, ["appo={gamma: 0.5}", "appo.lam=0.25"]).appo
     assert (appo.gamma, appo.lam) == (0.5, 0.25)
@@ -411,6 +418,7 @@ BOUNDS = [
     ("steps", 0, 1),
     ("prompts", 0, 1),
     ("pool", 0, 1),
+    ("shortlist", -1, 0),
     ("threads", 0, 1),
     ("few_shot", -1, 0),
     ("headroom", -1, 0),
@@ -592,10 +600,11 @@ def test_keys_that_do_nothing_are_warned_of(words: list[str], told: str | None) 
 
 
 @pytest.mark.parametrize("said", [None, True])
-def test_a_run_that_began_before_there_was_a_warm_up_goes_on_without_it(tmp_path: Path, said: bool | None) -> None:
+def test_a_run_that_began_before_there_were_these_keys_goes_on_without_them(tmp_path: Path, said: bool | None) -> None:
     tree = to_dict(build_config(OTHER))
     if said is None:
-        del tree["appo"]["warm_up"]
+        del tree["appo"]["warm_up"], tree["shortlist"]
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     assert read_config(path).appo.warm_up == bool(said)
+    assert (read_config(path).shortlist == 0) == (said is None)

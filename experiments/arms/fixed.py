@@ -14,6 +14,7 @@ from appo.lm.model import ContextTooLongError
 from appo.rollout import Query
 from experiments.arms.arm import Arm, Question, Step
 from experiments.arms.batches import Batches
+from experiments.arms.choice.pool import PoolEntry, PromptPool
 from experiments.arms.choice.race import race
 from experiments.arms.choice.result import (
     Outcome,
@@ -105,9 +106,22 @@ class FixedPrompt(Arm):
     def candidates(self) -> list[Candidate]:
         """Returns the candidates for the result: the manual prompt first, then few-shot prompts, then tuned ones."""
         config, data = self.run.config, self.run.data
-        tuned = [Candidate(entry.prompt, "tuned", entry.reward) for entry in self.pool.best(config.pool)]
+        tuned = [Candidate(entry.prompt, "tuned", entry.reward) for entry in self._shortlist()[: config.pool]]
         shots = [Candidate(prompt, "few-shot") for prompt in few_shot_prompts(config, data)]
         return [Candidate(data.spec.manual_prompt, "manual"), *shots, *tuned]
+
+    def _shortlist(self) -> list[PoolEntry]:
+        """Returns the best prompts of the pool, best first; if batches have fewer rows, by reward on all training rows.
+
+        A reward on one batch is largely the luck of its rows, so the `shortlist` best are scored again.
+        """
+        config, train = self.run.config, self.run.data.train
+        best = self.pool.best(max(config.pool, config.shortlist))
+        if not best or not config.shortlist or config.examples.batch_size >= len(train):
+            return best
+        again, prompts = PromptPool(), [entry.prompt for entry in best]
+        again.add(prompts, self.run.reward(prompts, train).scores.tolist())
+        return again.best(len(best))
 
     def choose(self, means: Sequence[float], rewards: Sequence[float]) -> int:
         """Returns the index of the result, from scores and rewards on validation; the manual prompt wins a tie."""

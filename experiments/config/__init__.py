@@ -116,6 +116,7 @@ class RunConfig:
     steps: int | None = None  # iterations; null: as many as the epochs take
     prompts: int = 16  # K, prompts sampled in an iteration (in mode tte for each input of it); [P, Table 6]: 4
     pool: int = 16  # how many prompts, best by training reward, are scored on validation at the end; [P, 4.1]: 5
+    shortlist: int = 64  # how many are first scored again on all training rows, if batches have fewer; 0: none [P]
     few_shot: int = 0  # further candidates at the end: the manual prompt followed by training pairs, drawn for each
     race: bool = False  # at the end, drop candidates that fall behind on the first validation rows; ours
     paper_protocol: bool = False  # at the end, score five more prompts on test and report the best; [P, 4.1]: true
@@ -144,7 +145,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, seed=0, epochs=1, steps=1, prompts=1, pool=1, checkpoint_every=1, threads=1)
-        _at_least(self, few_shot=0, show_best=0, headroom=0)
+        _at_least(self, shortlist=0, few_shot=0, show_best=0, headroom=0)
         if self.mode == "tte" and self.arm not in (*TRAINED, "frozen"):
             raise ValueError(f"arm is {self.arm!r}, which finds one prompt for all inputs; expected mode fixed")
         if self.arm == "edits" and self.prompts == 1:
@@ -281,7 +282,7 @@ def read_config(path: Path) -> RunConfig:
         ConfigError: the file cannot be read, or no run has written it.
     """
     tree = {key: value for key, value in read_yaml(path).items() if key not in ("environment", "trust_remote_code")}
-    merged: Tree = {"appo": {"warm_up": False}}  # what runs did that began before there was this key
+    merged: Tree = {"appo": {"warm_up": False}, "shortlist": 0}  # what runs did that began before there were these keys
     merge(merged, tree, RunConfig, str(path))
     return construct(RunConfig, merged, f"{path}: ")
 

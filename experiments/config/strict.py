@@ -120,11 +120,13 @@ def _parse(text: str) -> Any:
 
 
 def _put(tree: Tree, keys: list[str], value: Any) -> None:
+    """Sets a nested key; keys within a value that is a mapping are added to those that are there."""
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"{'.'.join(keys)}: {key!r} already has a value")
-    tree[keys[-1]] = value
+    old = tree.get(keys[-1])
+    tree[keys[-1]] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
 
 
 def _merge(into: Tree, source: Mapping[str, Any], cls: type, origin: str, prefix: str, known: Sequence[str]) -> None:

@@ -73,6 +73,9 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
                     run.policy.ranks.check_same("the iterations that are done", number)  # all has been written
                     raise StoppedError(stopped)
         progress.close()
+        if not quiet:
+            counts = f"{len(run.data.validation)} validation rows, then {len(run.data.test)} test rows"
+            print(f"choosing the result: {counts}", file=sys.stderr, flush=True)
         return _finish(run, arm, log)
 
 
