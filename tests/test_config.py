@@ -307,11 +307,6 @@ def test_a_section_and_a_key_of_it_add_up_in_any_order(words: list[str]) -> None
     assert (config.appo.lam, config.appo.gamma) == (0.25, 0.5)
 
 
-def test_a_section_may_be_assigned_as_a_whole() -> None:
-    appo = build_config(OTHER, None, ["appo={gamma: 0.5}", "appo.lam=0.25"]).appo
-    assert (appo.gamma, appo.lam) == (0.5, 0.25)
-
-
 def test_a_key_below_a_value_is_refused() -> None:
     assert refusal("seed=3", "seed.low=4") == "seed.low: 'seed' already has a value"
 
