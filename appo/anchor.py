@@ -67,7 +67,7 @@ class Health(NamedTuple):
 
     length: float  # mean, in tokens
     empty_rate: float  # share of prompts without a word
-    distinct: float  # number of different prompts over number of prompts
+    distinct: float  # expected share of different prompts among eight of them
     variety: float  # mean share of distinct word pairs within a prompt; near 0 for "no no no no"
     entropy: float  # nats per token: minus the mean log-probability of the sampled tokens
 

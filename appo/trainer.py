@@ -24,7 +24,7 @@ from torch import Tensor
 from appo.anchor import Anchor, AnchorDecision, Health, KLController, collapse, decide, luck
 from appo.config import AnchorConfig, APPOConfig
 from appo.functional import kl_estimate, masked_mean
-from appo.lm.ends import distinct_ngrams
+from appo.lm.ends import distinct_ngrams, distinct_share
 from appo.policy import Policy
 from appo.rollout import Query, Rollout, RolloutBuffer
 from appo.update import FAULTS, Updater
@@ -72,7 +72,7 @@ class Collected:
             "length_mean": health.length,
             "truncated_rate": self.truncated_rate,
             "empty_rate": health.empty_rate,
-            "duplicate_rate": 1 - health.distinct,
+            "duplicate_rate": 1 - len(set(self.prompts)) / len(self.prompts),
             "distinct_2": distinct_ngrams(self.prompts, 2),
         }
 
@@ -227,7 +227,7 @@ class APPOTrainer:
         Scores alone do not show a collapse: an agent that has stopped writing may be at chance, just like its anchor.
         So the prompts of both are compared too (`appo.anchor.collapse`), and a collapsed agent is rolled back. A lead
         prevents this only if the mean beats the anchor's best prompt: an agent that always writes "no" may beat the
-        mean of eight different prompts, but it will never find another.
+        mean of many different prompts, but it will never find another.
         Far from the anchor (`AnchorConfig.max_kl`) both thresholds are 0: an agent that is kept there would drift on.
 
         Args:
@@ -319,7 +319,7 @@ def _health(rollout: Rollout, prompts: Sequence[str]) -> Health:
     return Health(
         length=rollout.mask.sum(1).float().mean().item(),
         empty_rate=prompts.count("") / len(prompts),
-        distinct=len(set(prompts)) / len(prompts),
+        distinct=distinct_share(prompts),
         variety=fmean([distinct_ngrams([prompt], 2) for prompt in prompts if len(prompt.split()) > 1] or [1.0]),
         entropy=-masked_mean(rollout.logprobs, rollout.mask).item(),
     )

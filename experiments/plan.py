@@ -84,7 +84,7 @@ def page(config: RunConfig, lengths: Lengths, plans: Sequence[Estimate]) -> Iter
     chosen = plans[0]
     for role, shadow in (("agent", chosen.agent), ("target", chosen.target)):
         yield f"{role:<8}{getattr(config, role)}: {shadow.parameters / 1e9:.3f} G parameters"
-    steps = f"{lengths.steps} iterations of {size_of_iteration(config)}" if lengths.steps else "no iterations"
+    steps = f"{lengths.steps} iterations of {size_of_iteration(chosen.config)}" if lengths.steps else "no iterations"
     yield (
         f"texts   meta-prompt {lengths.query} tokens, prompt at most {lengths.prompt}, example {lengths.example}; "
         f"{steps}"

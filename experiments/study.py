@@ -126,7 +126,7 @@ def planned(cells: Sequence[tuple[Mapping[str, str], Cell]]) -> Iterator[str]:
         alike = repr((replace(config, task="", run=None), lengths))  # a plan takes seconds; of a task it knows lengths
         try:
             if alike not in plans:
-                plans[alike] = Estimate(config, lengths, Options.of(config))
+                plans[alike] = Estimate(config, lengths, Options.of(config, config.dtype != "float32"))
             plan = plans[alike]
         except ModelError as error:
             yield markdown_row([*begun, f"no plan: {error}"])

@@ -79,6 +79,14 @@ def test_an_arm_resumes_from_its_state_as_if_it_had_not_stopped(arm: str, under:
     assert [again.step(number).prompts for number in (3, 4)] == expected
 
 
+def test_an_untrained_arm_resumes_on_another_kind_of_device(under: Under) -> None:
+    """The state of a GPU's generator has another size; then the run goes on with random numbers of its own."""
+    way = arm_of(under("frozen"))
+    before = way.generator.get_state()
+    way.go_on({"generator": torch.zeros(16, dtype=torch.uint8)})
+    assert torch.equal(way.generator.get_state(), before)
+
+
 @pytest.mark.parametrize(("count", "queries"), [(8, 8), (12, 6), (13, 1), (5, 5)])
 def test_a_review_shares_its_queries_and_gives_each_prompt_rows_of_its_own(
     count: int, queries: int, under: Under, monkeypatch: pytest.MonkeyPatch
@@ -109,6 +117,17 @@ def test_a_review_on_all_rows_answers_a_repeated_prompt_once(under: Under) -> No
         assert way.cost["answers"] == (2 * paid or len(way.run.data.validation))
 
 
+def test_a_review_counts_the_answers_that_it_asks_for(under: Under, monkeypatch: pytest.MonkeyPatch) -> None:
+    """48 validation rows by 7 are six batches of 7 and one of 6."""
+    way = arm_of(under("appo", "anchor.prompts=10", "examples.review_rows=7"))
+    assert len(way.run.data.validation) % 7
+    judged: list[int] = []
+    judge = way.run.reward.judge
+    monkeypatch.setattr(way.run.reward, "judge", lambda asked, rows: judged.append(len(rows)) or judge(asked, rows))
+    way._counted(way.ask_for_review(stream(0, "review"))).reward_fn([f"prompt {i}" for i in range(10)])
+    assert way.cost["answers"] == pytest.approx(sum(judged)) and sum(judged) < 70
+
+
 # -- given prompts ---------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +145,7 @@ def test_a_given_prompt_is_the_result_whatever_its_score(arm: str, kind: str, un
     assert read_result(run.folder.path)["prompt"] == result["prompt"]
     assert not (run.folder.path / METRICS).exists() and not (run.folder.path / PROMPTS).exists()
     assert (run.folder.path / "report.html").is_file() and read_jsonl(run.folder.path / PREDICTIONS)
+    assert result["expected_on_new_rows"] is None and result["paper_protocol"] is None  # nothing was chosen
     assert len(read_candidates(run.folder.path)) == (1 if arm == "manual" else 2)
     told = summary(result, run.folder.path, given=True)
     assert (result["verdict"] in told) == ("the arm's prompt" in told) == (arm != "manual")

@@ -46,6 +46,14 @@ def test_batches_of_balanced_labels_are_balanced(labels: tuple[int, ...], size: 
             assert set(Counter(example.label for example in batch).values()) == {size // len(set(labels))}
 
 
+@given(st.integers(1, 60), st.integers(1, 20))
+def test_the_batches_of_an_epoch_are_alike_in_size(rows: int, size: int) -> None:
+    """No prompt is judged on the single row that a larger batch leaves over: 33 rows by 16 are 11, 11 and 11."""
+    sizes = [len(batch) for batch in epoch(examples(*[0] * rows), size)]
+    assert max(sizes) - min(sizes) <= 1 and max(sizes) <= size and sum(sizes) == rows
+    assert rows % size or set(sizes) == {size}
+
+
 def test_the_order_is_drawn_anew_every_epoch() -> None:
     batches = Batches(examples(*(0, 1) * 16), 16, random.Random(0))
     first, _, second = batches.next(), batches.next(), batches.next()

@@ -598,8 +598,8 @@ def test_keys_that_do_nothing_are_warned_of(words: list[str], told: str | None) 
 def test_a_run_that_began_before_there_were_these_keys_goes_on_without_them(tmp_path: Path, said: bool | None) -> None:
     tree = to_dict(build_config(OTHER))
     if said is None:
-        del tree["appo"]["warm_up"], tree["shortlist"]
+        del tree["appo"]["warm_up"], tree["shortlist"], tree["examples"]["review_rows"]
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     assert read_config(path).appo.warm_up == bool(said)
-    assert (read_config(path).shortlist == 0) == (said is None)
+    assert (read_config(path).shortlist == 0) == (read_config(path).examples.review_rows is None) == (said is None)

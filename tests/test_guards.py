@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
+from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from appo.config import APPOConfig
-from appo.lm.ends import distinct_ngrams
+from appo.lm.ends import distinct_ngrams, distinct_share
 from appo.rollout import Batch, Query
 from appo.trainer import APPOTrainer, DivergedError
 from appo.update import FAULTS, advantages
@@ -143,6 +147,22 @@ def test_logits_that_are_no_numbers_are_named_before_anything_is_sampled() -> No
 )
 def test_distinct_pairs_of_words(prompts: list[str], expected: float) -> None:
     assert distinct_ngrams(prompts, 2) == pytest.approx(expected)
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=9), st.integers(1, 10))
+def test_the_share_of_different_texts_is_that_of_all_subsets(texts: list[str], among: int) -> None:
+    size = min(among, len(texts))
+    shares = [len(set(drawn)) / size for drawn in combinations(texts, size)]
+    assert distinct_share(texts, among) == pytest.approx(fmean(shares))
+
+
+def test_the_share_of_different_texts_does_not_depend_on_how_many_there_are() -> None:
+    assert distinct_share(["no"] * 32) == distinct_share(["no"] * 8) == 1 / 8
+    assert distinct_share([str(i) for i in range(32)]) == 1
+    ten = [str(i % 10) for i in range(40)]
+    in_the_limit = 10 * (1 - 0.9**8) / 8
+    assert distinct_share(ten * 40) == pytest.approx(in_the_limit, abs=0.002)
+    assert distinct_share(ten) == pytest.approx(in_the_limit, abs=0.04)  # the plain share is 0.25 here
 
 
 def all_end_at_once(appo: APPOTrainer) -> None:

@@ -161,6 +161,14 @@ def test_batches_are_planned_no_larger_than_the_data(tmp_path: Path) -> None:
     assert work(4) == work(1000)
 
 
+def test_the_command_plans_batches_no_larger_than_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    pages = []
+    for size in (32, 1000):
+        assert plan.main(["--task", "sst2", f"examples.batch_size={size}", "steps=60"]) == 0
+        pages.append(capsys.readouterr().out)
+    assert pages[0] == pages[1] and "x 32 examples" in pages[0]
+
+
 @pytest.mark.parametrize("task", ["mnli", "openbookqa", "sum"])  # three labels, choices, text
 def test_a_plan_without_data_knows_how_many_rows_and_iterations_there_will_be(task: str, tmp_path: Path) -> None:
     words = ["threads=1", "steps=null", "epochs=3", "examples.shots=6", "examples.batch_size=5"]

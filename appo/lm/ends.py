@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Sequence
+from math import comb
 
 import torch
 from torch import Tensor
@@ -97,6 +99,17 @@ def whole_sentences(text: str) -> str:
     """The text up to its last complete sentence; all of it if there is none."""
     ends = [found.end() for found in re.finditer(r"[.!?][\"')\]*]*(?=\s|$)", text)]
     return text[: ends[-1]] if ends else text
+
+
+def distinct_share(texts: Sequence[str], among: int = 8) -> float:
+    """The expected share of different texts among `among` of them (or all, if fewer), drawn at random.
+
+    A share that does not depend on how many texts there are (rarefaction; Hurlbert 1971): an agent with ten equally
+    likely texts writes 0.7 different ones among eight, but only 0.3 among 32.
+    """
+    among = min(among, len(texts))
+    missed = sum(comb(len(texts) - count, among) for count in Counter(texts).values()) / comb(len(texts), among)
+    return (len(set(texts)) - missed) / among
 
 
 def distinct_ngrams(texts: Sequence[str], size: int) -> float:

@@ -33,14 +33,14 @@ class Question:
         queries: the distinct queries.
         copies: how many prompts the agent writes for each query.
         reward_fn: maps prompts to their rewards; the prompts for one query come one after another.
-        rows: how many examples each prompt is scored on.
+        rows: how many examples each prompt is scored on, in the mean.
         alike: whether all prompts are scored on the same examples; then the target answers a repeated prompt once.
     """
 
     queries: list[Query]
     copies: int
     reward_fn: Callable[[list[str]], RewardResult]
-    rows: int = 1
+    rows: float = 1
     alike: bool = False
 
 

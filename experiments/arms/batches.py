@@ -9,7 +9,7 @@ from tasks.spec import Example
 
 
 class Batches:
-    """Endless epochs of shuffled batches; the last batch of an epoch may be smaller.
+    """Endless epochs of shuffled batches; if `size` does not divide an epoch, all its batches are somewhat smaller.
 
     In each batch the right labels (or letters) have nearly the same shares as in all examples. This matters because
     small targets prefer one label: if 11 of 16 examples had that label, every prompt that makes the target say it would
@@ -24,7 +24,9 @@ class Batches:
         """Returns the next batch."""
         if not self.order:
             self.order = self._epoch()
-        taken, self.order = self.order[: self.size], self.order[self.size :]
+        left = -(-len(self.order) // self.size)  # batches of this epoch
+        size = -(-len(self.order) // left)
+        taken, self.order = self.order[:size], self.order[size:]
         return [self.examples[i] for i in taken]
 
     def _epoch(self) -> list[int]:

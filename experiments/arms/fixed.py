@@ -26,6 +26,7 @@ from experiments.arms.choice.result import (
     shares,
     split_scores,
 )
+from experiments.config import GIVEN
 from experiments.run.run import Run, few_shot_prompts, stream
 from experiments.run.statistics import corrected, interval
 from tasks.meta_prompt import meta_prompt
@@ -91,7 +92,7 @@ class FixedPrompt(Arm):
             return Question(queries, count // asked, lambda prompts: reward(prompts, rows), len(rows), alike=True)
         batches = Batches(rows, each, rng)
         own = [batches.next() for _ in range(count)]
-        return Question(queries, count // asked, lambda prompts: reward.apart(prompts, own), each)
+        return Question(queries, count // asked, lambda prompts: reward.apart(prompts, own), sum(map(len, own)) / count)
 
     def _shown(self) -> list[str]:
         """Returns the best prompts so far, as many as the meta-prompt shows (`show_best`)."""
@@ -139,6 +140,8 @@ class FixedPrompt(Arm):
             FloatingPointError: no prompt has a finite score.
         """
         run, manual, test = self.run, self.run.data.spec.manual_prompt, self.run.data.test
+        searched = run.config.arm not in GIVEN
+        comparable = searched and not run.config.race  # all candidates have been scored on all rows
         candidates = self.candidates()
         prompts = [candidate.prompt for candidate in candidates]
         table = self._on_validation(prompts)
@@ -158,9 +161,9 @@ class FixedPrompt(Arm):
                 {"validation": validation[best], "test": of_best.values},
                 {"validation": validation[0], "test": of_manual.values},
             ),
-            "expected_on_new_rows": None if run.config.race else corrected(validation.nan_to_num(0).tolist()),
+            "expected_on_new_rows": corrected(validation.nan_to_num(0).tolist()) if comparable else None,
             "answers_on_test": self._shares(of_best.records, of_manual.records) if run.data.words else {},
-            "paper_protocol": self._paper_protocol(candidates) if run.config.paper_protocol else None,
+            "paper_protocol": self._paper_protocol(candidates) if searched and run.config.paper_protocol else None,
         }
         listed = self._listed(candidates, validation)
         return Outcome(result, listed, predictions(test, of_manual, of_best, run.target.words))

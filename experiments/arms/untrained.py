@@ -42,7 +42,8 @@ class Untrained(Arm):
 
     def go_on(self, learnt: Mapping[str, Any]) -> None:
         """Restores a saved state of the sampling."""
-        self.generator.set_state(learnt["generator"])
+        if learnt["generator"].shape == self.generator.get_state().shape:  # else of another kind of device
+            self.generator.set_state(learnt["generator"])
 
 
 class BestOfN(FixedPrompt, Untrained):

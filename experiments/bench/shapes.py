@@ -165,7 +165,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tokenizer", default=str(LAB_DIR / "agent"), help="its folder (default: the lab's)")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="keys of the configuration")
     options = parser.parse_args(argv)
-    fixed = ["preset=lora", "prompts=4", "examples.batch_size=16", "sampling.max_new_tokens=100", "anchor.period=2"]
+    fixed = ["preset=lora", "prompts=4", "examples.batch_size=16", "sampling.max_new_tokens=100"]
+    fixed += ["anchor.period=2", "anchor.prompts=8"]
     for name in options.shapes:
         given = {"agent": name, "target": name, "task": options.task, "data": options.data}
         config = build_config(given, assignments=[*fixed, *options.set])

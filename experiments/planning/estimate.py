@@ -21,6 +21,7 @@ from experiments.run.resume import bytes_saved
 
 GIB = 2**30
 AT_ONCE = 32_768  # tokens in a pass of the target on a GPU: rewards/local.py
+REVIEW_QUERIES = 8  # meta-prompts in a review: experiments/arms/fixed.py
 ADAM, COPY = 8, 4  # bytes per trained number: its two float32 moments; a float32 copy
 SCALE = 64  # this many weights of a quantised layer share a scale of two bytes
 CONTEXT = 1.0 * GIB  # memory of the driver, its libraries and fragments
@@ -125,6 +126,8 @@ class Estimate:
     """
 
     def __init__(self, config: RunConfig, lengths: Lengths, options: Options) -> None:
+        size = min(config.examples.batch_size, lengths.rows)  # no batch is larger than the data
+        config = replace(config, examples=replace(config.examples, batch_size=size))
         self.config, self.lengths, self.options = config, lengths, options
         low = torch.bfloat16 if options.bfloat16 else torch.float32
         stored = low if options.rank else torch.float32
@@ -229,8 +232,11 @@ class Estimate:
         return self._per_token() * tokens * self._written()
 
     def _written(self) -> int:
-        """Returns how many responses are written at a time."""
-        return min(self.responses, MOST_AT_ONCE)
+        """Returns how many responses are written at a time, at most; recorded steps have their own memory."""
+        most = self.responses
+        if self.options.trained and self.reference.reviewed and not self._recordings():
+            most = max(most, self._reviewed()[0])
+        return min(most, MOST_AT_ONCE)
 
     def _per_token(self) -> int:
         """Returns the bytes of keys and values per token; they are float32 under autocast."""
@@ -286,12 +292,12 @@ class Estimate:
         """Returns the work of reviews per iteration; in a review, agent and anchor both write prompts."""
         t, config = self.lengths, self.config
         each, rows = self._reviewed()
-        prompts = 2 * each
+        prompts, queries = 2 * each, 2 * (each if config.mode == "tte" else min(each, REVIEW_QUERIES))
         period = config.anchor.period * -(-t.rows // config.examples.batch_size)
-        read = 2.0 * self.agent.in_layers * (t.query + t.prompt)
-        scored = 2.0 * self.target.in_layers * (t.prompt + rows * t.example)
+        read = 2.0 * self.agent.in_layers * (queries * t.query + prompts * t.prompt)
+        scored = 2.0 * self.target.in_layers * prompts * (t.prompt + rows * t.example)
         how = f"{prompts} prompts on {rows} rows, once in {period} iterations"
-        return Line("reviews", prompts * (read + scored) / period, how, 2 * (t.prompt + 1) / period)
+        return Line("reviews", (read + scored) / period, how, 2 * (t.prompt + 1) / period)
 
     def seconds(self, machine: Machine) -> float:
         """Returns the seconds of an iteration.

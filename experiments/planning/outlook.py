@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 
@@ -38,7 +37,7 @@ def outlook(run: Run) -> Iterator[tuple[str, str]]:
     seconds = plan.seconds(machine) / run.policy.ranks.size
     each = f"{seconds:.2g} s" if seconds < 100 else duration(seconds)
     how = "from the rate of a matrix product just now; the progress bar will know better"
-    yield "expected", f"about {each} an iteration and {duration(seconds * run.steps)} in all, {how}"
+    yield "expected", f"about {each} an iteration and {duration(seconds * run.steps)} for all of them, {how}"
 
 
 def scoring_dtype(run: Run) -> torch.dtype:
@@ -50,11 +49,9 @@ def scoring_dtype(run: Run) -> torch.dtype:
 def plan_of(run: Run) -> Estimate | None:
     """Returns the plan of a run; None if a model cannot be planned (see `appo plan`) or the target is on a server."""
     bfloat16, recorded = run.policy.lm.compute_dtype == torch.bfloat16, run.policy.device.type == "cuda"
-    examples = replace(run.config.examples, batch_size=min(run.config.examples.batch_size, len(run.data.train)))
-    config = replace(run.config, examples=examples)  # no batch is larger than the data
-    options = Options.of(config, bfloat16, recorded, run.policy.ranks.size)
+    options = Options.of(run.config, bfloat16, recorded, run.policy.ranks.size)
     try:
-        return None if run.served else Estimate(config, lengths_of(run), options)
+        return None if run.served else Estimate(run.config, lengths_of(run), options)
     except ModelError:
         return None
 

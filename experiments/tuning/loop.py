@@ -74,8 +74,9 @@ def train(run: Run, quiet: bool = False, resume: bool = False) -> dict[str, Any]
                     raise StoppedError(stopped)
         progress.close()
         if not quiet:
-            counts = f"{len(run.data.validation)} validation rows, then {len(run.data.test)} test rows"
-            print(f"choosing the result: {counts}", file=sys.stderr, flush=True)
+            what = "scoring the prompt" if config.arm in GIVEN else "choosing the result"
+            rows = f"{len(run.data.validation)} validation rows, then {len(run.data.test)} test rows"
+            print(f"{what}: {rows}", file=sys.stderr, flush=True)
         return _finish(run, arm, log)
 
 
