@@ -162,7 +162,7 @@ def test_the_share_of_different_texts_does_not_depend_on_how_many_there_are() ->
     ten = [str(i % 10) for i in range(40)]
     in_the_limit = 10 * (1 - 0.9**8) / 8
     assert distinct_share(ten * 40) == pytest.approx(in_the_limit, abs=0.002)
-    assert distinct_share(ten) == pytest.approx(in_the_limit, abs=0.04)  # the plain share is 0.25 here
+    assert distinct_share(ten) == pytest.approx(in_the_limit, abs=0.05)  # the plain share is 0.25 here
 
 
 def all_end_at_once(appo: APPOTrainer) -> None:
