@@ -123,6 +123,18 @@ def test_one_prompt_that_leads_the_mean_but_not_the_best_is_a_collapse(
     assert torch.equal(weights(trainer), before)
 
 
+@pytest.mark.parametrize(("kinds", "decision"), [(10, AnchorDecision.PROMOTE), (2, AnchorDecision.ROLLBACK)])
+def test_an_agent_with_ten_prompts_that_lead_has_not_collapsed(
+    kinds: int, decision: AnchorDecision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten different ones among 32 prompts are few, but among eight most are different: as SmolLM2 wrote on sst2."""
+    trainer = make()
+    said = iter([[f"prompt {i % kinds}" for i in range(32)], [f"prompt {i}" for i in range(32)]])
+    monkeypatch.setattr(trainer.policy, "decode", lambda rollout: next(said))
+    scores = iter([[0.8] * 32, [0.6] * 31 + [1.0]])
+    assert trainer.review_anchor(QUERIES, lambda prompts: next(scores), 32).decision is decision
+
+
 @pytest.mark.parametrize("switch", ["collapse", "rollback"])
 def test_going_back_can_be_switched_off(collapsed: tuple[APPOTrainer, torch.Tensor], switch: str) -> None:
     trainer, before = collapsed
