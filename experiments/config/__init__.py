@@ -54,7 +54,7 @@ class ExamplesConfig:
     shots: int = 16  # training examples per label, and as many validation examples [P, Table 7]
     pairs: int = 5  # input-output pairs in the meta-prompt [P, Figure 6]
     batch_size: int = 16  # training examples on which an iteration's prompts are scored; as in the published code
-    review_rows: int | None = 8  # validation rows per prompt in a review, different for each prompt; null: all; ours
+    review_rows: int | None = 8  # validation rows per prompt in a review (mode fixed), drawn for each; null: all; ours
     test_limit: int | None = None  # most test examples; null: all
 
     def __post_init__(self) -> None:
