@@ -81,7 +81,7 @@ def collapse(policy: Health, anchor: Health) -> str | None:
         return f"{policy.empty_rate:.0%} of its prompts are empty (the anchor's: {anchor.empty_rate:.0%})"
     if policy.length < anchor.length / 3:
         return f"its prompts are {policy.length:.1f} tokens long (the anchor's: {anchor.length:.1f})"
-    if policy.distinct < anchor.distinct / 3:
+    if policy.distinct < 1 / 3 <= anchor.distinct:  # a third of the anchor's would let it shrink with each promotion
         return f"only {policy.distinct:.0%} of its prompts are distinct (the anchor's: {anchor.distinct:.0%})"
     if policy.variety < anchor.variety / 3:
         return f"its prompts repeat word pairs: {policy.variety:.0%} are distinct (the anchor's: {anchor.variety:.0%})"

@@ -79,7 +79,7 @@ MUTANTS = (
     Mutant("anchor: not taken out again", A, "        finally:\n            self._exchange()", "        finally:\n            pass", "test_anchor.py"),
     Mutant("collapse: any shorter prompt", A, "policy.length < anchor.length / 3", "policy.length < anchor.length", "test_review.py"),
     Mutant("collapse: empty prompts pass", A, "policy.empty_rate > 0.5 >= anchor.empty_rate", "False", "test_review.py"),
-    Mutant("collapse: the same prompt again and again passes", A, "policy.distinct < anchor.distinct / 3", "False", "test_review.py"),
+    Mutant("collapse: the same prompt again and again passes", A, "policy.distinct < 1 / 3 <= anchor.distinct", "False", "test_review.py"),
     Mutant("collapse: repetition passes", A, "policy.variety < anchor.variety / 3", "False", "test_review.py"),
     Mutant("review: collapse is not looked for", TR, "if config.collapse and not wins and", "if False and not wins and", "test_review.py"),
     Mutant("review: any lead excuses a collapse", TR, "policy_mean > max(anchor_scores)", "True", "test_review.py"),

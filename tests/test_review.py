@@ -37,6 +37,15 @@ def test_what_counts_as_collapse(policy: Health, sign: str | None) -> None:
     assert (found is None) == (sign is None) and (sign or "") in (found or "")
 
 
+@pytest.mark.parametrize(("policy", "anchor", "collapsed"), [(0.2, 0.55, True), (0.4, 1.0, False), (0.125, 0.3, False)])
+def test_an_anchor_never_becomes_an_agent_that_writes_the_same_again_and_again(
+    policy: float, anchor: float, collapsed: bool
+) -> None:
+    """Not even in small steps: 1, 0.55, 0.2. If the anchor writes the same as well, there is nothing to go back to."""
+    found = collapse(SOUND._replace(distinct=policy), SOUND._replace(distinct=anchor))
+    assert (found is not None) == collapsed
+
+
 def test_an_agent_may_be_as_short_or_repetitive_as_its_anchor() -> None:
     poor = Health(length=1.0, empty_rate=0.9, distinct=0.1, variety=0.1, entropy=1.0)
     assert collapse(poor, poor) is None
