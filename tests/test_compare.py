@@ -196,6 +196,15 @@ def test_a_process_without_an_error_message_does_not_get_an_older_one(
     assert code == 1 and error == f"ended without an error message; see {tmp_path / 'manual-0.log'}"
 
 
+def test_a_process_that_a_signal_stopped_is_said_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cell,) = cells_of(parse_args(["--arms", "manual", "--seeds", "0", "--folder", str(tmp_path), "--jobs", "2"]))
+    program = tmp_path / "stopped"
+    program.write_text("#!/bin/sh\necho stopped\nexit 143\n", encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    assert [found[1:] for found in make([cell], 2)] == [(143, "stopped by a signal; the same command goes on with it")]
+
+
 def test_the_models_of_a_cell_are_gone_before_those_of_the_next_are_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -163,6 +163,8 @@ def _error(cell: Cell, said: int) -> str:
     """Returns the error with which a cell's process ended; skips the first `said` bytes of its log, which are older."""
     lines = _log(cell).read_bytes()[said:].decode(errors="replace").splitlines()
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if lines and lines[-1] == "stopped":
+        return "stopped by a signal; the same command goes on with it"
     return told[-1] if told else f"ended without an error message; see {_log(cell)}"
 
 
