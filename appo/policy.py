@@ -38,7 +38,7 @@ class Evaluation(NamedTuple):
 class Policy(nn.Module):
     """A causal LM with a value head, as a distribution over responses.
 
-    The model stays in eval mode: with dropout, log-probabilities in the loss would differ from those at sampling.
+    The model is kept in eval mode: with dropout, log-probabilities in the loss would differ from those at sampling.
 
     Trained parameters stay in float32, whatever dtype the model computes in: a step of AdamW at 1e-5 is smaller than
     the spacing of bfloat16 numbers, so bfloat16 weights hardly move. Log-probabilities and values are float32 too.
@@ -62,8 +62,7 @@ class Policy(nn.Module):
             raise ValueError(f"the parameters to train are {low}; load the model in float32, with compute_dtype={low}")
         if not lm.frozen and lm.model.dtype.itemsize < lm.compute_dtype.itemsize:
             raise ValueError(f"the model is in {lm.model.dtype}; pass compute_dtype={lm.model.dtype} to CausalLM")
-        self.lm = lm
-        self.model = lm.model
+        self.lm, self.model = lm, lm.model
         self.sampling = sampling or SamplingConfig()
         self.ranks = ranks or Ranks()
         self.value_head = nn.Linear(lm.model.get_output_embeddings().weight.shape[1], 1, device=lm.device)
@@ -91,7 +90,7 @@ class Policy(nn.Module):
 
     def check_fits(self, *queries: Query) -> None:
         """Raises ContextTooLongError if a query and the longest response to it do not fit into the context."""
-        asked, longest = max(len(query.tokens) for query in queries), self.sampling.max_new_tokens
+        asked, longest = max((len(query.tokens) for query in queries), default=0), self.sampling.max_new_tokens
         what = f"a meta-prompt of {asked} tokens and a response of {longest} do not fit into the agent's context"
         self.lm.check_fits(asked + longest, what)
 

@@ -290,8 +290,7 @@ class APPOTrainer:
         for stream, saved in zip(self._streams(), state["generators"], strict=True):
             if stream and saved is not None and saved.shape == stream.get_state().shape:  # else of another device
                 stream.set_state(saved)
-        self.updater.mean_score = state["mean_score"]
-        self.bad_steps = state["bad_steps"]
+        self.updater.mean_score, self.bad_steps = state["mean_score"], state["bad_steps"]
 
     def _streams(self) -> tuple[torch.Generator | None, ...]:
         return self.generator, self.review_generator, self.updater.generator
@@ -312,6 +311,8 @@ def _rewarded(found: Any, count: int, what: str = "reward", dtype: torch.dtype =
         raise TypeError(f"the {what} function gave {found!r:.80}, not a number for each of {count} prompts") from error
     if scores.shape != (count,):
         raise ValueError(f"the {what} function gave {what}s of shape {tuple(scores.shape)}, not [{count}]")
+    if what == "score" and (outside := scores[(scores < 0) | (scores > 1)]).numel():
+        raise ValueError(f"the score function gave {outside[0].item():g}; expected accuracies between 0 and 1")
     return Scores(scores, getattr(found, "metrics", {}))
 
 

@@ -38,7 +38,8 @@ class Connection:
 
     Args:
         url: of the server, without a path of an endpoint.
-        key: sent as a bearer token; "": none. It is never shown: a server's own words are cleaned of it.
+        key: sent as a bearer token; "": none; ValueError if no request can carry it. It is never shown: a server's own
+            words are cleaned of it.
         timeout: seconds until a request counts as unanswered.
         attempts: how often a request is sent before it fails.
         pause: seconds before the second attempt, on average.
@@ -57,6 +58,9 @@ class Connection:
         pause: float = 1.0,
         in_flight: int = IN_FLIGHT,
     ) -> None:
+        key = key.strip()
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError("the key holds characters that no key can have; expected printable ASCII")
         self.url, self.in_flight = url, in_flight
         self.cost: Counter[str] = Counter(requests=0, retries=0, prompt_tokens=0)
         self._key, self._attempts, self._pause = key, attempts, pause

@@ -78,7 +78,8 @@ def build_data(
         if spec.kind == "labels":
             chosen = _balanced(spec, list(unique.values()), shots, split)
         else:
-            shares = 1 + (split == "train" and not rows.get("validation")) + (not test)  # splits still to be filled
+            last = split == "validation" and bool(rows.get("validation"))  # no other split is drawn from these rows
+            shares = 1 + (split == "train" and not rows.get("validation")) + (not test and not last)
             chosen = _stratified(unique.values())[: min(2 * shots, len(unique) // shares)]
         if not chosen:
             raise TooFewRowsError(f"{spec.name}: no examples left for {split}")

@@ -22,6 +22,7 @@ from experiments.diagnostics.results import arm_of
 from experiments.run.folder import read_result, stored_config
 from experiments.run.run import prepare
 from experiments.tuning.cells import make
+from tasks.catalogue import load_spec
 
 SMALL = ["prompts=2", "threads=1", "sampling.max_new_tokens=8", "examples.test_limit=10", "pool=2", "steps=2"]
 
@@ -292,6 +293,18 @@ def test_a_page_without_a_finished_run_says_so(made: dict[str, Path], tmp_path: 
     assert main(["--runs", str(tmp_path / "run"), "--page", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<p>No run is finished.</p>" in page and "<polyline" in page
+
+
+def test_curves_of_unfinished_runs_are_drawn_in_the_tasks_own_metric(made: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(made["appo"], tmp_path / "run")
+    (tmp_path / "run/best_prompt.json").unlink()
+    config = (tmp_path / "run/config.yaml").read_text(encoding="utf-8")
+    (tmp_path / "run/config.yaml").write_text(config.replace("task: sst2", "task: antonyms"), encoding="utf-8")
+    metrics = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8")
+    metric = load_spec("antonyms").metric
+    (tmp_path / "run/metrics.jsonl").write_text(metrics.replace("accuracy_mean", f"{metric}_mean"), encoding="utf-8")
+    assert main(["--runs", str(tmp_path / "run"), "--page", str(tmp_path / "page.html")]) == 0
+    assert "<polyline" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_a_metric_that_a_file_names_is_escaped(made: dict[str, Path], tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_a_stopped_run_names_its_best_prompt_with_interval_and_rows() -> None:
     page = stopped(Path("r"), Path("r/best_so_far.json"), found)
     assert "best prompt so far: Say yes." in page and "32 validation rows" in page
     assert page.count("0.500 (0.336 to 0.664)") == 2
-    assert "r/best_so_far.json; the test split was not read" in page
+    assert "r/best_so_far.json; it has no test score" in page
 
 
 def test_a_stopped_run_whose_scores_are_no_numbers_says_so() -> None:

@@ -216,6 +216,24 @@ def test_policy_stays_in_eval_mode(tiny_gpt2, tokenizer) -> None:
     assert not any(module.training for module in policy.modules())
 
 
+def test_a_model_in_training_mode_still_runs_without_dropout(tiny_gpt2, tokenizer) -> None:
+    policy = make(tiny_gpt2, tokenizer)
+    assert any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in tiny_gpt2.modules())
+    expected = ragged(policy)
+    tiny_gpt2.train()
+    found = ragged(policy)
+    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.logprobs, expected.logprobs)
+    tiny_gpt2.train()
+    torch.testing.assert_close(policy.evaluate(found).logprobs, found.logprobs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("queries", "copies"), [(0, 1), (1, 0)])
+def test_nothing_to_write_is_refused(queries: int, copies: int, tiny_llama, tokenizer) -> None:
+    policy = make(tiny_llama, tokenizer)
+    with pytest.raises(ValueError, match="nothing to write"):
+        policy.sample([policy.query("Write.", "")] * queries, seeded(), copies)
+
+
 def test_tokenizer_without_end_of_sequence_is_refused(tiny_llama, tokenizer) -> None:
     tokenizer.eos_token = None
     for config in (tiny_llama.config, tiny_llama.generation_config):

@@ -112,6 +112,14 @@ def test_the_card_shows_what_differs_from_the_defaults(folder: Path) -> None:
     assert not {"run", "threads", "seed", "mode"} & set(shown)  # of the machine, or as by default
 
 
+@pytest.mark.parametrize(("one_line", "ends"), [(True, '.strip().split("\\n")[0])'), (False, ".strip())")])
+def test_the_code_of_the_card_ends_a_prompt_where_the_run_did(one_line: bool, ends: str, folder: Path) -> None:
+    config = stored_config(folder)
+    config = replace(config, sampling=replace(config.sampling, one_line=one_line))
+    card = model_card(config, read_result(folder), REPO, chat=False)
+    assert f'print(written[0]["generated_text"]{ends}' in card
+
+
 def test_the_card_names_no_folder_of_this_machine(folder: Path, tmp_path: Path) -> None:
     config, result = stored_config(folder), read_result(folder)
     places = {key: str(tmp_path / "secret-name" / "last") for key in ("agent", "target", "data", "task")}

@@ -401,7 +401,7 @@ def test_the_code_that_uses_the_labs_target_runs(tmp_path: Path, capsys: pytest.
 
 def test_the_code_fills_a_template_with_other_braces(tmp_path: Path) -> None:
     result = {"template": '{"a": 1} {prompt} Input : {input}', "prompt": "say {x}, {input}", "target": "some/target"}
-    for _, code in snippets(result, "r", False)[1:]:
+    for _, code in snippets(result, "r", {})[1:]:
         lines = code.splitlines()
         names: dict[str, str] = {}
         exec("\n".join(line for line in lines if line.startswith(("template", "text"))), names)
@@ -410,14 +410,24 @@ def test_the_code_fills_a_template_with_other_braces(tmp_path: Path) -> None:
 
 def test_the_code_asks_a_chat_target_in_a_chat() -> None:
     result = {"template": "{prompt} {input}", "prompt": "p", "target": "http://host:1"}  # a server with one model only
-    ((_, command), (_, code)) = snippets(result, "my runs/x", True)
+    ((_, command), (_, code)) = snippets(result, "my runs/x", {"target_chat": True})
     assert command == "appo prompt --run 'my runs/x' --input \"...\" --answer"
     assert "model=client.models.list().data[0].id, messages=" in code and "client.chat.completions.create(" in code
     compile(code, "snippet", "exec")
-    (_, local), (_, served) = snippets(result | {"target": "some/target"}, "r", True)[1:]
+    (_, local), (_, served) = snippets(result | {"target": "some/target"}, "r", {"target_chat": True})[1:]
     for block in (local, served):
         compile(block, "snippet", "exec")
         assert '[{"role": "user", "content": text}]' in block
+
+
+def test_the_code_cuts_text_answers_as_the_run_did() -> None:
+    result = {"template": "{prompt} {input}", "prompt": "p", "target": "some/target", "metric": "f1"}
+    for _, code in snippets(result, "r", {"reward": {"answer_tokens": 30}})[1:]:
+        assert "tokens=30" in code
+        names: dict[str, str] = {"answer": " first line\nInput : another"}
+        exec(code.splitlines()[-1].replace("print(", "found = (", 1), names)
+        assert names["found"] == "first line"
+    assert all("tokens=8" in code for _, code in snippets(result | {"metric": "accuracy"}, "r", {})[1:])
 
 
 def test_what_differs_from_the_defaults_comes_first(tmp_path: Path) -> None:
@@ -622,4 +632,8 @@ def test_a_run_without_result_is_shown_as_far_as_it_came(tmp_path: Path) -> None
     (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
     page = render_report(tmp_path, "accuracy")
     assert "stopped before its end" in page and "<svg" in page and "seed 3" in page
-    assert "<p>Best prompt by training reward so far:</p>" in page and "<q>Is it so?</q>" in page
+    assert "<p>The prompt of the highest training reward so far:</p>" in page and "<q>Is it so?</q>" in page
+    rows = [json.dumps({"iteration": 1, "prompt": text, "reward": reward}) for text, reward in (("", 9), ("Say.", 1))]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    page = render_report(tmp_path, "accuracy")
+    assert 'so far:</p><div class="prompt"><q>Say.</q>' in page  # no result is an empty prompt

@@ -103,7 +103,7 @@ def test_a_stopped_run_leaves_its_best_prompt_and_the_command_that_goes_on(
     found = json.loads((folder / "best_so_far.json").read_text(encoding="utf-8"))
     tried = {row["prompt"] for row in read_jsonl(folder / "prompts.jsonl")}
     assert found["prompt"] in tried | {found["manual_prompt"]}
-    assert found["iteration"] == 3 and "the test split was not read" in found["chosen_by"]
+    assert found["iteration"] == 3 and "before it had a test score" in found["chosen_by"]
     assert found["validation_rows"] == 8 and len(found["validation_interval"]) == 2
     assert found["validation_score"] >= found["manual_validation_score"]
     assert not any("test" in key for key in found)

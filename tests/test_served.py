@@ -372,6 +372,13 @@ def test_a_key_that_no_request_can_carry_is_refused_and_not_shown(key: str, monk
     assert "cret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["s\xe9cret-key", "secret-\nkey"])
+def test_a_connection_refuses_a_key_that_no_request_can_carry_without_showing_it(key: str) -> None:
+    with pytest.raises(ValueError, match="the key holds characters that no key can have") as caught:
+        Connection("http://127.0.0.1:9", key)
+    assert "cret" not in str(caught.value)
+
+
 def test_the_key_is_sent_and_never_shown(
     lab: CausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

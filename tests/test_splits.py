@@ -103,6 +103,16 @@ def test_validation_comes_from_its_own_rows_where_there_are_any() -> None:
     assert all(example.input.startswith("own") for example in data.validation)
 
 
+@pytest.mark.parametrize("more", [{}, {"test": [Example("t", None, "a", answers=("a",))]}])
+def test_validation_rows_of_its_own_are_used_whether_or_not_test_has_any(more: dict[str, list[Example]]) -> None:
+    def rows(name: str, count: int) -> list[Example]:
+        return [Example(f"{name} {i}", None, "a", answers=("a",)) for i in range(count)]
+
+    spec = TaskSpec("text", "d", {}, "{x}", "m", answers=["y"], metric="f1")
+    data = build_data(spec, {"train": rows("train", 200), "validation": rows("own", 30), **more})
+    assert len(data.validation) == 30 and len(data.train) == 32
+
+
 def test_train_comes_from_train_rows_where_validation_has_its_own() -> None:
     rows = {"train": pool(5), "validation": pool(5, "own"), "test": pool(1, "test")}
     assert all(example.input.startswith("text") for example in build_data(TaskSpec(**SPEC), rows, shots=5).train)

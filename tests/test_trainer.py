@@ -400,8 +400,17 @@ def test_scores_of_a_review_may_come_in_any_form_that_rewards_may() -> None:
     assert {type(score) for score in review.policy_scores} == {float}
 
 
-@pytest.mark.parametrize(("given", "error"), [([0.5], ValueError), ([0.5] * 9, ValueError), (None, TypeError)])
-def test_another_number_of_scores_than_prompts_is_refused(given: Any, error: type[Exception]) -> None:
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ([0.5], ValueError),
+        ([0.5] * 9, ValueError),
+        (None, TypeError),
+        ([50.0] * 8, ValueError),  # per cent, of which any lead above a twentieth of a point would promote
+        ([-0.1] * 8, ValueError),
+    ],
+)
+def test_scores_that_are_no_accuracies_of_the_prompts_are_refused(given: Any, error: type[Exception]) -> None:
     trainer = make()
     step(trainer)
     before = flat(trainer)

@@ -9,10 +9,12 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from appo.lm import adapter, head, linear, packed, trial
@@ -92,6 +94,9 @@ class CausalLM:
         if gradient_checkpointing:
             # transformers' current name for it, else its former one.
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+            for layer in packed.layers(model):
+                checkpoint: Any = layer._gradient_checkpointing_func
+                layer._gradient_checkpointing_func = partial(_checkpointed, layer, checkpoint)  # type: ignore[assignment]
         embedding = model.get_input_embeddings()
         if embedding.weight is model.get_output_embeddings().weight and embedding.weight.requires_grad:
             # The head's gradient spans the vocabulary already. A sparse gradient of the few tokens read is added to it;
@@ -201,6 +206,7 @@ class CausalLM:
             keep: how many of each branch's last tokens are wanted; default: all of them.
             only: the few tokens of the vocabulary whose logits are wanted, in float32; default: all, as computed.
         """
+        self.model.eval()  # a caller's model.train() would turn dropout on
         with self._adapting(), self._computing(), self._checkpointing(), head.only_rows(self.model, only) as columns:
             output = packed.run(self.model, batch, keep)
         return output if columns is None else Output(output.logits[:, columns].float(), output.hidden)
@@ -233,7 +239,10 @@ class CausalLM:
         if not self._decodes:
             trial.check_decoding(self.model)
             self._decodes, self._joins = True, trial.lets_join(self.model)
+        self.model.eval()
         owner = range(len(contexts)) if owner is None else owner
+        if not len(owner):
+            raise ValueError("nothing to write: no contexts, or no copies")
         waiting = Waiting(contexts, owner, budget, room, at_once, joining=self._joins)
         fast = linear.laid_out(self.model) if len(owner) > 1 else nullcontext()  # for one row it takes long to pay
         with self._adapting(), self._computing(), fast:
@@ -256,12 +265,25 @@ class CausalLM:
         """Gradient checkpointing, which Hugging Face ties to training mode, for a model in eval mode."""
         layers = packed.layers(self.model) if self._checkpoints and torch.is_grad_enabled() else []
         for layer in layers:
-            layer.training = True  # only the layer's own flag: its dropout stays off
+            layer.training = True  # only the layer's own flag, and not while it runs: see _checkpointed
         try:
             yield
         finally:
             for layer in layers:
                 layer.training = False
+
+
+def _checkpointed(layer: nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any) -> Any:
+    """Runs a layer under gradient checkpointing in eval mode; else the dropout that it calls itself would be on."""
+
+    def in_eval(*args: Any) -> Any:
+        before, layer.training = layer.training, False
+        try:
+            return forward(*args)
+        finally:
+            layer.training = before
+
+    return checkpoint(in_eval, *args)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -215,7 +215,7 @@ class FixedPrompt(Arm):
             "prompt": candidates[best],
             "chosen": "manual" if best == 0 else "tuned",
             "chosen_by": f"{metric} on validation, of the manual prompt and the {len(candidates) - 1} best by training "
-            "reward; the run was stopped, and the test split was not read",
+            "reward; the run was stopped before it had a test score",
             **described(run),
             **split_scores("validation", values[best], values[0]),
         }

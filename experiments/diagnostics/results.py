@@ -71,7 +71,8 @@ def read_row(folder: Path) -> RunRow:
     begun: dict[str, Any] = {name: getattr(config, name) for name in ("mode", "agent", "target", "seed")}
     begun |= {"run": str(folder), "arm": arm_of(config), "steps": steps}
     if not (folder / RESULT).is_file():
-        return RunRow(**begun, task=load_spec(config.task).name, finished=False)
+        spec = load_spec(config.task)
+        return RunRow(**begun, task=spec.name, metric=spec.metric, finished=False)
     _, result = finished(folder)
     ends = [("test_low", "test_high"), ("manual_test_low", "manual_test_high")]
     intervals = zip(ends, (result["test_interval"], result["manual_test_interval"]), strict=True)

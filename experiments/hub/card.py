@@ -105,6 +105,8 @@ def _use(config: RunConfig, instruction: str, repo: str, chat: bool) -> str:
     text = 'f"{request}\\n{opening}"'
     if chat:
         text = '[{"role": "user", "content": request}, {"role": "assistant", "content": opening}]'
+    # A line break ends a prompt once something is written.
+    ends = 'written[0]["generated_text"].strip()' + ('.split("\\n")[0]' if config.sampling.one_line else "")
     length, temperature = config.sampling.max_new_tokens, config.sampling.temperature
     # In training nothing is cut from the distribution; generate() cuts it to 50 tokens unless told otherwise.
     sampling = f"max_new_tokens={length}, temperature={temperature}, top_k=0, top_p=1.0"
@@ -115,7 +117,7 @@ opening = {asked.opening!r}
 write = pipeline("text-generation", {repo!r})
 text = {text}
 written = write(text, do_sample=True, {sampling}, return_full_text=False)
-print(written[0]["generated_text"])"""
+print({ends})"""
     note = f"It was trained on requests with {config.examples.pairs} pairs; use as many."
     return f"{_fenced('python', code)}\n\n{note}"
 

@@ -97,7 +97,7 @@ def render_report(folder: Path, metric: str) -> str:
         [
             f"<h1>{escape(title)}</h1>",
             f'<p class="muted">{escape(", ".join(about))}</p>',
-            *(_answer(result, given) if result else _so_far(prompts)),
+            *(_answer(result, given) if result else _so_far([] if edited else prompts)),
             *(f'<p class="warning">{escape(line)}</p>' for line in _warnings(config, result, metrics, prompts)),
             *(["<h2>Before training</h2>", *(f"<p>{escape(line.strip())}</p>" for line in looked)] if looked else []),
             *([] if given else ["<h2>How it went</h2>", *_curves(metrics, metric)]),
@@ -106,7 +106,7 @@ def render_report(folder: Path, metric: str) -> str:
             *([] if edited else _pool(prompts)),
             *([] if given else _reviews(metrics, metric)),
             *_cost(metrics, prompts),
-            *_use(result, str(folder), config.get("target_chat") is True),
+            *_use(result, str(folder), config),
             *_configuration(config),
         ],
     )
@@ -153,10 +153,10 @@ def _answer(result: Mapping[str, Any], given: bool) -> list[str]:
 
 
 def _so_far(prompts: Sequence[Mapping[str, Any]]) -> list[str]:
-    best = _best_first(prompts)[:1]
+    best = [text for text, _, _ in _best_first(prompts) if text][:1]
     return [
-        "<p>The run was stopped before its end; this is how far it came. Nothing has been scored on the test rows.</p>",
-        *(f"<p>Best prompt by training reward so far:</p>{prompt(text)}" for text, _, _ in best),
+        "<p>The run was stopped before its end; this is how far it came. It has no test score.</p>",
+        *(f"<p>The prompt of the highest training reward so far:</p>{prompt(text)}" for text in best),
     ]
 
 
@@ -324,10 +324,10 @@ def _cost(metrics: Sequence[Mapping[str, Any]], prompts: Sequence[object]) -> li
     ]
 
 
-def _use(result: Mapping[str, Any] | None, folder: str, chat: bool) -> list[str]:
+def _use(result: Mapping[str, Any] | None, folder: str, config: Mapping[str, Any]) -> list[str]:
     if result is None or "template" not in result:
         return []
-    shown = [f"<h3>{escape(title)}</h3>{code(text)}" for title, text in snippets(result, folder, chat)]
+    shown = [f"<h3>{escape(title)}</h3>{code(text)}" for title, text in snippets(result, folder, config)]
     return ["<h2>Use it</h2>", *shown]
 
 

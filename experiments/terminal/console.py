@@ -153,7 +153,7 @@ def stopped(folder: Path, kept: Path, found: Mapping[str, Any] | None) -> str:
         rows = f"{found['validation_rows']} validation rows"
         lines.append(f"best prompt so far: {_lines(found['prompt'])}")
         lines.append(f"  its {found['metric']} on {rows}, and that of the manual prompt: {scores}")
-        lines.append(f"  kept in {kept}; the test split was not read")
+        lines.append(f"  kept in {kept}; it has no test score")
     lines.append(f"to go on: {our_command('train', '--run', str(folder), '--resume')}")
     return "\n".join(lines)
 
