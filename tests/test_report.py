@@ -633,7 +633,9 @@ def test_a_run_without_result_is_shown_as_far_as_it_came(tmp_path: Path) -> None
     page = render_report(tmp_path, "accuracy")
     assert "stopped before its end" in page and "<svg" in page and "seed 3" in page
     assert "<p>The prompt of the highest training reward so far:</p>" in page and "<q>Is it so?</q>" in page
-    rows = [json.dumps({"iteration": 1, "prompt": text, "reward": reward}) for text, reward in (("", 9.0), ("Say.", 1.0))]
+    rows = [
+        json.dumps({"iteration": 1, "prompt": text, "reward": reward}) for text, reward in (("", 9.0), ("Say.", 1.0))
+    ]
     (tmp_path / "prompts.jsonl").write_text("\n".join([*rows, ""]), encoding="utf-8")
     page = render_report(tmp_path, "accuracy")
     assert 'so far:</p><div class="prompt"><q>Say.</q>' in page  # no result is an empty prompt
