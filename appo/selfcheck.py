@@ -6,7 +6,7 @@ Without it these mistakes would stay silent: training would go on with wrong rat
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from appo.anchor import Anchor
 from appo.policy import Policy
@@ -40,7 +40,7 @@ def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
 
     together = policy.measure(rollout).logprobs
     if not size(together - anchor.logprobs(rollout)) <= tolerance / 10:
-        cause = _dropout(policy) or "the anchor is not a copy of the agent's current weights"
+        cause = "the anchor is not a copy of the agent's current weights"
         raise SelfCheckError(f"KL to the anchor is not 0 before the first update; likely cause: {cause}")
 
     queries = [len(rollout.queries[m].tokens) for m in rollout.owner.tolist()]
@@ -57,13 +57,8 @@ def self_check(policy: Policy, anchor: Anchor, rollout: Rollout) -> None:
     if not (error := size(difference)) <= tolerance:
         raise SelfCheckError(
             f"recomputed log-probabilities differ from the sampled ones by {error:.2g}, "
-            f"more than {tolerance:g}; likely cause: {_dropout(policy) or _sampling_cause(difference)}"
+            f"more than {tolerance:g}; likely cause: {_sampling_cause(difference)}"
         )
-
-
-def _dropout(policy: nn.Module) -> str | None:
-    active = any(m.training and getattr(m, "p", 0) > 0 for m in policy.modules() if isinstance(m, nn.Dropout))
-    return "dropout is active; the agent must be in eval mode" if active else None
 
 
 def _sampling_cause(difference: Tensor) -> str:
