@@ -116,7 +116,7 @@ class RunConfig:
     steps: int | None = None  # iterations; null: as many as the epochs take
     prompts: int = 16  # K, prompts sampled in an iteration (in mode tte for each input of it); [P, Table 6]: 4
     pool: int = 16  # how many prompts, best by training reward, are scored on validation at the end; [P, 4.1]: 5
-    shortlist: int = 64  # first score so many (at least `pool`) on all training rows, if batches have fewer; 0: none [P]
+    shortlist: int = 64  # score so many (at least `pool`) on all training rows first, if batches are smaller; 0: no [P]
     few_shot: int = 0  # further candidates at the end: the manual prompt followed by training pairs, drawn for each
     race: bool = False  # at the end, drop candidates that fall behind on the first validation rows; ours
     paper_protocol: bool = False  # at the end, score five more prompts on test and report the best; [P, 4.1]: true
