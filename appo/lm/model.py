@@ -236,10 +236,10 @@ class CausalLM:
         Raises:
             UnsupportedModelError: the model cannot decode several texts at a time; the first call tells, by a trial.
         """
+        self.model.eval()  # before the trial, which compares passes
         if not self._decodes:
             trial.check_decoding(self.model)
             self._decodes, self._joins = True, trial.lets_join(self.model)
-        self.model.eval()
         owner = range(len(contexts)) if owner is None else owner
         if not len(owner):
             raise ValueError("nothing to write: no contexts, or no copies")
